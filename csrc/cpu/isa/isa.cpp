@@ -1,0 +1,159 @@
+// Detection and choice of the instruction set; the per-thread scratch arena. Compiled for the baseline.
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace effvit::cpu {
+namespace {
+
+constexpr const char* kNames[kIsaCount] = {"generic", "avx2", "avx512", "amx", "avx512_emulated", "amx_emulated"};
+
+#if defined(__x86_64__)
+uint64_t xgetbv0() {
+  uint32_t lo = 0, hi = 0;
+  __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+  return (uint64_t{hi} << 32) | lo;
+}
+
+struct Features {
+  bool avx2 = false, avx512 = false, amx_bf16 = false;
+};
+
+Features detect() {
+  Features f;
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return f;
+  const bool osxsave = c & (1u << 27), fma = c & (1u << 12), f16c = c & (1u << 29);
+  if (!osxsave) return f;
+  const uint64_t xcr0 = xgetbv0();
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
+  f.avx2 = (xcr0 & 0x6) == 0x6 && fma && f16c && (b & (1u << 5));
+  constexpr uint32_t kAvx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
+  f.avx512 = f.avx2 && (xcr0 & 0xe6) == 0xe6 && (b & kAvx512) == kAvx512;
+  constexpr uint32_t kAmx = (1u << 22) | (1u << 24);  // AMX-BF16, AMX-TILE
+  f.amx_bf16 = f.avx512 && (xcr0 & 0x60000) == 0x60000 && (d & kAmx) == kAmx;
+  return f;
+}
+
+// Linux hands out the tile state only on request; the request is made once, when AMX would first be used.
+bool amx_permitted() {
+#if defined(__linux__)
+  constexpr long kArchReqXcompPerm = 0x1023, kXfeatureTileData = 18;
+  static const bool ok = syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureTileData) == 0;
+  return ok;
+#else
+  return false;
+#endif
+}
+
+bool available(Isa isa) {
+  static const Features f = detect();
+  switch (isa) {
+    case Isa::kGeneric: return true;
+    case Isa::kAvx2: return f.avx2;
+    case Isa::kAvx512: return f.avx512;
+    case Isa::kAmx: return f.amx_bf16 && amx_permitted();
+#if defined(EFFVIT_TEST_ISAS)
+    case Isa::kAvx512Emulated:
+    case Isa::kAmxEmulated: return f.avx2;
+#endif
+    default: return false;
+  }
+}
+#else
+bool available(Isa isa) { return isa == Isa::kGeneric; }
+#endif
+
+Isa best() {
+  for (Isa isa : {Isa::kAmx, Isa::kAvx512, Isa::kAvx2}) {
+    if (available(isa)) return isa;
+  }
+  return Isa::kGeneric;
+}
+
+bool find(const char* name, Isa* isa) {
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (std::strcmp(name, kNames[i]) == 0) {
+      *isa = static_cast<Isa>(i);
+      return true;
+    }
+  }
+  return false;
+}
+
+Isa initial() {
+  Isa isa;
+  const char* forced = std::getenv("EFFVIT_ISA");
+  return forced && *forced && find(forced, &isa) && available(isa) ? isa : best();
+}
+
+std::atomic<int>& chosen() {
+  static std::atomic<int> isa{static_cast<int>(initial())};
+  return isa;
+}
+
+struct Arena {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Arena() { std::free(data); }
+};
+
+}  // namespace
+
+Isa current_isa() { return static_cast<Isa>(chosen().load(std::memory_order_relaxed)); }
+
+void* thread_scratch(size_t bytes) {
+  thread_local Arena arena;
+  if (bytes > arena.size) {
+    std::free(arena.data);
+    arena.size = (bytes + 4095) / 4096 * 4096;
+    arena.data = std::aligned_alloc(64, arena.size);
+    if (!arena.data) {  // an exception cannot cross the thread pool with its message
+      std::abort();
+    }
+  }
+  return arena.data;
+}
+
+}  // namespace effvit::cpu
+
+#define EFFVIT_EXPORT extern "C" __attribute__((visibility("default")))
+
+// 0 if `name` is known and this machine has it; the choice is unchanged otherwise.
+EFFVIT_EXPORT int effvit_cpu_set_isa(const char* name) {
+  using namespace effvit::cpu;
+  Isa isa;
+  if (!find(name, &isa) || !available(isa)) return 1;
+  chosen().store(static_cast<int>(isa));
+  return 0;
+}
+
+EFFVIT_EXPORT const char* effvit_cpu_isa() {
+  return effvit::cpu::kNames[static_cast<int>(effvit::cpu::current_isa())];
+}
+
+// Comma separated, in the order of the Isa enum.
+EFFVIT_EXPORT const char* effvit_cpu_available_isas() {
+  static const std::string list = [] {
+    std::string s;
+    for (int i = 0; i < effvit::cpu::kIsaCount; ++i) {
+      if (effvit::cpu::available(static_cast<effvit::cpu::Isa>(i))) {
+        s += (s.empty() ? "" : ",") + std::string(effvit::cpu::kNames[i]);
+      }
+    }
+    return s;
+  }();
+  return list.c_str();
+}

@@ -1,0 +1,32 @@
+// Which instruction set the CPU kernels run on: detected once, forced by EFFVIT_ISA or effvit_cpu_set_isa.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace effvit::cpu {
+
+// Ordered: the best available one is used. The emulated ones run the wide code paths (16-lane vectors, AMX tiles) on
+// any AVX2 machine, for tests; they exist in test builds (EFFVIT_TEST_ISAS) and are only ever chosen by name.
+enum class Isa : int32_t { kGeneric, kAvx2, kAvx512, kAmx, kAvx512Emulated, kAmxEmulated };
+inline constexpr int kIsaCount = 6;
+
+Isa current_isa();
+
+// 64-byte aligned scratch of the calling thread, at least `bytes` long. Kept for the next call, contents undefined.
+void* thread_scratch(size_t bytes);
+
+// Picks this machine's entry from a table indexed by Isa (null where the build has none).
+template <class Kernel>
+const Kernel& select(const Kernel* const (&table)[kIsaCount]) {
+  const Kernel* kernel = table[static_cast<int>(current_isa())];
+  return kernel ? *kernel : *table[0];
+}
+
+}  // namespace effvit::cpu
+
+// Declares `const K* name_<isa>()` for every ISA and builds the table that select() reads.
+#if defined(__x86_64__)
+#define EFFVIT_X86_KERNELS(M) M(avx2) M(avx512) M(amx)
+#else
+#define EFFVIT_X86_KERNELS(M)
+#endif

@@ -1,0 +1,209 @@
+// AMX bfloat16 tiles: the 16x32 by 32x16 products and the tile GEMM that the ops share, and the repacking it needs.
+// The emulated ISA runs the same code on an array in memory, so that every machine tests it.
+#pragma once
+
+namespace effvit::cpu::EFFVIT_ISA_NAME {
+
+// A tile is 16 rows of 64 bytes: 16x32 bfloat16 of A; 16 pairs of rows of B, interleaved ("VNNI": b[k/2][n][k%2]);
+// 16x16 float32 of C.
+constexpr int kTileM = 16, kTileN = 16, kTileK = 32;
+static_assert(kLanes == 16, "a row of a float32 tile is one vector");
+
+#if defined(EFFVIT_EMULATED_TILES)
+struct TileState {
+  unsigned char rows[8][16][64];
+};
+inline TileState& tile_state() {
+  static thread_local TileState state;
+  return state;
+}
+#define EFFVIT_TILE_ZERO(t) std::memset(tile_state().rows[t], 0, 1024)
+#define EFFVIT_TILE_LOAD(t, p, bytes)                                                        \
+  for (int r_ = 0; r_ < 16; ++r_)                                                            \
+  std::memcpy(tile_state().rows[t][r_], reinterpret_cast<const char*>(p) + r_ * (bytes), 64)
+#define EFFVIT_TILE_STORE(t, p, bytes)                                                 \
+  for (int r_ = 0; r_ < 16; ++r_)                                                      \
+  std::memcpy(reinterpret_cast<char*>(p) + r_ * (bytes), tile_state().rows[t][r_], 64)
+#define EFFVIT_TILE_DOT(c, a, b) emulated_dot(c, a, b)
+inline void emulated_dot(int c, int a, int b) {
+  TileState& s = tile_state();
+  for (int m = 0; m < 16; ++m) {
+    float acc[16];
+    std::memcpy(acc, s.rows[c][m], 64);
+    for (int k = 0; k < 16; ++k) {
+      BFloat16 x[2], y[2];
+      std::memcpy(x, s.rows[a][m] + 4 * k, 4);
+      for (int n = 0; n < 16; ++n) {
+        std::memcpy(y, s.rows[b][k] + 4 * n, 4);
+        acc[n] += to_float(x[0]) * to_float(y[0]) + to_float(x[1]) * to_float(y[1]);
+      }
+    }
+    std::memcpy(s.rows[c][m], acc, 64);
+  }
+}
+#else
+#define EFFVIT_TILE_ZERO(t) _tile_zero(t)
+#define EFFVIT_TILE_LOAD(t, p, bytes) _tile_loadd(t, p, bytes)
+#define EFFVIT_TILE_STORE(t, p, bytes) _tile_stored(t, p, bytes)
+#define EFFVIT_TILE_DOT(c, a, b) _tile_dpbf16ps(c, a, b)
+#endif
+
+// Configures the eight tiles of this thread as full 16 x 64 byte tiles while it lives.
+class TileScope {
+ public:
+  TileScope() {
+#if !defined(EFFVIT_EMULATED_TILES)
+    struct alignas(64) Config {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+#endif
+  }
+  ~TileScope() {
+#if !defined(EFFVIT_EMULATED_TILES)
+    _tile_release();
+#endif
+  }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+};
+
+// C[m, n] (+)= A[m, k] B[k, n], float32 C. m and n are multiples of 16, k of 32. A is row-major with `lda` elements
+// from row to row, B is VNNI with `ldb` elements from one pair of rows to the next (2n when dense).
+inline void tile_gemm(int m, int n, int k, const BFloat16* a, int64_t lda, const BFloat16* b, int64_t ldb, float* c,
+                      int64_t ldc, bool accumulate) {
+  const int64_t a_bytes = lda * 2, b_bytes = ldb * 2, c_bytes = ldc * 4;
+  int i = 0;
+  for (; i + 32 <= m; i += 32) {
+    int j = 0;
+    for (; j + 32 <= n; j += 32) {  // 2 x 2 tiles: each tile of A and B is used twice
+      float *c0 = c + i * ldc + j, *c1 = c0 + 16 * ldc;
+      if (accumulate) {
+        EFFVIT_TILE_LOAD(0, c0, c_bytes);
+        EFFVIT_TILE_LOAD(1, c0 + 16, c_bytes);
+        EFFVIT_TILE_LOAD(2, c1, c_bytes);
+        EFFVIT_TILE_LOAD(3, c1 + 16, c_bytes);
+      } else {
+        EFFVIT_TILE_ZERO(0);
+        EFFVIT_TILE_ZERO(1);
+        EFFVIT_TILE_ZERO(2);
+        EFFVIT_TILE_ZERO(3);
+      }
+      for (int t = 0; t < k; t += 32) {
+        EFFVIT_TILE_LOAD(4, a + i * lda + t, a_bytes);
+        EFFVIT_TILE_LOAD(6, b + (t / 2) * ldb + 2 * j, b_bytes);
+        EFFVIT_TILE_LOAD(7, b + (t / 2) * ldb + 2 * j + 32, b_bytes);
+        EFFVIT_TILE_LOAD(5, a + (i + 16) * lda + t, a_bytes);
+        EFFVIT_TILE_DOT(0, 4, 6);
+        EFFVIT_TILE_DOT(1, 4, 7);
+        EFFVIT_TILE_DOT(2, 5, 6);
+        EFFVIT_TILE_DOT(3, 5, 7);
+      }
+      EFFVIT_TILE_STORE(0, c0, c_bytes);
+      EFFVIT_TILE_STORE(1, c0 + 16, c_bytes);
+      EFFVIT_TILE_STORE(2, c1, c_bytes);
+      EFFVIT_TILE_STORE(3, c1 + 16, c_bytes);
+    }
+    for (; j < n; j += 16) {
+      float *c0 = c + i * ldc + j, *c1 = c0 + 16 * ldc;
+      if (accumulate) {
+        EFFVIT_TILE_LOAD(0, c0, c_bytes);
+        EFFVIT_TILE_LOAD(2, c1, c_bytes);
+      } else {
+        EFFVIT_TILE_ZERO(0);
+        EFFVIT_TILE_ZERO(2);
+      }
+      for (int t = 0; t < k; t += 32) {
+        EFFVIT_TILE_LOAD(6, b + (t / 2) * ldb + 2 * j, b_bytes);
+        EFFVIT_TILE_LOAD(4, a + i * lda + t, a_bytes);
+        EFFVIT_TILE_LOAD(5, a + (i + 16) * lda + t, a_bytes);
+        EFFVIT_TILE_DOT(0, 4, 6);
+        EFFVIT_TILE_DOT(2, 5, 6);
+      }
+      EFFVIT_TILE_STORE(0, c0, c_bytes);
+      EFFVIT_TILE_STORE(2, c1, c_bytes);
+    }
+  }
+  for (; i < m; i += 16) {
+    for (int j = 0; j < n; j += 16) {
+      float* c0 = c + i * ldc + j;
+      if (accumulate) {
+        EFFVIT_TILE_LOAD(0, c0, c_bytes);
+      } else {
+        EFFVIT_TILE_ZERO(0);
+      }
+      for (int t = 0; t < k; t += 32) {
+        EFFVIT_TILE_LOAD(4, a + i * lda + t, a_bytes);
+        EFFVIT_TILE_LOAD(6, b + (t / 2) * ldb + 2 * j, b_bytes);
+        EFFVIT_TILE_DOT(0, 4, 6);
+      }
+      EFFVIT_TILE_STORE(0, c0, c_bytes);
+    }
+  }
+}
+
+// ---- repacking -----------------------------------------------------------------------------------------------------
+
+// dst[k/2][n][k%2] = row(n)[k]: B = transpose of the rows, for rows of bfloat16 as they lie in memory. A pair of
+// neighbouring elements is one 32-bit word, so this is a transpose of words. rows are readable up to round_up(k, 32);
+// columns n..round_up(n, 16) become zero, ldb counts elements.
+template <class Row>
+EFFVIT_INLINE void pack_transposed(BFloat16* dst, int64_t ldb, int n, int k, const Row& row) {
+  for (int j = 0; j < n; j += kLanes) {
+    for (int t = 0; t < k; t += 2 * kLanes) {
+      vf r[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) r[i] = j + i < n ? load(reinterpret_cast<const float*>(row(j + i) + t)) : vf{};
+      transpose_block(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(dst + (t / 2 + i) * ldb + 2 * j), r[i]);
+    }
+  }
+}
+
+// Interleaves two rows of n bfloat16 (n a multiple of 32): dst[2 i + s] = row s [i].
+EFFVIT_INLINE void interleave_rows(BFloat16* dst, const BFloat16* even, const BFloat16* odd, int n) {
+  for (int i = 0; i < n; i += 16) {
+#if defined(EFFVIT_HAS_AVX512)
+    const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + i)));
+    const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + i)));
+    _mm512_storeu_si512(dst + 2 * i, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+#else
+    for (int j = i; j < i + 16; ++j) {
+      dst[2 * j] = even[j];
+      dst[2 * j + 1] = odd[j];
+    }
+#endif
+  }
+}
+
+// dst[t/2][n][t%2] = row(t)[n] for t < k, zero up to round_up(k, 32); rows readable up to n, a multiple of 16.
+template <class Row>
+EFFVIT_INLINE void pack_rows(BFloat16* dst, int64_t ldb, int k, int n, const Row& row) {
+  static const BFloat16 kZeros[1024] = {};
+  for (int t = 0; t < round_up(k, kTileK); t += 2) {
+    for (int c = 0; c < n; c += 1024) {
+      const int width = n - c < 1024 ? n - c : 1024;
+      interleave_rows(dst + (t / 2) * ldb + 2 * c, t < k ? row(t) + c : kZeros, t + 1 < k ? row(t + 1) + c : kZeros,
+                      width);
+    }
+  }
+}
+
+// dst[c][r] = src[r][c] in bfloat16 from float32: r < rows (a multiple of 16), c < cols (a multiple of 16).
+EFFVIT_INLINE void transpose_to_bfloat16(BFloat16* dst, int64_t ldd, const float* src, int64_t lds, int rows, int cols) {
+  for (int r = 0; r < rows; r += kLanes) {
+    for (int c = 0; c < cols; c += kLanes) {
+      vf t[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) t[i] = load(src + (r + i) * lds + c);
+      transpose_block(t);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(dst + (c + i) * ldd + r, t[i]);
+    }
+  }
+}
+
+}  // namespace effvit::cpu::EFFVIT_ISA_NAME

@@ -1,0 +1,911 @@
+// window_attention on the CPU: forward and backward, on raw pointers, compiled once per ISA.
+//
+// A unit of work is one (window, head). Its tokens are found by index arithmetic and read where they lie; K is
+// transposed into scratch (that is the layout the row-times-matrix products want), and a block of kRows query rows goes
+// through logits, softmax and P·V without leaving the L1 cache. Windows of more than kTileTokens tokens are cut into
+// tiles with an online softmax, so the scratch of a thread stays below 2 MiB at any size.
+#pragma once
+
+namespace effvit::cpu::EFFVIT_ISA_NAME {
+namespace window_attention_impl {
+
+using Params = WindowAttentionParams;
+using Kernel = WindowAttentionKernel;
+
+constexpr float kNegInf = -__builtin_inff();
+constexpr float kLowest = -1e30f;  // start of a running maximum; finite, so that -inf - kLowest is not a NaN
+constexpr float kLogitScaleMax = 4.605170185988092f;  // ln 100
+constexpr float kNormEps = 1e-12f;
+constexpr int kTileTokens = 256;
+constexpr int kSubRows = 64;  // query rows whose P and dS the backward holds at once
+constexpr int64_t kTableCacheBytes = 512 << 10;
+constexpr int64_t kPartialBytes = 1 << 20;
+
+EFFVIT_INLINE float load_scalar(const void* p, DType t, int64_t i) {
+  switch (t) {
+    case DType::kFloat32: return static_cast<const float*>(p)[i];
+    case DType::kBFloat16: return to_float(static_cast<const BFloat16*>(p)[i]);
+    default: return to_float(static_cast<const Float16*>(p)[i]);
+  }
+}
+EFFVIT_INLINE void store_scalar(void* p, DType t, int64_t i, float x) {
+  switch (t) {
+    case DType::kFloat32: static_cast<float*>(p)[i] = x; break;
+    case DType::kBFloat16: static_cast<BFloat16*>(p)[i] = from_float<BFloat16>(x); break;
+    default: static_cast<Float16*>(p)[i] = from_float<Float16>(x);
+  }
+}
+
+// Natural logarithm of normal positive numbers: exponent plus 2 atanh((m-1)/(m+1)), m in [sqrt(1/2), sqrt(2)).
+EFFVIT_INLINE vf log(vf x) {
+  const vi bits = float_to_bits(x);
+  const vi e = (bits - 0x3f3504f3) >> 23;
+  const vf m = bits_to_float(bits - (e << 23));
+  const vf s = (m - 1.f) / (m + 1.f), z = s * s;
+  vf p = fma(z, set1(0.2222222222f), set1(0.2857142857f));
+  p = fma(z, p, set1(0.4f));
+  p = fma(z, p, set1(0.6666666667f));
+  p = fma(z, p, set1(2.f));
+  return fma(__builtin_convertvector(e, vf), set1(0.693147181f), s * p);
+}
+
+struct Geometry {
+  WindowAxis y, x;
+  int key_w;             // keys in a row of the window, halo included
+  int table_h, table_w;  // sides of the bias table
+  int64_t windows;       // per image
+  int tile_tokens;
+  int q_tile_rows, k_tile_rows;    // rows of the window (of its keys) in one tile
+  int q_tile_max, k_tile_max;      // tokens in one tile at most
+  int dp, dvp;                     // head dims rounded up to whole vectors
+  int ld;                          // row stride of a logits block: room for one vector of overrun
+  bool single;                     // a window is one tile, without halo
+  bool cosine, has_pad;
+
+  explicit Geometry(const Params& p)
+      : y(make_window_axis(p.H, p.window_h, p.shift_h, p.dilation_h, p.halo_h, p.roll_before_pad)),
+        x(make_window_axis(p.W, p.window_w, p.shift_w, p.dilation_w, p.halo_w, p.roll_before_pad)) {
+    key_w = p.window_w + 2 * p.halo_w;
+    table_h = 2 * p.window_h - 1 + 2 * p.halo_h;
+    table_w = 2 * p.window_w - 1 + 2 * p.halo_w;
+    windows = int64_t{y.windows} * x.windows;
+    dp = round_up(static_cast<int>(p.d), kLanes);
+    dvp = round_up(static_cast<int>(p.dv), kLanes);
+    const int widest = dp > dvp ? dp : dvp;
+    tile_tokens = widest <= 128 ? kTileTokens : std::max(16, kTileTokens * 128 / widest);
+    const int key_h = p.window_h + 2 * p.halo_h;
+    q_tile_rows = std::min(p.window_h, std::max(1, tile_tokens / p.window_w));
+    k_tile_rows = std::min(key_h, std::max(1, tile_tokens / key_w));
+    q_tile_max = q_tile_rows * p.window_w;
+    k_tile_max = k_tile_rows * key_w;
+    ld = round_up(k_tile_max, kLanes) + kLanes;
+    single = p.halo_h == 0 && p.halo_w == 0 && q_tile_rows == p.window_h;
+    cosine = p.logit_scale != nullptr;
+    has_pad = p.pad_k != nullptr;
+  }
+};
+
+// Bump allocator over the thread's scratch. The same code runs twice: once to count, once to hand out.
+class Scratch {
+ public:
+  explicit Scratch(char* base = nullptr) : base_(base) {}
+  template <class U>
+  U* take(int64_t n) {
+    U* p = base_ ? reinterpret_cast<U*>(base_ + used_) : nullptr;
+    used_ += (n * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
+    return p;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+struct Run {
+  int column, length, table;  // keys [column, column + length) lie at table, table + 1, ... of the flipped table
+};
+
+// Queries of one tile: the tokens of the window that are on the map.
+struct Queries {
+  int n = 0;
+  int64_t* position = nullptr;  // flat index into [B, H, W]
+  int64_t* offset = nullptr;    // into q
+  int64_t* grad_offset = nullptr;
+  int32_t* table = nullptr;  // offset into the flipped bias table
+  int32_t* label = nullptr;  // shift region
+
+  void allocate(Scratch& s, int max) {
+    position = s.take<int64_t>(max);
+    offset = s.take<int64_t>(max);
+    grad_offset = s.take<int64_t>(max);
+    table = s.take<int32_t>(max);
+    label = s.take<int32_t>(max);
+  }
+};
+
+// Keys of one tile: the tokens on the map, and with pad_k those outside of it too (position -1).
+struct Keys {
+  int n = 0, padded = 0, runs = 0, pads = 0;
+  bool mixed = false;           // more than one shift region among the keys
+  int64_t* position = nullptr;  // flat index into [B, H, W], -1 for a pad
+  int64_t* k_offset = nullptr;
+  int64_t* v_offset = nullptr;
+  int32_t* label = nullptr;
+  int32_t* owner = nullptr;  // row-major index in the rectangle that the tile was cut from
+  Run* run = nullptr;
+
+  void allocate(Scratch& s, int max) {
+    position = s.take<int64_t>(max);
+    k_offset = s.take<int64_t>(max);
+    v_offset = s.take<int64_t>(max);
+    label = s.take<int32_t>(max + kLanes);
+    owner = s.take<int32_t>(max);
+    run = s.take<Run>(max);
+  }
+};
+
+void find_queries(const Params& p, const Geometry& g, int64_t b, int wy, int wx, int y0, int y1, Queries* q) {
+  int n = 0;
+  for (int y = y0; y < y1; ++y) {
+    const int iy = rolled_coordinate(g.y, wy, y), py = map_position(g.y, iy);
+    if (py < 0) continue;
+    const int region_y = 3 * shift_region(g.y, iy);
+    for (int x = 0; x < g.x.window; ++x) {
+      const int ix = rolled_coordinate(g.x, wx, x), px = map_position(g.x, ix);
+      if (px < 0) continue;
+      q->position[n] = (b * p.H + py) * p.W + px;
+      q->offset[n] = b * p.q_stride_b + py * p.q_stride_y + px * p.q_stride_x;
+      q->grad_offset[n] = b * p.grad_out_stride_b + py * p.grad_out_stride_y + px * p.grad_out_stride_x;
+      q->table[n] = (g.y.window - 1 - y) * g.table_w + (g.x.window - 1 - x);
+      q->label[n] = region_y + shift_region(g.x, ix);
+      ++n;
+    }
+  }
+  q->n = n;
+}
+
+// Keys of window (wy, wx) in local rows [y0, y1) and columns [x0, x1), counted from -halo.
+void find_keys(const Params& p, const Geometry& g, int64_t b, int wy, int wx, int y0, int y1, int x0, int x1,
+               bool with_pads, Keys* k) {
+  int n = 0, runs = 0, pads = 0;
+  bool mixed = false;
+  for (int y = y0; y < y1; ++y) {
+    const int iy = rolled_coordinate(g.y, wy, y), py = map_position(g.y, iy);
+    if (py < 0 && !with_pads) continue;
+    const int region_y = 3 * shift_region(g.y, iy);
+    int last = x0 - 2;  // column of the previous key of this row
+    for (int x = x0; x < x1; ++x) {
+      const int ix = rolled_coordinate(g.x, wx, x), px = map_position(g.x, ix);
+      const bool outside = py < 0 || px < 0;
+      if (outside && !with_pads) continue;
+      k->position[n] = outside ? -1 : (b * p.H + py) * p.W + px;
+      k->k_offset[n] = outside ? 0 : b * p.k_stride_b + py * p.k_stride_y + px * p.k_stride_x;
+      k->v_offset[n] = outside ? 0 : b * p.v_stride_b + py * p.v_stride_y + px * p.v_stride_x;
+      k->label[n] = region_y + shift_region(g.x, ix);
+      k->owner[n] = (y - y0) * (x1 - x0) + (x - x0);
+      mixed |= k->label[n] != k->label[0];
+      pads += outside;
+      if (x == last + 1) {
+        ++k->run[runs - 1].length;
+      } else {
+        k->run[runs++] = {n, 1, (y + g.y.halo) * g.table_w + (x + g.x.halo)};
+      }
+      last = x;
+      ++n;
+    }
+  }
+  k->n = n;
+  k->padded = round_up(n, kLanes);
+  k->runs = runs;
+  k->pads = pads;
+  k->mixed = mixed;
+  for (int j = n; j < k->padded; ++j) k->label[j] = -1;
+}
+
+// The bias tables in reversed order, in float32: offsets then grow with the key, so a run of keys is a run of entries.
+class FlippedTable {
+ public:
+  void allocate(Scratch& s, const Params& p, const Geometry& g) {
+    if (!p.bias_table) return;
+    entries_ = int64_t{g.table_h} * g.table_w;
+    stride_ = (entries_ + kLanes + 15) / 16 * 16;
+    cached_ = p.h * stride_ * 4 <= kTableCacheBytes;
+    data_ = s.take<float>((cached_ ? p.h : 1) * stride_);
+    head_ = s.take<int64_t>(cached_ ? p.h : 1);
+  }
+  void reset(const Params& p) {
+    if (!p.bias_table) return;
+    for (int64_t i = 0; i < (cached_ ? p.h : 1); ++i) head_[i] = -1;
+  }
+  const float* get(const Params& p, const Geometry& g, int64_t head) {
+    if (!p.bias_table) return nullptr;
+    const int64_t slot = cached_ ? head : 0;
+    float* t = data_ + slot * stride_;
+    if (head_[slot] != head) {
+      for (int y = 0; y < g.table_h; ++y) {
+        for (int x = 0; x < g.table_w; ++x) {
+          t[entries_ - 1 - (y * g.table_w + x)] =
+              load_scalar(p.bias_table, p.bias_dtype, head * p.bias_stride_h + y * p.bias_stride_y + x * p.bias_stride_x);
+        }
+      }
+      for (int64_t i = entries_; i < stride_; ++i) t[i] = 0.f;  // what the last run's vector reads past its end
+      head_[slot] = head;
+    }
+    return t;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t* head_ = nullptr;
+  int64_t entries_ = 0, stride_ = 0;
+  bool cached_ = false;
+};
+
+// s[0..padded) = bias of this query towards every key, mask_value between regions, -inf beyond the last key.
+EFFVIT_INLINE void init_logits(float* s, const Keys& keys, const float* table, int label, float mask_value) {
+  if (table) {
+    for (int r = 0; r < keys.runs; ++r) {
+      const Run run = keys.run[r];
+      float* dst = s + run.column;
+      const float* src = table + run.table;
+      for (int i = 0; i < run.length; i += kLanes) store(dst + i, load(src + i));
+    }
+  } else {
+    zero(s, keys.padded);
+  }
+  if (keys.mixed || keys.label[0] != label) {
+    const vf value = set1(mask_value);
+    for (int j = 0; j < keys.padded; j += kLanes) {
+      const vi other = load(keys.label + j) != label;
+      store(s + j, load(s + j) + (vf)(other & (vi)value));
+    }
+  }
+  store(s + keys.n, set1(kNegInf));
+}
+
+// Rows of x^ = x / max(|x|, eps), in place; the norms go to `norm`.
+EFFVIT_INLINE void normalize_row(float* row, int n_padded, float* norm) {
+  const float length = __builtin_sqrtf(dot(row, row, n_padded));
+  *norm = length;
+  const vf inverse = set1(1.f / (length > kNormEps ? length : kNormEps));
+  for (int i = 0; i < n_padded; i += kLanes) store(row + i, load(row + i) * inverse);
+}
+
+// Gradient of x from the gradient of x^, in place: (g - x^ <x^, g>) / |x|, and g / eps below eps.
+EFFVIT_INLINE void normalize_row_backward(float* g, const float* unit, float norm, int n_padded) {
+  const float along = norm > kNormEps ? dot(unit, g, n_padded) : 0.f;
+  const vf inverse = set1(1.f / (norm > kNormEps ? norm : kNormEps));
+  for (int i = 0; i < n_padded; i += kLanes) store(g + i, (load(g + i) - set1(along) * load(unit + i)) * inverse);
+}
+
+EFFVIT_INLINE float temperature(const Params& p, int64_t head) {
+  const float tau = load_scalar(p.logit_scale, p.logit_scale_dtype, head);
+  return std::exp(tau > kLogitScaleMax ? kLogitScaleMax : tau);
+}
+
+template <class T>
+EFFVIT_INLINE const T* row_or_pad(const void* base, const void* pad, int64_t offset, int64_t position, int64_t head,
+                                  int64_t head_stride, int64_t width) {
+  return position < 0 ? static_cast<const T*>(pad) + head * width
+                      : static_cast<const T*>(base) + offset + head * head_stride;
+}
+
+// ---- forward -------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Forward {
+  const Params& p;
+  const Geometry& g;
+  Queries queries;
+  Keys keys;
+  FlippedTable tables;
+  float *q, *k, *kt, *v, *s, *o, *top, *sum, *unused_norm;
+
+  Forward(const Params& params, const Geometry& geometry, Scratch& scratch) : p(params), g(geometry) {
+    queries.allocate(scratch, g.q_tile_max);
+    keys.allocate(scratch, g.k_tile_max);
+    tables.allocate(scratch, p, g);
+    q = scratch.take<float>(int64_t{g.q_tile_max} * g.dp);
+    k = scratch.take<float>(int64_t{g.k_tile_max} * g.dp);
+    kt = scratch.take<float>(int64_t{g.dp} * round_up(g.k_tile_max, kLanes));
+    v = scratch.take<float>(int64_t{g.k_tile_max} * g.dvp);
+    s = scratch.take<float>(int64_t{kRows} * g.ld);
+    o = scratch.take<float>(int64_t{g.single ? kRows : g.q_tile_max} * g.dvp);
+    top = scratch.take<float>(g.q_tile_max + kLanes);
+    sum = scratch.take<float>(g.q_tile_max + kLanes);
+    unused_norm = scratch.take<float>(kLanes);
+  }
+
+  void load_queries(int64_t head) {
+    const T* base = static_cast<const T*>(p.q) + head * p.q_stride_h;
+    const int d = static_cast<int>(p.d);
+    const float factor = g.cosine ? temperature(p, head) : p.scale;
+    for (int i = 0; i < queries.n; ++i) {
+      float* row = q + int64_t{i} * g.dp;
+      if (g.cosine) {
+        load_row(row, base + queries.offset[i], d);
+        normalize_row(row, g.dp, unused_norm);
+        for (int c = 0; c < g.dp; c += kLanes) store(row + c, load(row + c) * factor);
+      } else {
+        load_row(row, base + queries.offset[i], d, factor);
+      }
+    }
+  }
+
+  void load_keys(int64_t head) {
+    const int d = static_cast<int>(p.d);
+    if constexpr (std::is_same_v<T, float>) {
+      if (!g.cosine && keys.pads == 0 && d % kLanes == 0) {
+        const float* base = static_cast<const float*>(p.k) + head * p.k_stride_h;
+        transpose_rows(kt, keys.padded, keys.n, d, [&](int j) { return base + keys.k_offset[j]; });
+        return;
+      }
+    }
+    for (int j = 0; j < keys.n; ++j) {
+      float* row = k + int64_t{j} * g.dp;
+      load_row(row, row_or_pad<T>(p.k, p.pad_k, keys.k_offset[j], keys.position[j], head, p.k_stride_h, p.d), d);
+      if (g.cosine) normalize_row(row, g.dp, unused_norm);
+    }
+    transpose_rows(kt, keys.padded, keys.n, d, [&](int j) { return k + int64_t{j} * g.dp; });
+  }
+
+  bool values_in_place() const {
+    return std::is_same_v<T, float> && keys.pads == 0 && p.dv % kLanes == 0;
+  }
+
+  void load_values(int64_t head) {
+    for (int j = 0; j < keys.n; ++j) {
+      load_row(v + int64_t{j} * g.dvp,
+               row_or_pad<T>(p.v, p.pad_v, keys.v_offset[j], keys.position[j], head, p.v_stride_h, p.dv),
+               static_cast<int>(p.dv));
+    }
+  }
+
+  // Logits of `rows` queries from r on -> unnormalised probabilities in s; updates top and sum, and rescales what o
+  // holds already (tiles after the first).
+  void softmax_rows(int r, int rows, const float* table, bool first) {
+    for (int i = 0; i < rows; ++i) {
+      init_logits(s + i * g.ld, keys, table ? table + queries.table[r + i] : nullptr, queries.label[r + i],
+                  p.mask_value);
+    }
+    gemm(rows, keys.padded, static_cast<int>(p.d), RowMajorA{q + int64_t{r} * g.dp, g.dp}, DenseB{kt, keys.padded}, s,
+         g.ld, true);
+    for (int i = 0; i < rows; ++i) {
+      float* row = s + i * g.ld;
+      vf m = set1(first ? kLowest : top[r + i]);
+      for (int j = 0; j < keys.padded; j += kLanes) m = max(m, load(row + j));
+      const float highest = reduce_max(m);
+      const vf shift = set1(highest);
+      vf total{};
+      for (int j = 0; j < keys.padded; j += kLanes) {
+        const vf e = exp(load(row + j) - shift);
+        store(row + j, e);
+        total = total + e;
+      }
+      if (first) {
+        sum[r + i] = reduce_add(total);
+      } else {
+        const vf correction = exp(set1(top[r + i] - highest));
+        sum[r + i] = sum[r + i] * correction[0] + reduce_add(total);
+        float* acc = o + int64_t{r + i} * g.dvp;
+        for (int c = 0; c < g.dvp; c += kLanes) store(acc + c, load(acc + c) * correction);
+      }
+      top[r + i] = highest;
+    }
+  }
+
+  void write_row(int i, const float* row, int64_t head) {
+    T* dst = static_cast<T*>(p.out) + (queries.position[i] * p.h + head) * p.dv;
+    store_row(dst, row, static_cast<int>(p.dv), 1.f / sum[i]);
+  }
+
+  void write_lse(int64_t head) {
+    for (int i = queries.n; i < round_up(queries.n, kLanes); ++i) sum[i] = 1.f;
+    const int64_t plane = p.H * p.W;
+    for (int i = 0; i < queries.n; i += kLanes) {
+      alignas(64) float lse[kLanes];
+      store(lse, load(top + i) + log(load(sum + i)));
+      for (int j = 0; j < kLanes && i + j < queries.n; ++j) {
+        const int64_t b = queries.position[i + j] / plane, yx = queries.position[i + j] - b * plane;
+        p.lse[(b * p.h + head) * plane + yx] = lse[j];
+      }
+    }
+  }
+
+  template <class B>
+  void rows_of_tile(B values, int64_t head, bool first) {
+    const float* table = tables.get(p, g, head);
+    for (int r = 0; r < queries.n; r += kRows) {
+      const int rows = std::min(kRows, queries.n - r);
+      softmax_rows(r, rows, table, first);
+      float* acc = g.single ? o : o + int64_t{r} * g.dvp;
+      gemm(rows, g.dvp, keys.n, RowMajorA{s, g.ld}, values, acc, g.dvp, !first);
+      if (g.single) {
+        for (int i = 0; i < rows; ++i) write_row(r + i, acc + int64_t{i} * g.dvp, head);
+      }
+    }
+  }
+
+  void tile(int64_t head, bool first) {
+    load_keys(head);
+    if (values_in_place()) {
+      rows_of_tile(GatheredB{static_cast<const float*>(p.v) + head * p.v_stride_h, keys.v_offset}, head, first);
+    } else {
+      load_values(head);
+      rows_of_tile(DenseB{v, g.dvp}, head, first);
+    }
+  }
+
+  void run(int64_t begin, int64_t end) {
+    tables.reset(p);
+    int64_t found = -1;  // window whose tokens are in place (single tile only)
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t window = unit / p.h, head = unit - window * p.h;
+      const int64_t b = window / g.windows, w = window - b * g.windows;
+      const int wy = static_cast<int>(w / g.x.windows), wx = static_cast<int>(w - int64_t{wy} * g.x.windows);
+      if (g.single) {
+        if (found != window) {
+          find_queries(p, g, b, wy, wx, 0, g.y.window, &queries);
+          find_keys(p, g, b, wy, wx, 0, g.y.window, 0, g.x.window, g.has_pad, &keys);
+          found = window;
+        }
+        if (queries.n == 0) continue;
+        load_queries(head);
+        tile(head, true);
+        write_lse(head);
+        continue;
+      }
+      for (int y0 = 0; y0 < g.y.window; y0 += g.q_tile_rows) {
+        find_queries(p, g, b, wy, wx, y0, std::min(y0 + g.q_tile_rows, g.y.window), &queries);
+        if (queries.n == 0) continue;
+        load_queries(head);
+        bool first = true;
+        const int key_end = g.y.window + g.y.halo;
+        for (int ky = -g.y.halo; ky < key_end; ky += g.k_tile_rows) {
+          find_keys(p, g, b, wy, wx, ky, std::min(ky + g.k_tile_rows, key_end), -g.x.halo, g.x.window + g.x.halo,
+                    g.has_pad, &keys);
+          if (keys.n == 0) continue;
+          tile(head, first);
+          first = false;
+        }
+        for (int i = 0; i < queries.n; ++i) write_row(i, o + int64_t{i} * g.dvp, head);
+        write_lse(head);
+      }
+    }
+  }
+};
+
+// ---- backward ------------------------------------------------------------------------------------------------------
+
+// Sums that several windows contribute to, per (chunk of windows, head): the table in flipped order, then pad_k, pad_v
+// and the temperature.
+struct Partials {
+  int64_t table, table_stride, pad_k, pad_v, stride;  // offsets and size, in floats
+  int64_t chunks, groups;                             // of windows, of heads
+
+  Partials(const Params& p, const Geometry& g) {
+    table = p.bias_table ? int64_t{g.table_h} * g.table_w : 0;
+    table_stride = p.bias_table ? (table + 2 * kLanes - 1) / kLanes * kLanes : 0;  // room for one vector of overrun
+    pad_k = g.has_pad ? g.dp : 0;
+    pad_v = g.has_pad ? g.dvp : 0;
+    stride = table_stride + pad_k + pad_v + (g.cosine ? kLanes : 0);
+    const int64_t all = p.B * g.windows;
+    const int64_t fit = stride ? std::max<int64_t>(1, kPartialBytes / (4 * stride * p.h)) : 64;
+    chunks = std::min<int64_t>({all, fit, 32});
+    groups = std::min<int64_t>(p.h, (64 + chunks - 1) / chunks);
+  }
+  float* at(float* base, const Params& p, int64_t chunk, int64_t head) const {
+    return base + (chunk * p.h + head) * stride;
+  }
+};
+
+template <class T>
+struct Backward {
+  const Params& p;
+  const Geometry& g;
+  Queries queries;
+  Keys keys;
+  FlippedTable tables;
+  float *q, *q_norm, *grad_out, *delta, *lse, *k, *k_norm, *kt, *v, *vt, *prob, *dlogit, *dq, *dk, *dv;
+  float *own_k, *own_v, *pad_unit, *pad_prob, *pad_dlogit;
+  int32_t* own_index = nullptr;
+  // Of the current head and chunk; null where the argument was not given.
+  float *sum_table = nullptr, *sum_pad_k = nullptr, *sum_pad_v = nullptr, *sum_tau = nullptr;
+
+  Backward(const Params& params, const Geometry& geometry, Scratch& scratch) : p(params), g(geometry) {
+    const int64_t nq = g.q_tile_max, nk = g.k_tile_max, nk_padded = round_up(g.k_tile_max, kLanes);
+    queries.allocate(scratch, g.q_tile_max);
+    keys.allocate(scratch, g.k_tile_max);
+    tables.allocate(scratch, p, g);
+    q = scratch.take<float>(nq * g.dp);
+    q_norm = scratch.take<float>(nq);
+    grad_out = scratch.take<float>(nq * g.dvp);
+    delta = scratch.take<float>(nq);
+    lse = scratch.take<float>(nq);
+    k = scratch.take<float>(nk * g.dp);
+    k_norm = scratch.take<float>(nk + 1);
+    kt = scratch.take<float>(g.dp * nk_padded);
+    v = scratch.take<float>(nk * g.dvp);
+    vt = scratch.take<float>(g.dvp * nk_padded);
+    prob = scratch.take<float>(int64_t{kSubRows} * g.ld);
+    dlogit = scratch.take<float>(int64_t{kSubRows} * g.ld);
+    dq = scratch.take<float>(nq * g.dp);
+    dk = scratch.take<float>(nk * g.dp);
+    dv = scratch.take<float>(nk * g.dvp);
+    pad_unit = scratch.take<float>(g.dp);
+    pad_prob = scratch.take<float>(kSubRows);
+    pad_dlogit = scratch.take<float>(kSubRows);
+    own_k = own_v = nullptr;
+    if (!g.single) {
+      own_k = scratch.take<float>(nq * g.dp);
+      own_v = scratch.take<float>(nq * g.dvp);
+    }
+  }
+
+  void load_queries(int64_t head) {
+    const int d = static_cast<int>(p.d), width = static_cast<int>(p.dv);
+    const float factor = g.cosine ? temperature(p, head) : p.scale;
+    const T* base = static_cast<const T*>(p.q) + head * p.q_stride_h;
+    const T* base_do = static_cast<const T*>(p.grad_out) + head * p.grad_out_stride_h;
+    const int64_t plane = p.H * p.W;
+    for (int i = 0; i < queries.n; ++i) {
+      float* row = q + int64_t{i} * g.dp;
+      if (g.cosine) {
+        load_row(row, base + queries.offset[i], d);
+        normalize_row(row, g.dp, q_norm + i);
+        for (int c = 0; c < g.dp; c += kLanes) store(row + c, load(row + c) * factor);
+      } else {
+        load_row(row, base + queries.offset[i], d, factor);
+      }
+      float* row_do = grad_out + int64_t{i} * g.dvp;
+      load_row(row_do, base_do + queries.grad_offset[i], width);
+      const int64_t position = queries.position[i];
+      const T* row_out = static_cast<const T*>(p.out) + (position * p.h + head) * p.dv;
+      vf acc{};
+      int c = 0;
+      for (; c + kLanes <= width; c += kLanes) acc = fma(load(row_do + c), load(row_out + c), acc);
+      float total = reduce_add(acc);
+      for (; c < width; ++c) total += row_do[c] * to_float(row_out[c]);
+      const int64_t b = position / plane, at = (b * p.h + head) * plane + (position - b * plane);
+      delta[i] = total - (p.grad_lse ? p.grad_lse[at] : 0.f);
+      lse[i] = p.lse[at];
+    }
+  }
+
+  void load_keys(int64_t head) {
+    for (int j = 0; j < keys.n; ++j) {
+      float* row = k + int64_t{j} * g.dp;
+      load_row(row, row_or_pad<T>(p.k, p.pad_k, keys.k_offset[j], keys.position[j], head, p.k_stride_h, p.d),
+               static_cast<int>(p.d));
+      if (g.cosine) normalize_row(row, g.dp, k_norm + j);
+      load_row(v + int64_t{j} * g.dvp,
+               row_or_pad<T>(p.v, p.pad_v, keys.v_offset[j], keys.position[j], head, p.v_stride_h, p.dv),
+               static_cast<int>(p.dv));
+    }
+    transpose_rows(kt, keys.padded, keys.n, static_cast<int>(p.d), [&](int j) { return k + int64_t{j} * g.dp; });
+    transpose_rows(vt, keys.padded, keys.n, static_cast<int>(p.dv), [&](int j) { return v + int64_t{j} * g.dvp; });
+  }
+
+  // sum_table[offset of (query, key)] += dS, for one query.
+  EFFVIT_INLINE void add_to_table(const float* ds, int table_offset) {
+    for (int r = 0; r < keys.runs; ++r) {
+      const Run run = keys.run[r];
+      float* dst = sum_table + table_offset + run.table;
+      const float* src = ds + run.column;
+      int i = 0;
+      for (; i + kLanes <= run.length; i += kLanes) store(dst + i, load(dst + i) + load(src + i));
+      if (i < run.length) store(dst + i, load(dst + i) + first_lanes(load(src + i), run.length - i));
+    }
+  }
+
+  // P and dS of query rows [r, r + rows) into rows [0, rows) of prob and dlogit.
+  void recompute_rows(int r, int rows, const float* table) {
+    for (int i0 = 0; i0 < rows; i0 += kRows) {
+      const int block = std::min(kRows, rows - i0), first = r + i0;
+      float *s = prob + int64_t{i0} * g.ld, *ds = dlogit + int64_t{i0} * g.ld;
+      for (int i = 0; i < block; ++i) {
+        init_logits(s + i * g.ld, keys, table ? table + queries.table[first + i] : nullptr, queries.label[first + i],
+                    p.mask_value);
+      }
+      gemm(block, keys.padded, static_cast<int>(p.d), RowMajorA{q + int64_t{first} * g.dp, g.dp},
+           DenseB{kt, keys.padded}, s, g.ld, true);
+      gemm(block, keys.padded, static_cast<int>(p.dv), RowMajorA{grad_out + int64_t{first} * g.dvp, g.dvp},
+           DenseB{vt, keys.padded}, ds, g.ld, false);
+      for (int i = 0; i < block; ++i) {
+        const vf log_sum = set1(lse[first + i]), d = set1(delta[first + i]);
+        float *row = s + i * g.ld, *drow = ds + i * g.ld;
+        for (int j = 0; j < keys.padded; j += kLanes) {
+          const vf e = exp(load(row + j) - log_sum);
+          store(row + j, e);
+          store(drow + j, e * (load(drow + j) - d));
+        }
+      }
+    }
+  }
+
+  // All pads of a tile are one and the same key, so their columns of P and dS are summed before anything else.
+  void add_pads(int r, int rows) {
+    for (int i = 0; i < rows; ++i) {
+      float sum_p = 0.f, sum_ds = 0.f;
+      for (int j = 0; j < keys.n; ++j) {
+        if (keys.position[j] < 0) {
+          sum_p += prob[int64_t{i} * g.ld + j];
+          sum_ds += dlogit[int64_t{i} * g.ld + j];
+        }
+      }
+      axpy(sum_pad_v, sum_p, grad_out + int64_t{r + i} * g.dvp, g.dvp);
+      axpy(sum_pad_k, sum_ds, q + int64_t{r + i} * g.dp, g.dp);
+    }
+  }
+
+  // One (queries, keys) tile. want_dq covers everything that is summed over queries of a window: dq, table, pads.
+  void tile(int64_t head, bool want_dq, bool want_dkv, bool first_dq, bool first_dkv) {
+    const float* table = tables.get(p, g, head);
+    for (int r = 0; r < queries.n; r += kSubRows) {
+      const int rows = std::min(kSubRows, queries.n - r);
+      recompute_rows(r, rows, table);
+      if (want_dq) {
+        gemm(rows, g.dp, keys.n, RowMajorA{dlogit, g.ld}, DenseB{k, g.dp}, dq + int64_t{r} * g.dp, g.dp, !first_dq);
+        if (sum_table) {
+          for (int i = 0; i < rows; ++i) add_to_table(dlogit + int64_t{i} * g.ld, queries.table[r + i]);
+        }
+        if (keys.pads) add_pads(r, rows);
+      }
+      if (want_dkv) {
+        const bool accumulate = !first_dkv || r > 0;
+        gemm(keys.n, g.dvp, rows, TransposedA{prob, g.ld}, DenseB{grad_out + int64_t{r} * g.dvp, g.dvp}, dv, g.dvp,
+             accumulate);
+        gemm(keys.n, g.dp, rows, TransposedA{dlogit, g.ld}, DenseB{q + int64_t{r} * g.dp, g.dp}, dk, g.dp, accumulate);
+      }
+    }
+  }
+
+  T* gradient_row(int64_t position) const { return static_cast<T*>(p.dqkv) + position * p.h * (2 * p.d + p.dv); }
+
+  void write_dq(int64_t head) {
+    const float factor = g.cosine ? temperature(p, head) : p.scale;
+    const bool clamped = g.cosine && load_scalar(p.logit_scale, p.logit_scale_dtype, head) > kLogitScaleMax;
+    for (int i = 0; i < queries.n; ++i) {
+      float* row = dq + int64_t{i} * g.dp;
+      float scale = factor;
+      if (g.cosine) {
+        float* unit = q + int64_t{i} * g.dp;  // temperature * q^
+        if (!clamped) *sum_tau += dot(unit, row, g.dp);
+        const vf inverse = set1(1.f / factor), forward = set1(factor);
+        for (int c = 0; c < g.dp; c += kLanes) {
+          store(row + c, load(row + c) * forward);
+          store(unit + c, load(unit + c) * inverse);
+        }
+        normalize_row_backward(row, unit, q_norm[i], g.dp);
+        scale = 1.f;
+      }
+      store_row(gradient_row(queries.position[i]) + head * p.d, row, static_cast<int>(p.d), scale);
+    }
+  }
+
+  void write_dkv_row(int64_t position, int64_t head, float* row_k, const float* row_v) {
+    T* base = gradient_row(position);
+    store_row(base + (p.h + head) * p.d, row_k, static_cast<int>(p.d));
+    store_row(base + 2 * p.h * p.d + head * p.dv, row_v, static_cast<int>(p.dv));
+  }
+
+  void window_in_one_tile(int64_t head) {
+    load_queries(head);
+    load_keys(head);
+    tile(head, true, true, true, true);
+    write_dq(head);
+    for (int j = 0; j < keys.n; ++j) {
+      if (keys.position[j] < 0) continue;
+      float* row = dk + int64_t{j} * g.dp;
+      if (g.cosine) normalize_row_backward(row, k + int64_t{j} * g.dp, k_norm[j], g.dp);
+      write_dkv_row(keys.position[j], head, row, dv + int64_t{j} * g.dvp);
+    }
+  }
+
+  // Pass 1 over a window in tiles: dq, the table, the temperature and the pads.
+  void queries_of_window(int64_t b, int wy, int wx, int64_t head) {
+    const int key_end = g.y.window + g.y.halo;
+    for (int y0 = 0; y0 < g.y.window; y0 += g.q_tile_rows) {
+      find_queries(p, g, b, wy, wx, y0, std::min(y0 + g.q_tile_rows, g.y.window), &queries);
+      if (queries.n == 0) continue;
+      load_queries(head);
+      bool first = true;
+      for (int ky = -g.y.halo; ky < key_end; ky += g.k_tile_rows) {
+        find_keys(p, g, b, wy, wx, ky, std::min(ky + g.k_tile_rows, key_end), -g.x.halo, g.x.window + g.x.halo,
+                  g.has_pad, &keys);
+        if (keys.n == 0) continue;
+        load_keys(head);
+        tile(head, true, false, first, true);
+        first = false;
+      }
+      write_dq(head);
+    }
+  }
+
+  // Pass 2: dk and dv of the window's own tokens, gathered from every window whose halo reaches them.
+  void keys_of_window(int64_t b, int wy, int wx, int64_t head) {
+    const int reach_y = (g.y.halo + g.y.window - 1) / g.y.window, reach_x = (g.x.halo + g.x.window - 1) / g.x.window;
+    const int own_rows = std::min(g.q_tile_rows, g.k_tile_rows);
+    for (int y0 = 0; y0 < g.y.window; y0 += own_rows) {
+      const int y1 = std::min(y0 + own_rows, g.y.window);
+      zero(own_k, int64_t{y1 - y0} * g.x.window * g.dp);
+      zero(own_v, int64_t{y1 - y0} * g.x.window * g.dvp);
+      for (int ny = -reach_y; ny <= reach_y; ++ny) {
+        const int oy = wy + ny * g.y.dilation;
+        // The tokens' local coordinates in the neighbour's frame, cut to what its halo covers.
+        const int ky0 = std::max(y0 - ny * g.y.window, -g.y.halo);
+        const int ky1 = std::min(y1 - ny * g.y.window, g.y.window + g.y.halo);
+        if (oy < 0 || oy >= g.y.windows || ky0 >= ky1) continue;
+        for (int nx = -reach_x; nx <= reach_x; ++nx) {
+          const int ox = wx + nx * g.x.dilation;
+          const int kx0 = std::max(-nx * g.x.window, -g.x.halo);
+          const int kx1 = std::min(g.x.window - nx * g.x.window, g.x.window + g.x.halo);
+          if (ox < 0 || ox >= g.x.windows || kx0 >= kx1) continue;
+          find_keys(p, g, b, oy, ox, ky0, ky1, kx0, kx1, false, &keys);
+          if (keys.n == 0) continue;
+          load_keys(head);
+          bool first = true;
+          for (int qy = 0; qy < g.y.window; qy += g.q_tile_rows) {
+            find_queries(p, g, b, oy, ox, qy, std::min(qy + g.q_tile_rows, g.y.window), &queries);
+            if (queries.n == 0) continue;
+            load_queries(head);
+            tile(head, false, true, true, first);
+            first = false;
+          }
+          if (first) continue;
+          const int width = kx1 - kx0;
+          for (int j = 0; j < keys.n; ++j) {
+            const int y = keys.owner[j] / width + ky0 + ny * g.y.window - y0;
+            const int x = keys.owner[j] % width + kx0 + nx * g.x.window;
+            const int64_t own = int64_t{y} * g.x.window + x;
+            axpy(own_k + own * g.dp, 1.f, dk + int64_t{j} * g.dp, g.dp);
+            axpy(own_v + own * g.dvp, 1.f, dv + int64_t{j} * g.dvp, g.dvp);
+          }
+        }
+      }
+      find_keys(p, g, b, wy, wx, y0, y1, 0, g.x.window, false, &keys);
+      for (int j = 0; j < keys.n; ++j) {
+        float* row = own_k + int64_t{keys.owner[j]} * g.dp;
+        if (g.cosine) {
+          load_row(k, static_cast<const T*>(p.k) + keys.k_offset[j] + head * p.k_stride_h, static_cast<int>(p.d));
+          normalize_row(k, g.dp, k_norm);
+          normalize_row_backward(row, k, k_norm[0], g.dp);
+        }
+        write_dkv_row(keys.position[j], head, row, own_v + int64_t{keys.owner[j]} * g.dvp);
+      }
+    }
+  }
+
+  void run(float* partials, int64_t begin, int64_t end) {
+    tables.reset(p);
+    const Partials layout(p, g);
+    const int64_t all = p.B * g.windows;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t chunk = unit / layout.groups, group = unit - chunk * layout.groups;
+      const int64_t w0 = all * chunk / layout.chunks, w1 = all * (chunk + 1) / layout.chunks;
+      const int64_t h0 = p.h * group / layout.groups, h1 = p.h * (group + 1) / layout.groups;
+      for (int64_t head = h0; head < h1; ++head) zero(layout.at(partials, p, chunk, head), layout.stride);
+      for (int64_t window = w0; window < w1; ++window) {
+        const int64_t b = window / g.windows, w = window - b * g.windows;
+        const int wy = static_cast<int>(w / g.x.windows), wx = static_cast<int>(w - int64_t{wy} * g.x.windows);
+        if (g.single) {
+          find_queries(p, g, b, wy, wx, 0, g.y.window, &queries);
+          find_keys(p, g, b, wy, wx, 0, g.y.window, 0, g.x.window, g.has_pad, &keys);
+          if (queries.n == 0) continue;
+        }
+        for (int64_t head = h0; head < h1; ++head) {
+          float* sums = layout.at(partials, p, chunk, head);
+          sum_table = p.bias_table ? sums : nullptr;
+          sum_pad_k = sums + layout.table_stride;
+          sum_pad_v = sum_pad_k + layout.pad_k;
+          sum_tau = sum_pad_v + layout.pad_v;
+          if (g.single) {
+            window_in_one_tile(head);
+          } else {
+            queries_of_window(b, wy, wx, head);
+            keys_of_window(b, wy, wx, head);
+          }
+        }
+      }
+    }
+  }
+};
+
+template <class T>
+void reduce(const Params& p, const Geometry& g, const float* partials) {
+  const Partials layout(p, g);
+  Scratch count;
+  count.take<float>(layout.stride + g.dp + kLanes);
+  Scratch scratch(static_cast<char*>(thread_scratch(count.used())));
+  float* sum = scratch.take<float>(layout.stride + g.dp + kLanes);
+  float *unit = sum + layout.stride, *norm = unit + g.dp;
+  for (int64_t head = 0; head < p.h; ++head) {
+    zero(sum, layout.stride);
+    for (int64_t chunk = 0; chunk < layout.chunks; ++chunk) {
+      const float* part = partials + (chunk * p.h + head) * layout.stride;
+      for (int64_t i = 0; i < layout.stride; i += kLanes) store(sum + i, load(sum + i) + load(part + i));
+    }
+    for (int64_t i = 0; i < layout.table; ++i) {
+      store_scalar(p.dbias_table, p.bias_dtype, head * layout.table + i, sum[layout.table - 1 - i]);
+    }
+    float* pad_k = sum + layout.table_stride;
+    if (g.has_pad) {
+      if (g.cosine) {
+        load_row(unit, static_cast<const T*>(p.pad_k) + head * p.d, static_cast<int>(p.d));
+        normalize_row(unit, g.dp, norm);
+        normalize_row_backward(pad_k, unit, *norm, g.dp);
+      }
+      store_row(static_cast<T*>(p.dpad_k) + head * p.d, pad_k, static_cast<int>(p.d));
+      store_row(static_cast<T*>(p.dpad_v) + head * p.dv, pad_k + layout.pad_k, static_cast<int>(p.dv));
+    }
+    if (g.cosine) store_scalar(p.dlogit_scale, p.logit_scale_dtype, head, pad_k[layout.pad_k + layout.pad_v]);
+  }
+}
+
+// ---- entry points --------------------------------------------------------------------------------------------------
+
+template <template <class> class Pass, class T, class... Args>
+void run_pass(const Params& p, const Geometry& g, Args... args) {
+  Scratch count;
+  Pass<T> sizes(p, g, count);
+  Scratch scratch(static_cast<char*>(thread_scratch(count.used())));
+  Pass<T> pass(p, g, scratch);
+  pass.run(args...);
+}
+
+int64_t forward_units(const Params& p) {
+  const Geometry g(p);
+  return p.B * g.windows * p.h;
+}
+
+void forward(const Params& p, int64_t begin, int64_t end) {
+  const Geometry g(p);
+  switch (p.dtype) {
+    case DType::kFloat32: run_pass<Forward, float>(p, g, begin, end); break;
+    case DType::kBFloat16: run_pass<Forward, BFloat16>(p, g, begin, end); break;
+    default: run_pass<Forward, Float16>(p, g, begin, end);
+  }
+}
+
+int64_t backward_units(const Params& p) {
+  const Geometry g(p);
+  const Partials layout(p, g);
+  return layout.chunks * layout.groups;
+}
+
+int64_t backward_partials(const Params& p) {
+  const Geometry g(p);
+  const Partials layout(p, g);
+  return layout.chunks * p.h * layout.stride;
+}
+
+void backward(const Params& p, float* partials, int64_t begin, int64_t end) {
+  const Geometry g(p);
+  switch (p.dtype) {
+    case DType::kFloat32: run_pass<Backward, float>(p, g, partials, begin, end); break;
+    case DType::kBFloat16: run_pass<Backward, BFloat16>(p, g, partials, begin, end); break;
+    default: run_pass<Backward, Float16>(p, g, partials, begin, end);
+  }
+}
+
+void backward_reduce(const Params& p, const float* partials) {
+  const Geometry g(p);
+  switch (p.dtype) {
+    case DType::kFloat32: reduce<float>(p, g, partials); break;
+    case DType::kBFloat16: reduce<BFloat16>(p, g, partials); break;
+    default: reduce<Float16>(p, g, partials);
+  }
+}
+
+}  // namespace window_attention_impl
+}  // namespace effvit::cpu::EFFVIT_ISA_NAME
+
+namespace effvit::cpu {
+const WindowAttentionKernel* EFFVIT_KERNEL_NAME(window_attention)() {
+  namespace impl = EFFVIT_ISA_NAME::window_attention_impl;
+  static const WindowAttentionKernel kernel = {impl::forward_units,     impl::forward,  impl::backward_units,
+                                               impl::backward_partials, impl::backward, impl::backward_reduce};
+  return &kernel;
+}
+}  // namespace effvit::cpu
