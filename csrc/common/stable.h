@@ -65,7 +65,7 @@ inline const char* dtype_name(ScalarType t) {
     case ScalarType::Char: return "torch.int8";
     case ScalarType::Byte: return "torch.uint8";
     case ScalarType::Bool: return "torch.bool";
-    default: return "another dtype";
+    default: return torch::headeronly::toString(t);
   }
 }
 

@@ -44,7 +44,7 @@ inline WindowAttentionCall window_attention_call(
   check_float_dtype(op, "q", q);
   check(k.dim() == 5 && shape_of(k) == shape_of(q), op, "k must be [B, H, W, h, d] like q ", shape_of(q), ", got ",
         shape_of(k));
-  check(v.dim() == 5 && std::equal(shape_of(v).begin(), shape_of(v).end() - 1, shape_of(q).begin()), op,
+  check(v.dim() == 5 && std::equal(v.sizes().begin(), v.sizes().begin() + 4, q.sizes().begin()), op,
         "v must be [B, H, W, h, dv] like q ", shape_of(q), ", got ", shape_of(v));
   for (auto [name, t] : {std::pair<const char*, const Tensor*>{"q", &q}, {"k", &k}, {"v", &v}}) {
     check_dtype(op, name, *t, q.scalar_type(), "q");
@@ -63,6 +63,10 @@ inline WindowAttentionCall window_attention_call(
   std::tie(p.halo_h, p.halo_w) = check_pair(op, "halo", halo, 0);
   check(p.shift_h < p.window_h && p.shift_w < p.window_w, op, "shift must be in [0, window) for window ", window,
         ", got ", shift);
+  constexpr int64_t kMaxExtent = int64_t{1} << 24;
+  check((p.window_h + 2 * int64_t{p.halo_h}) * p.dilation_h <= kMaxExtent &&
+            (p.window_w + 2 * int64_t{p.halo_w}) * p.dilation_w <= kMaxExtent,
+        op, "dilation must be such that (window + 2*halo) * dilation is at most ", kMaxExtent, ", got ", dilation);
   check(std::isfinite(mask_value), op, "mask_value must be finite, got ", mask_value);
   check(!scale || std::isfinite(*scale), op, "scale must be finite, got ", scale.value_or(0.));
   check(!(scale && logit_scale), op, "scale must be None when logit_scale is given, got ", scale.value_or(0.));

@@ -18,6 +18,15 @@ constexpr float kLogitScaleMax = 4.605170185988092f;  // ln 100
 constexpr float kNormEps = 1e-12f;
 constexpr int kTileTokens = 256;
 constexpr int kSubRows = 64;  // query rows whose P and dS the backward holds at once
+#if defined(EFFVIT_HAS_TILES)
+template <class T>
+constexpr bool kTiles = std::is_same_v<T, BFloat16>;  // products on AMX tiles, of the bfloat16 tokens as they are
+#else
+template <class T>
+constexpr bool kTiles = false;
+#endif
+template <class T>
+constexpr int kBlockRows = kTiles<T> ? 32 : kRows;  // query rows that the forward holds at once
 constexpr int64_t kTableCacheBytes = 512 << 10;
 constexpr int64_t kPartialBytes = 1 << 20;
 
@@ -58,6 +67,7 @@ struct Geometry {
   int q_tile_rows, k_tile_rows;    // rows of the window (of its keys) in one tile
   int q_tile_max, k_tile_max;      // tokens in one tile at most
   int dp, dvp;                     // head dims rounded up to whole vectors
+  int dk32, dv32;                  // and to the depth of a tile product
   int ld;                          // row stride of a logits block: room for one vector of overrun
   bool single;                     // a window is one tile, without halo
   bool cosine, has_pad;
@@ -71,6 +81,8 @@ struct Geometry {
     windows = int64_t{y.windows} * x.windows;
     dp = round_up(static_cast<int>(p.d), kLanes);
     dvp = round_up(static_cast<int>(p.dv), kLanes);
+    dk32 = round_up(static_cast<int>(p.d), 32);
+    dv32 = round_up(static_cast<int>(p.dv), 32);
     const int widest = dp > dvp ? dp : dvp;
     tile_tokens = widest <= 128 ? kTileTokens : std::max(16, kTileTokens * 128 / widest);
     const int key_h = p.window_h + 2 * p.halo_h;
@@ -284,11 +296,64 @@ EFFVIT_INLINE float temperature(const Params& p, int64_t head) {
   return std::exp(tau > kLogitScaleMax ? kLogitScaleMax : tau);
 }
 
+// Owns the tile configuration of the thread while a pass runs on tiles.
+template <class T>
+struct Products {
+#if defined(EFFVIT_HAS_TILES)
+  std::conditional_t<kTiles<T>, TileScope, int> scope{};
+#endif
+};
+
+// Columns [0, n) of src, zeros up to n_padded.
+EFFVIT_INLINE void copy_row(BFloat16* dst, const BFloat16* src, int n, int n_padded) {
+  std::memcpy(dst, src, static_cast<size_t>(n) * 2);
+  std::memset(dst + n, 0, static_cast<size_t>(n_padded - n) * 2);
+}
+
 template <class T>
 EFFVIT_INLINE const T* row_or_pad(const void* base, const void* pad, int64_t offset, int64_t position, int64_t head,
                                   int64_t head_stride, int64_t width) {
   return position < 0 ? static_cast<const T*>(pad) + head * width
                       : static_cast<const T*>(base) + offset + head * head_stride;
+}
+
+// Token lists of two windows: the one at work and the one after it, whose rows are fetched meanwhile. A window's rows lie
+// far apart, which the hardware prefetchers do not follow.
+struct Tokens {
+  Queries queries;
+  Keys keys;
+  int64_t window = -1;
+};
+
+class Windows {
+ public:
+  void allocate(Scratch& s, const Geometry& g) {
+    for (Tokens& t : tokens_) {
+      t.queries.allocate(s, g.q_tile_max);
+      t.keys.allocate(s, g.k_tile_max);
+    }
+  }
+  // Tokens of a window that is one tile.
+  const Tokens& get(const Params& p, const Geometry& g, int64_t window) {
+    Tokens& t = tokens_[window & 1];
+    if (t.window != window) {
+      const int64_t b = window / g.windows, w = window - b * g.windows;
+      const int wy = static_cast<int>(w / g.x.windows), wx = static_cast<int>(w - int64_t{wy} * g.x.windows);
+      find_queries(p, g, b, wy, wx, 0, g.y.window, &t.queries);
+      find_keys(p, g, b, wy, wx, 0, g.y.window, 0, g.x.window, g.has_pad, &t.keys);
+      t.window = window;
+    }
+    return t;
+  }
+  Tokens& scratch() { return tokens_[0]; }  // for tiles, which are not prefetched
+
+ private:
+  Tokens tokens_[2];
+};
+
+EFFVIT_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  const char* p = static_cast<const char*>(row);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
@@ -297,24 +362,42 @@ template <class T>
 struct Forward {
   const Params& p;
   const Geometry& g;
-  Queries queries;
+  Windows windows;
+  Queries queries;  // of the tile at work
   Keys keys;
+  const Tokens* next = nullptr;  // unit to prefetch meanwhile
+  int64_t next_head = 0;
   FlippedTable tables;
-  float *q, *k, *kt, *v, *s, *o, *top, *sum, *unused_norm;
+  float *q, *k, *kt, *v, *s, *o, *top, *sum, *norm;
+  // Tiles: bfloat16 queries, transposed keys, values and probabilities, and what the logits are multiplied with.
+  BFloat16 *q16 = nullptr, *kt16 = nullptr, *v16 = nullptr, *p16 = nullptr, *row16 = nullptr;
+  float *row_scale = nullptr, *column_scale = nullptr, *bias = nullptr;
 
   Forward(const Params& params, const Geometry& geometry, Scratch& scratch) : p(params), g(geometry) {
-    queries.allocate(scratch, g.q_tile_max);
-    keys.allocate(scratch, g.k_tile_max);
+    windows.allocate(scratch, g);
+    queries = windows.scratch().queries;
+    keys = windows.scratch().keys;
     tables.allocate(scratch, p, g);
     q = scratch.take<float>(int64_t{g.q_tile_max} * g.dp);
     k = scratch.take<float>(int64_t{g.k_tile_max} * g.dp);
     kt = scratch.take<float>(int64_t{g.dp} * round_up(g.k_tile_max, kLanes));
     v = scratch.take<float>(int64_t{g.k_tile_max} * g.dvp);
-    s = scratch.take<float>(int64_t{kRows} * g.ld);
-    o = scratch.take<float>(int64_t{g.single ? kRows : g.q_tile_max} * g.dvp);
+    s = scratch.take<float>(int64_t{kBlockRows<T>} * g.ld);
+    o = scratch.take<float>(int64_t{g.single ? kBlockRows<T> : round_up(g.q_tile_max, kBlockRows<T>)} * g.dvp);
     top = scratch.take<float>(g.q_tile_max + kLanes);
     sum = scratch.take<float>(g.q_tile_max + kLanes);
-    unused_norm = scratch.take<float>(kLanes);
+    norm = scratch.take<float>(kLanes);
+    if constexpr (kTiles<T>) {
+      const int64_t nk = round_up(g.k_tile_max, 32);
+      q16 = scratch.take<BFloat16>(int64_t{round_up(g.q_tile_max, 32)} * g.dk32);
+      kt16 = scratch.take<BFloat16>(nk * g.dk32);
+      v16 = scratch.take<BFloat16>(nk * g.dvp);
+      p16 = scratch.take<BFloat16>(32 * nk);
+      row16 = scratch.take<BFloat16>(nk * std::max(g.dk32, g.dvp));
+      row_scale = scratch.take<float>(g.q_tile_max);
+      column_scale = scratch.take<float>(nk);
+      bias = scratch.take<float>(g.ld);
+    }
   }
 
   void load_queries(int64_t head) {
@@ -325,7 +408,7 @@ struct Forward {
       float* row = q + int64_t{i} * g.dp;
       if (g.cosine) {
         load_row(row, base + queries.offset[i], d);
-        normalize_row(row, g.dp, unused_norm);
+        normalize_row(row, g.dp, norm);
         for (int c = 0; c < g.dp; c += kLanes) store(row + c, load(row + c) * factor);
       } else {
         load_row(row, base + queries.offset[i], d, factor);
@@ -345,13 +428,9 @@ struct Forward {
     for (int j = 0; j < keys.n; ++j) {
       float* row = k + int64_t{j} * g.dp;
       load_row(row, row_or_pad<T>(p.k, p.pad_k, keys.k_offset[j], keys.position[j], head, p.k_stride_h, p.d), d);
-      if (g.cosine) normalize_row(row, g.dp, unused_norm);
+      if (g.cosine) normalize_row(row, g.dp, norm);
     }
     transpose_rows(kt, keys.padded, keys.n, d, [&](int j) { return k + int64_t{j} * g.dp; });
-  }
-
-  bool values_in_place() const {
-    return std::is_same_v<T, float> && keys.pads == 0 && p.dv % kLanes == 0;
   }
 
   void load_values(int64_t head) {
@@ -413,53 +492,172 @@ struct Forward {
     }
   }
 
-  template <class B>
-  void rows_of_tile(B values, int64_t head, bool first) {
+  // Fetches tokens [r, r + kBlockRows) of the next unit while this one computes.
+  EFFVIT_INLINE void prefetch(int r) {
+    if (!next) return;
+    const Queries& nq = next->queries;
+    const Keys& nk = next->keys;
+    const T* base_q = static_cast<const T*>(p.q) + next_head * p.q_stride_h;
+    const T* base_k = static_cast<const T*>(p.k) + next_head * p.k_stride_h;
+    const T* base_v = static_cast<const T*>(p.v) + next_head * p.v_stride_h;
+    for (int i = r; i < std::min(r + kBlockRows<T>, nq.n); ++i) {
+      prefetch_row(base_q + nq.offset[i], p.d * static_cast<int64_t>(sizeof(T)));
+    }
+    for (int j = r; j < std::min(r + kBlockRows<T>, nk.n); ++j) {
+      prefetch_row(base_k + nk.k_offset[j], p.d * static_cast<int64_t>(sizeof(T)));
+      prefetch_row(base_v + nk.v_offset[j], p.dv * static_cast<int64_t>(sizeof(T)));
+    }
+  }
+
+  void rows_of_tile(int64_t head, bool first) {
     const float* table = tables.get(p, g, head);
     for (int r = 0; r < queries.n; r += kRows) {
       const int rows = std::min(kRows, queries.n - r);
+      prefetch(r);
       softmax_rows(r, rows, table, first);
       float* acc = g.single ? o : o + int64_t{r} * g.dvp;
-      gemm(rows, g.dvp, keys.n, RowMajorA{s, g.ld}, values, acc, g.dvp, !first);
+      gemm(rows, g.dvp, keys.n, RowMajorA{s, g.ld}, DenseB{v, g.dvp}, acc, g.dvp, !first);
       if (g.single) {
         for (int i = 0; i < rows; ++i) write_row(r + i, acc + int64_t{i} * g.dvp, head);
       }
     }
   }
 
-  void tile(int64_t head, bool first) {
-    load_keys(head);
-    if (values_in_place()) {
-      rows_of_tile(GatheredB{static_cast<const float*>(p.v) + head * p.v_stride_h, keys.v_offset}, head, first);
-    } else {
-      load_values(head);
-      rows_of_tile(DenseB{v, g.dvp}, head, first);
+#if defined(EFFVIT_HAS_TILES)
+  // The tokens stay bfloat16 as they are; scale, temperature and norms multiply the float32 logits instead.
+  void load_queries_16(int64_t head) {
+    const BFloat16* base = static_cast<const BFloat16*>(p.q) + head * p.q_stride_h;
+    const float factor = g.cosine ? temperature(p, head) : p.scale;
+    for (int i = 0; i < queries.n; ++i) {
+      copy_row(q16 + int64_t{i} * g.dk32, base + queries.offset[i], static_cast<int>(p.d), g.dk32);
+      row_scale[i] = factor;
+      if (g.cosine) row_scale[i] *= inverse_norm(base + queries.offset[i], static_cast<int>(p.d), q);
     }
+  }
+
+  float inverse_norm(const BFloat16* row, int n, float* wide) {
+    load_row(wide, row, n);
+    const float length = __builtin_sqrtf(dot(wide, wide, round_up(n, kLanes)));
+    return 1.f / (length > kNormEps ? length : kNormEps);
+  }
+
+  void load_keys_16(int64_t head) {
+    const int d = static_cast<int>(p.d), width = static_cast<int>(p.dv);
+    const auto key = [&](int j) {
+      return row_or_pad<BFloat16>(p.k, p.pad_k, keys.k_offset[j], keys.position[j], head, p.k_stride_h, p.d);
+    };
+    const auto value = [&](int j) {
+      return row_or_pad<BFloat16>(p.v, p.pad_v, keys.v_offset[j], keys.position[j], head, p.v_stride_h, p.dv);
+    };
+    if (g.cosine) {
+      for (int j = 0; j < keys.n; ++j) column_scale[j] = inverse_norm(key(j), d, k);
+      for (int j = keys.n; j < keys.padded; ++j) column_scale[j] = 1.f;
+    }
+    const int64_t ldb = 2 * keys.padded;
+    if (d % 32 == 0) {
+      pack_transposed(kt16, ldb, keys.n, d, key);
+    } else {
+      for (int j = 0; j < keys.n; ++j) copy_row(row16 + int64_t{j} * g.dk32, key(j), d, g.dk32);
+      pack_transposed(kt16, ldb, keys.n, d, [&](int j) { return row16 + int64_t{j} * g.dk32; });
+    }
+    if (width % 16 == 0) {
+      pack_rows(v16, 2 * g.dvp, keys.n, width, value);
+    } else {
+      for (int j = 0; j < keys.n; ++j) copy_row(row16 + int64_t{j} * g.dvp, value(j), width, g.dvp);
+      pack_rows(v16, 2 * g.dvp, keys.n, g.dvp, [&](int j) { return row16 + int64_t{j} * g.dvp; });
+    }
+  }
+
+  void rows_of_tile_16(int64_t head, bool first) {
+    const float* table = tables.get(p, g, head);
+    const int depth = round_up(keys.padded, 32);
+    for (int r = 0; r < queries.n; r += 32) {
+      const int rows = std::min(32, queries.n - r), rows16 = round_up(rows, 16);
+      prefetch(r);
+      tile_gemm(rows16, keys.padded, g.dk32, q16 + int64_t{r} * g.dk32, g.dk32, kt16, 2 * keys.padded, s, g.ld, false);
+      for (int i = 0; i < rows; ++i) {
+        float* row = s + int64_t{i} * g.ld;
+        init_logits(bias, keys, table ? table + queries.table[r + i] : nullptr, queries.label[r + i], p.mask_value);
+        const vf factor = set1(row_scale[r + i]);
+        vf m = set1(first ? kLowest : top[r + i]);
+        for (int j = 0; j < keys.padded; j += kLanes) {
+          const vf scale = g.cosine ? factor * load(column_scale + j) : factor;
+          const vf x = fma(load(row + j), scale, load(bias + j));
+          store(row + j, x);
+          m = max(m, x);
+        }
+        const float highest = reduce_max(m);
+        const vf shift = set1(highest);
+        BFloat16* prob = p16 + int64_t{i} * depth;
+        vf total{};
+        for (int j = 0; j < keys.padded; j += kLanes) {
+          const vf e = exp(load(row + j) - shift);
+          store(prob + j, e);
+          total = total + e;
+        }
+        if (depth > keys.padded) store(prob + keys.padded, vf{});
+        if (first) {
+          sum[r + i] = reduce_add(total);
+        } else {
+          const vf correction = exp(set1(top[r + i] - highest));
+          sum[r + i] = sum[r + i] * correction[0] + reduce_add(total);
+          float* acc = o + int64_t{r + i} * g.dvp;
+          for (int c = 0; c < g.dvp; c += kLanes) store(acc + c, load(acc + c) * correction);
+        }
+        top[r + i] = highest;
+      }
+      float* acc = g.single ? o : o + int64_t{r} * g.dvp;
+      tile_gemm(rows16, g.dvp, depth, p16, depth, v16, 2 * g.dvp, acc, g.dvp, !first);
+      if (g.single) {
+        for (int i = 0; i < rows; ++i) write_row(r + i, acc + int64_t{i} * g.dvp, head);
+      }
+    }
+  }
+#endif
+
+  void start(int64_t head) {
+#if defined(EFFVIT_HAS_TILES)
+    if constexpr (kTiles<T>) return load_queries_16(head);
+#endif
+    load_queries(head);
+  }
+
+  void tile(int64_t head, bool first) {
+#if defined(EFFVIT_HAS_TILES)
+    if constexpr (kTiles<T>) {
+      load_keys_16(head);
+      rows_of_tile_16(head, first);
+      return;
+    }
+#endif
+    load_keys(head);
+    load_values(head);
+    rows_of_tile(head, first);
   }
 
   void run(int64_t begin, int64_t end) {
     tables.reset(p);
-    int64_t found = -1;  // window whose tokens are in place (single tile only)
+    [[maybe_unused]] const Products<T> products;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t window = unit / p.h, head = unit - window * p.h;
-      const int64_t b = window / g.windows, w = window - b * g.windows;
-      const int wy = static_cast<int>(w / g.x.windows), wx = static_cast<int>(w - int64_t{wy} * g.x.windows);
       if (g.single) {
-        if (found != window) {
-          find_queries(p, g, b, wy, wx, 0, g.y.window, &queries);
-          find_keys(p, g, b, wy, wx, 0, g.y.window, 0, g.x.window, g.has_pad, &keys);
-          found = window;
-        }
+        const Tokens& tokens = windows.get(p, g, window);
+        queries = tokens.queries;
+        keys = tokens.keys;
+        next = unit + 1 < end ? &windows.get(p, g, (unit + 1) / p.h) : nullptr;
+        next_head = (unit + 1) % p.h;
         if (queries.n == 0) continue;
-        load_queries(head);
+        start(head);
         tile(head, true);
         write_lse(head);
         continue;
       }
+      const int64_t b = window / g.windows, w = window - b * g.windows;
+      const int wy = static_cast<int>(w / g.x.windows), wx = static_cast<int>(w - int64_t{wy} * g.x.windows);
       for (int y0 = 0; y0 < g.y.window; y0 += g.q_tile_rows) {
         find_queries(p, g, b, wy, wx, y0, std::min(y0 + g.q_tile_rows, g.y.window), &queries);
         if (queries.n == 0) continue;
-        load_queries(head);
+        start(head);
         bool first = true;
         const int key_end = g.y.window + g.y.halo;
         for (int ky = -g.y.halo; ky < key_end; ky += g.k_tile_rows) {
@@ -509,7 +707,10 @@ struct Backward {
   FlippedTable tables;
   float *q, *q_norm, *grad_out, *delta, *lse, *k, *k_norm, *kt, *v, *vt, *prob, *dlogit, *dq, *dk, *dv;
   float *own_k, *own_v, *pad_unit, *pad_prob, *pad_dlogit;
-  int32_t* own_index = nullptr;
+  // Tiles: the operands of the five products in bfloat16.
+  BFloat16 *q16 = nullptr, *q16_rows = nullptr, *do16 = nullptr, *do16_rows = nullptr, *kt16 = nullptr,
+           *vt16 = nullptr, *k16_rows = nullptr, *row16 = nullptr, *ds16 = nullptr, *pt16 = nullptr, *dst16 = nullptr;
+  float *row_scale = nullptr, *column_scale = nullptr, *bias = nullptr;
   // Of the current head and chunk; null where the argument was not given.
   float *sum_table = nullptr, *sum_pad_k = nullptr, *sum_pad_v = nullptr, *sum_tau = nullptr;
 
@@ -530,9 +731,26 @@ struct Backward {
     vt = scratch.take<float>(g.dvp * nk_padded);
     prob = scratch.take<float>(int64_t{kSubRows} * g.ld);
     dlogit = scratch.take<float>(int64_t{kSubRows} * g.ld);
-    dq = scratch.take<float>(nq * g.dp);
-    dk = scratch.take<float>(nk * g.dp);
-    dv = scratch.take<float>(nk * g.dvp);
+    dq = scratch.take<float>(round_up(g.q_tile_max, kSubRows) * int64_t{g.dp});
+    dk = scratch.take<float>(nk_padded * g.dp);
+    dv = scratch.take<float>(nk_padded * g.dvp);
+    if constexpr (kTiles<T>) {
+      const int64_t nq64 = round_up(g.q_tile_max, kSubRows), nk32 = round_up(g.k_tile_max, 32);
+      q16 = scratch.take<BFloat16>(nq64 * g.dk32);
+      q16_rows = scratch.take<BFloat16>(nq64 * g.dp);
+      do16 = scratch.take<BFloat16>(nq64 * g.dv32);
+      do16_rows = scratch.take<BFloat16>(nq64 * g.dvp);
+      kt16 = scratch.take<BFloat16>(nk32 * g.dk32);
+      vt16 = scratch.take<BFloat16>(nk32 * g.dv32);
+      k16_rows = scratch.take<BFloat16>(nk32 * g.dp);
+      row16 = scratch.take<BFloat16>(nk32 * std::max(g.dk32, g.dv32));
+      ds16 = scratch.take<BFloat16>(kSubRows * nk32);
+      pt16 = scratch.take<BFloat16>(kSubRows * nk32);
+      dst16 = scratch.take<BFloat16>(kSubRows * nk32);
+      row_scale = scratch.take<float>(nq);
+      column_scale = scratch.take<float>(nk32);
+      bias = scratch.take<float>(g.ld);
+    }
     pad_unit = scratch.take<float>(g.dp);
     pad_prob = scratch.take<float>(kSubRows);
     pad_dlogit = scratch.take<float>(kSubRows);
@@ -561,16 +779,20 @@ struct Backward {
       float* row_do = grad_out + int64_t{i} * g.dvp;
       load_row(row_do, base_do + queries.grad_offset[i], width);
       const int64_t position = queries.position[i];
+      const int64_t b = position / plane, at = (b * p.h + head) * plane + (position - b * plane);
+      lse[i] = p.lse[at];
+      delta[i] = p.grad_lse ? -p.grad_lse[at] : 0.f;
+      if (g.single) continue;  // the rest of delta comes from the row itself
       const T* row_out = static_cast<const T*>(p.out) + (position * p.h + head) * p.dv;
       vf acc{};
       int c = 0;
       for (; c + kLanes <= width; c += kLanes) acc = fma(load(row_do + c), load(row_out + c), acc);
-      float total = reduce_add(acc);
-      for (; c < width; ++c) total += row_do[c] * to_float(row_out[c]);
-      const int64_t b = position / plane, at = (b * p.h + head) * plane + (position - b * plane);
-      delta[i] = total - (p.grad_lse ? p.grad_lse[at] : 0.f);
-      lse[i] = p.lse[at];
+      delta[i] += reduce_add(acc);
+      for (; c < width; ++c) delta[i] += row_do[c] * to_float(row_out[c]);
     }
+#if defined(EFFVIT_HAS_TILES)
+    if constexpr (kTiles<T>) load_queries_16(head);
+#endif
   }
 
   void load_keys(int64_t head) {
@@ -579,13 +801,110 @@ struct Backward {
       load_row(row, row_or_pad<T>(p.k, p.pad_k, keys.k_offset[j], keys.position[j], head, p.k_stride_h, p.d),
                static_cast<int>(p.d));
       if (g.cosine) normalize_row(row, g.dp, k_norm + j);
+      if (kTiles<T>) continue;
       load_row(v + int64_t{j} * g.dvp,
                row_or_pad<T>(p.v, p.pad_v, keys.v_offset[j], keys.position[j], head, p.v_stride_h, p.dv),
                static_cast<int>(p.dv));
     }
+#if defined(EFFVIT_HAS_TILES)
+    if constexpr (kTiles<T>) return load_keys_16(head);
+#endif
     transpose_rows(kt, keys.padded, keys.n, static_cast<int>(p.d), [&](int j) { return k + int64_t{j} * g.dp; });
     transpose_rows(vt, keys.padded, keys.n, static_cast<int>(p.dv), [&](int j) { return v + int64_t{j} * g.dvp; });
   }
+
+#if defined(EFFVIT_HAS_TILES)
+  // After load_queries: the same tokens in bfloat16, row-major and with rows in pairs.
+  void load_queries_16(int64_t head) {
+    const int d = static_cast<int>(p.d), width = static_cast<int>(p.dv);
+    const BFloat16* base = static_cast<const BFloat16*>(p.q) + head * p.q_stride_h;
+    const BFloat16* base_do = static_cast<const BFloat16*>(p.grad_out) + head * p.grad_out_stride_h;
+    const float factor = g.cosine ? temperature(p, head) : p.scale;
+    for (int i = 0; i < queries.n; ++i) {
+      copy_row(q16 + int64_t{i} * g.dk32, base + queries.offset[i], d, g.dk32);
+      copy_row(do16 + int64_t{i} * g.dv32, base_do + queries.grad_offset[i], width, g.dv32);
+      row_scale[i] = g.cosine ? factor / std::max(q_norm[i], kNormEps) : factor;
+    }
+    for (int r = 0; r < queries.n; r += kSubRows) {  // each block of rows starts on a new pair
+      const int rows = std::min(kSubRows, queries.n - r);
+      pack_rows(q16_rows + int64_t{r} * g.dp, 2 * g.dp, rows, g.dp,
+                [&](int i) { return q16 + int64_t{r + i} * g.dk32; });
+      pack_rows(do16_rows + int64_t{r} * g.dvp, 2 * g.dvp, rows, g.dvp,
+                [&](int i) { return do16 + int64_t{r + i} * g.dv32; });
+    }
+  }
+
+  void load_keys_16(int64_t head) {
+    const int d = static_cast<int>(p.d), width = static_cast<int>(p.dv);
+    const int64_t ldb = 2 * keys.padded;
+    if (g.cosine) {
+      for (int j = 0; j < keys.padded; ++j) column_scale[j] = j < keys.n ? 1.f / std::max(k_norm[j], kNormEps) : 1.f;
+    }
+    for (int j = 0; j < keys.n; ++j) {
+      copy_row(row16 + int64_t{j} * g.dk32,
+               row_or_pad<BFloat16>(p.k, p.pad_k, keys.k_offset[j], keys.position[j], head, p.k_stride_h, p.d), d,
+               g.dk32);
+    }
+    const auto key = [&](int j) { return row16 + int64_t{j} * g.dk32; };
+    pack_transposed(kt16, ldb, keys.n, d, key);
+    pack_rows(k16_rows, 2 * g.dp, keys.n, g.dp, key);
+    for (int j = 0; j < keys.n; ++j) {
+      copy_row(row16 + int64_t{j} * g.dv32,
+               row_or_pad<BFloat16>(p.v, p.pad_v, keys.v_offset[j], keys.position[j], head, p.v_stride_h, p.dv), width,
+               g.dv32);
+    }
+    pack_transposed(vt16, ldb, keys.n, width, [&](int j) { return row16 + int64_t{j} * g.dv32; });
+  }
+
+  void recompute_rows_16(int r, int rows, const float* table) {
+    const int rows16 = round_up(rows, 16);
+    tile_gemm(rows16, keys.padded, g.dk32, q16 + int64_t{r} * g.dk32, g.dk32, kt16, 2 * keys.padded, prob, g.ld, false);
+    tile_gemm(rows16, keys.padded, g.dv32, do16 + int64_t{r} * g.dv32, g.dv32, vt16, 2 * keys.padded, dlogit, g.ld,
+              false);
+    for (int i = 0; i < rows; ++i) {
+      init_logits(bias, keys, table ? table + queries.table[r + i] : nullptr, queries.label[r + i], p.mask_value);
+      const vf factor = set1(row_scale[r + i]);
+      float* row = prob + int64_t{i} * g.ld;
+      for (int j = 0; j < keys.padded; j += kLanes) {
+        const vf scale = g.cosine ? factor * load(column_scale + j) : factor;
+        store(row + j, fma(load(row + j), scale, load(bias + j)));
+      }
+      softmax_backward(row, dlogit + int64_t{i} * g.ld, r + i);
+    }
+    for (int i = rows; i < round_up(rows, 32); ++i) {  // rows of the transposed operands' padding
+      zero(prob + int64_t{i} * g.ld, keys.padded);
+      zero(dlogit + int64_t{i} * g.ld, keys.padded);
+    }
+  }
+
+  // dq rows += dS K; the norms of cosine attention multiply dS on the way to bfloat16.
+  void dq_rows_16(int r, int rows, bool accumulate) {
+    const int depth = round_up(keys.padded, 32);
+    for (int i = 0; i < rows; ++i) {
+      const float* row = dlogit + int64_t{i} * g.ld;
+      BFloat16* dst = ds16 + int64_t{i} * depth;
+      for (int j = 0; j < keys.padded; j += kLanes) {
+        store(dst + j, g.cosine ? load(row + j) * load(column_scale + j) : load(row + j));
+      }
+      if (depth > keys.padded) store(dst + keys.padded, vf{});
+    }
+    tile_gemm(round_up(rows, 16), g.dp, depth, ds16, depth, k16_rows, 2 * g.dp, dq + int64_t{r} * g.dp, g.dp,
+              accumulate);
+  }
+
+  // dv += P^T dO, dk += dS^T q.
+  void dkv_rows_16(int r, int rows, bool accumulate) {
+    const int depth = round_up(rows, 32);
+    transpose_to_bfloat16(pt16, depth, prob, g.ld, depth, keys.padded);
+    tile_gemm(keys.padded, g.dvp, depth, pt16, depth, do16_rows + int64_t{r} * g.dvp, 2 * g.dvp, dv, g.dvp, accumulate);
+    for (int i = 0; i < rows; ++i) {
+      float* row = dlogit + int64_t{i} * g.ld;
+      for (int j = 0; j < keys.padded; j += kLanes) store(row + j, load(row + j) * row_scale[r + i]);
+    }
+    transpose_to_bfloat16(dst16, depth, dlogit, g.ld, depth, keys.padded);
+    tile_gemm(keys.padded, g.dp, depth, dst16, depth, q16_rows + int64_t{r} * g.dp, 2 * g.dp, dk, g.dp, accumulate);
+  }
+#endif
 
   // sum_table[offset of (query, key)] += dS, for one query.
   EFFVIT_INLINE void add_to_table(const float* ds, int table_offset) {
@@ -596,6 +915,35 @@ struct Backward {
       int i = 0;
       for (; i + kLanes <= run.length; i += kLanes) store(dst + i, load(dst + i) + load(src + i));
       if (i < run.length) store(dst + i, load(dst + i) + first_lanes(load(src + i), run.length - i));
+    }
+  }
+
+  // Logits of query i and dP -> P and dS, in place. With all keys at hand the row is normalised again and the sum of P dP
+  // is taken from it, so that neither the rounding of lse nor that of out enters; a tile of many relies on both.
+  EFFVIT_INLINE void softmax_backward(float* row, float* drow, int i) {
+    const vf log_sum = set1(lse[i]);
+    if (!g.single) {
+      const vf d = set1(delta[i]);
+      for (int j = 0; j < keys.padded; j += kLanes) {
+        const vf e = exp(load(row + j) - log_sum);
+        store(row + j, e);
+        store(drow + j, e * (load(drow + j) - d));
+      }
+      return;
+    }
+    vf total{}, along{};
+    for (int j = 0; j < keys.padded; j += kLanes) {
+      const vf e = exp(load(row + j) - log_sum);
+      store(row + j, e);
+      total = total + e;
+      along = fma(e, load(drow + j), along);
+    }
+    const float inverse = 1.f / reduce_add(total);
+    const vf factor = set1(inverse), d = set1(reduce_add(along) * inverse + delta[i]);
+    for (int j = 0; j < keys.padded; j += kLanes) {
+      const vf e = load(row + j) * factor;
+      store(row + j, e);
+      store(drow + j, e * (load(drow + j) - d));
     }
   }
 
@@ -612,15 +960,7 @@ struct Backward {
            DenseB{kt, keys.padded}, s, g.ld, true);
       gemm(block, keys.padded, static_cast<int>(p.dv), RowMajorA{grad_out + int64_t{first} * g.dvp, g.dvp},
            DenseB{vt, keys.padded}, ds, g.ld, false);
-      for (int i = 0; i < block; ++i) {
-        const vf log_sum = set1(lse[first + i]), d = set1(delta[first + i]);
-        float *row = s + i * g.ld, *drow = ds + i * g.ld;
-        for (int j = 0; j < keys.padded; j += kLanes) {
-          const vf e = exp(load(row + j) - log_sum);
-          store(row + j, e);
-          store(drow + j, e * (load(drow + j) - d));
-        }
-      }
+      for (int i = 0; i < block; ++i) softmax_backward(s + i * g.ld, ds + i * g.ld, first + i);
     }
   }
 
@@ -644,21 +984,37 @@ struct Backward {
     const float* table = tables.get(p, g, head);
     for (int r = 0; r < queries.n; r += kSubRows) {
       const int rows = std::min(kSubRows, queries.n - r);
+      const bool accumulate_dkv = !first_dkv || r > 0;
+#if defined(EFFVIT_HAS_TILES)
+      if constexpr (kTiles<T>) {
+        recompute_rows_16(r, rows, table);
+        if (want_dq) {
+          dq_rows_16(r, rows, !first_dq);
+          add_sums(r, rows);
+        }
+        if (want_dkv) dkv_rows_16(r, rows, accumulate_dkv);
+        continue;
+      }
+#endif
       recompute_rows(r, rows, table);
       if (want_dq) {
         gemm(rows, g.dp, keys.n, RowMajorA{dlogit, g.ld}, DenseB{k, g.dp}, dq + int64_t{r} * g.dp, g.dp, !first_dq);
-        if (sum_table) {
-          for (int i = 0; i < rows; ++i) add_to_table(dlogit + int64_t{i} * g.ld, queries.table[r + i]);
-        }
-        if (keys.pads) add_pads(r, rows);
+        add_sums(r, rows);
       }
       if (want_dkv) {
-        const bool accumulate = !first_dkv || r > 0;
         gemm(keys.n, g.dvp, rows, TransposedA{prob, g.ld}, DenseB{grad_out + int64_t{r} * g.dvp, g.dvp}, dv, g.dvp,
-             accumulate);
-        gemm(keys.n, g.dp, rows, TransposedA{dlogit, g.ld}, DenseB{q + int64_t{r} * g.dp, g.dp}, dk, g.dp, accumulate);
+             accumulate_dkv);
+        gemm(keys.n, g.dp, rows, TransposedA{dlogit, g.ld}, DenseB{q + int64_t{r} * g.dp, g.dp}, dk, g.dp,
+             accumulate_dkv);
       }
     }
+  }
+
+  void add_sums(int r, int rows) {
+    if (sum_table) {
+      for (int i = 0; i < rows; ++i) add_to_table(dlogit + int64_t{i} * g.ld, queries.table[r + i]);
+    }
+    if (keys.pads) add_pads(r, rows);
   }
 
   T* gradient_row(int64_t position) const { return static_cast<T*>(p.dqkv) + position * p.h * (2 * p.d + p.dv); }
@@ -779,6 +1135,7 @@ struct Backward {
 
   void run(float* partials, int64_t begin, int64_t end) {
     tables.reset(p);
+    [[maybe_unused]] const Products<T> products;
     const Partials layout(p, g);
     const int64_t all = p.B * g.windows;
     for (int64_t unit = begin; unit < end; ++unit) {

@@ -12,6 +12,7 @@ namespace effvit::cpu::EFFVIT_ISA_NAME {
 constexpr int kLanes = EFFVIT_LANES;
 typedef float vf __attribute__((vector_size(4 * EFFVIT_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * EFFVIT_LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * EFFVIT_LANES)));
 typedef float vf_unaligned __attribute__((vector_size(4 * EFFVIT_LANES), aligned(4), may_alias));
 typedef int32_t vi_unaligned __attribute__((vector_size(4 * EFFVIT_LANES), aligned(4), may_alias));
 
@@ -109,7 +110,7 @@ EFFVIT_INLINE vf exp(vf x) {
   p = fma(p, f, set1(0.4999999403953552f));
   p = fma(p, f, set1(1.f));
   p = fma(p, f, set1(1.f));
-  const vi result = float_to_bits(p) + (float_to_bits(r) << 23);
+  const vi result = (vi)((vu)p + ((vu)r << 23));  // unsigned: it wraps for the x that the next line discards
   return (vf)(result & ~(x < set1(-87.33654f)));  // a NaN compares false and stays
 }
 
@@ -359,13 +360,6 @@ struct DenseB {  // b[t * ld + column]
   EFFVIT_INLINE const float* operator()(int t) const { return data + t * ld; }
   EFFVIT_INLINE DenseB columns_from(int c) const { return {data + c, ld}; }
 };
-struct GatheredB {  // rows anywhere in memory
-  const float* data;
-  const int64_t* offset;
-  EFFVIT_INLINE const float* operator()(int t) const { return data + offset[t]; }
-  EFFVIT_INLINE GatheredB columns_from(int c) const { return {data + c, offset}; }
-};
-
 template <int MR, int NV, class A, class B>
 EFFVIT_INLINE void gemm_tile(int k, A a, B b, float* c, int64_t ldc, bool accumulate) {
   vf acc[MR][NV];

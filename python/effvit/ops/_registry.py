@@ -111,11 +111,14 @@ def is_int(x: object) -> bool:
     return isinstance(x, (numbers.Integral, torch.SymInt)) and not isinstance(x, bool)
 
 
-def check_finite(op: str, name: str, x: object) -> None:
+def as_finite(op: str, name: str, x: object) -> float:
+    """A finite real number -> a float."""
     if isinstance(x, bool) or not isinstance(x, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise type_error(op, name, "a real number", type(x).__name__)
-    if not isinstance(x, (torch.SymFloat, torch.SymInt)) and not math.isfinite(x):
+    x = float(x)  # a SymFloat is specialised, as in as_pair
+    if not math.isfinite(x):
         raise value_error(op, name, "finite", x)
+    return x
 
 
 def as_pair(op: str, name: str, x: object, low: int) -> list[int]:
@@ -125,6 +128,7 @@ def as_pair(op: str, name: str, x: object, low: int) -> list[int]:
         raise type_error(op, name, "an int or 2 integers", repr(x))
     if len(pair) != 2:
         raise value_error(op, name, "an int or 2 integers", repr(x))
+    pair = [int(i) for i in pair]  # a SymInt is specialised: the geometry is part of the program
     if not all(low <= i <= 1 << 15 for i in pair):
         raise value_error(op, name, f"between {low} and {1 << 15}", pair)
     return pair

@@ -28,7 +28,7 @@ def _validate(
     op, q, k, v, bias_table=None, logit_scale=None, pad_k=None, pad_v=None,
     *, window, shift=0, dilation=1, halo=0, scale=None, mask_value=-100.0, roll_before_pad=False,
 ):  # fmt: skip
-    """Raise on anything the op does not take; return window, shift, dilation and halo as pairs."""
+    """Raise on anything the op does not take; return the geometry with ints as pairs, as torch.ops takes it."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         R.check_tensor(op, name, t)
     if q.dim() != 5:
@@ -49,9 +49,12 @@ def _validate(
     halo = R.as_pair(op, "halo", halo, 0)
     if any(s >= w for s, w in zip(shift, window, strict=True)):
         raise R.value_error(op, "shift", f"in [0, window) for window {window}", shift)
-    R.check_finite(op, "mask_value", mask_value)
+    for w, e, d in zip(window, halo, dilation, strict=True):
+        if (w + 2 * e) * d > 1 << 24:
+            raise R.value_error(op, "dilation", f"such that (window + 2*halo) * dilation is at most {1 << 24}", dilation)
+    mask_value = R.as_finite(op, "mask_value", mask_value)
     if scale is not None:
-        R.check_finite(op, "scale", scale)
+        scale = R.as_finite(op, "scale", scale)
         if logit_scale is not None:
             raise R.value_error(op, "scale", "None when logit_scale is given", scale)
     if not isinstance(roll_before_pad, bool):
@@ -76,7 +79,10 @@ def _validate(
             R.check_tensor(op, name, pad)
             R.check_like(op, name, pad, "q", q)
             R.check_shape(op, name, pad, "[h, d]" if name == "pad_k" else "[h, dv]", [h, e])
-    return window, shift, dilation, halo
+    return dict(
+        window=window, shift=shift, dilation=dilation, halo=halo, scale=scale, mask_value=mask_value,
+        roll_before_pad=roll_before_pad,
+    )  # fmt: skip
 
 
 def _validate_forward(*args, **kwargs):
@@ -100,6 +106,8 @@ def _validate_backward(grad_out, grad_lse, q, k, v, out, lse, *optionals, **kwar
         R.check_like(op, name, t, "q", q, dtype=False)
         if t.dtype != dtype:
             raise R.type_error(op, name, f"{dtype}", t.dtype)
+        if name in ("out", "lse") and not t.is_contiguous():
+            raise R.value_error(op, name, "contiguous as the forward returned it", f"strides {tuple(t.stride())}")
     R.check_last_stride(op, "grad_out", grad_out)
 
 
@@ -202,7 +210,7 @@ def _backward(ctx, grad_out, grad_lse):
     B, H, W, h, d = q.shape
     dq, dk, dv = dqkv.split([h * d, h * d, h * v.shape[4]], dim=-1)
     small = [None if t is None else g for g, t in zip(small, (bias_table, logit_scale, pad_k, pad_v), strict=True)]
-    return (*(g.unflatten(-1, (h, -1)) for g in (dq, dk, dv)), *small)
+    return (*(g.reshape(B, H, W, h, t.shape[4]) for g, t in ((dq, q), (dk, k), (dv, v))), *small)
 
 
 torch.library.register_autograd(f"effvit::{NAME}", _backward, setup_context=_setup_context, lib=R.LIBRARY)
@@ -330,11 +338,8 @@ def window_attention(
 
     Sources: Swin (arXiv:2103.14030), Swin v2 (2111.09883), MaxViT (2204.01697), CSWin (2107.00652), HAT (2205.04437).
     """
-    window, shift, dilation, halo = _validate(
+    geometry = _validate(
         NAME, q, k, v, bias_table, logit_scale, pad_k, pad_v, window=window, shift=shift, dilation=dilation, halo=halo,
         scale=scale, mask_value=mask_value, roll_before_pad=roll_before_pad,
     )  # fmt: skip
-    return torch.ops.effvit.window_attention(
-        q, k, v, bias_table, logit_scale, pad_k, pad_v, window=window, shift=shift, dilation=dilation, halo=halo,
-        scale=scale, mask_value=mask_value, roll_before_pad=roll_before_pad,
-    )  # fmt: skip
+    return torch.ops.effvit.window_attention(q, k, v, bias_table, logit_scale, pad_k, pad_v, **geometry)

@@ -1,0 +1,78 @@
+# Every target sets itself up; `make help` lists them. PYTHON=: which Python; TORCH=: what to install if it has no torch.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test bench lint format asan spills clean
+
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell nproc)
+
+# An activated environment with torch is used as it is. Else .venv, which sees the torch of python3 where there is one.
+VERSION := from importlib.metadata import version as v;
+HAS_TORCH := $(VERSION) import sys; sys.exit(tuple(map(int, v("torch").split(".")[:2])) < (2, 11))
+IN_VENV := import sys; sys.exit(sys.prefix == sys.base_prefix)
+ifndef PYTHON
+  ifneq ($(wildcard .venv/bin/python),)
+    PYTHON := .venv/bin/python
+  else ifeq ($(shell python3 -c '$(IN_VENV)' 2>/dev/null && python3 -c '$(HAS_TORCH)' 2>/dev/null && echo yes),yes)
+    PYTHON := $(shell command -v python3)
+  else
+    PYTHON := .venv/bin/python
+  endif
+endif
+ifeq ($(PYTHON),.venv/bin/python)
+  STAMP := .venv/effvit-setup.stamp
+else
+  STAMP := build/setup.stamp
+endif
+PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
+CMAKE_ARGS := -DEFFVIT_BUILD_EMU=ON -DEFFVIT_TEST_ISAS=ON -DEFFVIT_BUILD_BENCH=ON $(EFFVIT_CMAKE_ARGS)
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+
+.venv/bin/python:
+	@echo "effvit: creating .venv"
+	python3 -m venv $$(python3 -c '$(HAS_TORCH)' 2>/dev/null && echo --system-site-packages) .venv
+
+# With their dependencies triton, torchvision and timm would replace torch. torchvision 0.N+15 goes with torch 2.N.
+$(STAMP): requirements-test.txt pyproject.toml Makefile | $(PYTHON)
+	@echo "effvit: setting up $(PYTHON)"
+	@$(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null || $(PIP) '$(TORCH)'
+	@$(PIP) -r requirements-test.txt
+	@$(PYTHON) -c '$(VERSION) v("triton")' 2>/dev/null || $(PIP) --no-deps triton==3.6.0
+	@$(PYTHON) -c '$(VERSION) v("torchvision")' 2>/dev/null || \
+	  $(PIP) --no-deps torchvision==0.$$($(PYTHON) -c '$(VERSION) print(int(v("torch").split(".")[1]) + 15)').0
+	@$(PYTHON) -c '$(VERSION) v("timm")' 2>/dev/null || $(PIP) --no-deps 'timm>=1.0.15'
+	@EFFVIT_NO_NATIVE=1 $(PIP) --no-deps --no-build-isolation -e .
+	@mkdir -p $(@D) && touch $@
+
+setup: $(STAMP)  ## the Python environment, with effvit installed in editable mode
+
+build: setup  ## the native libraries, with the emulator and the instruction sets that tests need
+	@EFFVIT_CMAKE_ARGS="$(CMAKE_ARGS)" $(PYTHON) setup.py --quiet build_ext --inplace --parallel $(JOBS)
+
+demo: build  ## Swin-T on a photograph, before and after effvit.patch: differences, times, a chart
+	$(PYTHON) benchmarks/demo.py
+
+test: build  ## build, then the whole suite; ARGS="-k name" selects
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) $(ARGS)
+
+bench: build  ## every benchmark, side by side with its peers; appends to benchmarks/results
+	for bench in benchmarks/bench_*.py; do $(PYTHON) $$bench $(ARGS); done
+
+lint: setup  ## ruff and clang-format, checking only
+	$(PYTHON) -m pytest -q tests/test_layout.py -k 'ruff or clang_format'
+
+format: setup  ## ruff and clang-format, rewriting
+	$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .
+	git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(dir $(PYTHON))clang-format -i
+
+asan: setup  ## the CPU kernels over the sample inputs under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(PYTHON) -m pytest -q tests/test_asan.py -m asan
+
+spills: build  ## rewrite the committed record of registers and spills of the CUDA kernels
+	$(PYTHON) tests/test_cuda_build.py
+
+clean:  ## remove what was built (not .venv)
+	rm -rf build dist python/effvit/lib python/effvit/_C.*.so *.egg-info python/*.egg-info .pytest_cache .ruff_cache

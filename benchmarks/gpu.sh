@@ -1,0 +1,144 @@
+#!/usr/bin/env bash
+# Everything there is to do on a machine with an NVIDIA GPU, in one command and at most nine minutes: build, test,
+# sanitise, benchmark, profile. No network, no change of GPU settings; results go to $OUT (at most 8 files).
+#
+#   OUT=results benchmarks/gpu.sh            run all stages
+#   OUT=results benchmarks/gpu.sh build test only these, in their order
+#   benchmarks/gpu.sh --dry-run              print the commands
+#
+# Stages: build test sanitize bench micro profile. A stage that fails or runs out of time does not stop the next; the
+# exit code is the number of those that did not pass. LIMIT=seconds changes the total (default 530).
+set -u -o pipefail
+cd "$(dirname "$0")/.."
+
+DRY=0
+if [[ ${1:-} == --dry-run ]]; then DRY=1 OUT=${OUT:-build/gpu/out}; shift; fi
+: "${OUT:?OUT must name the folder for the results}"
+LIMIT=${LIMIT:-530}
+PYTHON=${PYTHON:-python3}
+WORK=build/gpu
+mkdir -p "$OUT" "$WORK"
+OUT=$(cd "$OUT" && pwd)
+ALL_STAGES="build test sanitize bench micro profile"
+WANTED=" ${*:-$ALL_STAGES} "
+for name in $WANTED; do
+  [[ " $ALL_STAGES " == *" $name "* ]] || { echo "unknown stage $name; stages: $ALL_STAGES" >&2; exit 64; }
+done
+START=$SECONDS
+FAILED=0
+SUMMARY=()
+LOG=$OUT/log.txt
+: >"$LOG"
+
+# stage NAME SECONDS FUNCTION: runs it time-boxed, its output to the log.
+stage() {
+  local name=$1 box=$2 fn=$3 left=$((LIMIT - (SECONDS - START))) begin=$SECONDS rc
+  [[ $WANTED == *" ${name%%-*} "* ]] || return 0
+  if ((left < 10)); then
+    rc=out-of-time
+  else
+    ((box = box < left ? box : left))
+    echo "== $name (at most $box s)" | tee -a "$LOG"
+    timeout --kill-after=5 "$box" bash -c "set -u -o pipefail; $(declare -f "$fn" run); $fn" 2>&1 | tee -a "$LOG"
+    rc=${PIPESTATUS[0]}
+  fi
+  [[ $rc == 0 ]] || FAILED=$((FAILED + 1))
+  SUMMARY+=("{\"stage\": \"$name\", \"exit\": \"$rc\", \"seconds\": $((SECONDS - begin))}")
+}
+
+run() {  # prints a command, and runs it unless this is a dry run
+  echo "+ $*"
+  if ((DRY)); then return 0; fi
+  "$@"
+}
+export DRY OUT WORK PYTHON PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=4
+
+# ---- stages ---------------------------------------------------------------------------------------------------------
+
+build() {
+  local arch failed=0
+  arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+  arch=${arch:-90}
+  if [[ $arch == 90 ]]; then arch=90a; fi
+  run nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv,noheader
+  run nvcc -O3 -std=c++17 --expt-relaxed-constexpr -gencode "arch=compute_$arch,code=sm_$arch" -I csrc \
+    -o "$WORK/micro" csrc/bench/bench_window_attention.cu &
+  run env "EFFVIT_CMAKE_ARGS=-DEFFVIT_CUDA_ARCHS=$arch" \
+    "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --disable-pip-version-check -e . || failed=1
+  wait $! || failed=1
+  run "$PYTHON" -m effvit info || failed=1
+  run "$PYTHON" -c 'import sys; from effvit import _backends
+sys.exit(_backends.chosen("window_attention", "cuda").name != "cuda")' || failed=1
+  return $failed
+}
+
+tests() {  # every test on a CUDA device: C++ and Triton kernels, the primitives, the layers
+  run "$PYTHON" -m pytest -q -n 6 --timeout 120 -p no:cacheprovider --junitxml "$OUT/tests.xml" \
+    -k "(cuda or triton or gpu) and not cuda_build and not aot and not asan" tests
+}
+
+sanitize() {  # the bare kernels under each tool, all four at once
+  local tool failed=0 pids=()
+  for tool in memcheck racecheck initcheck synccheck; do
+    (
+      run timeout 75 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        "$WORK/micro" --batch 1 --calls 1 --filter "14x14" >"$WORK/$tool.txt" 2>&1
+      echo "$tool: exit $?" >>"$WORK/$tool.txt"
+    ) &
+    pids+=($!)
+  done
+  wait "${pids[@]}"
+  for tool in memcheck racecheck initcheck synccheck; do
+    tail -c 200000 "$WORK/$tool.txt"
+    grep -q "^$tool: exit 0$" "$WORK/$tool.txt" || failed=1
+  done
+  return $failed
+}
+
+sanitize_python() {  # every feature at small sizes, through PyTorch's own allocations
+  run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
+    "$PYTHON" -m pytest -q -x --timeout 60 -p no:cacheprovider -k "cuda and small and not triton" tests/ops
+}
+
+bench() {
+  run "$PYTHON" benchmarks/bench_window_attention.py --device cuda --budget 0.4 --csv "$OUT/results.csv"
+}
+
+bench_swin() {
+  run "$PYTHON" benchmarks/bench_swin.py --device cuda --budget 1 --csv "$OUT/results.csv"
+}
+
+micro() {
+  run "$WORK/micro" | tee "$OUT/micro.txt"
+}
+
+profile() {  # hardware counters of the kernels themselves; the clocks stay as they are
+  run ncu --clock-control none --csv --log-file "$OUT/ncu.csv" -k regex:window_attention --launch-count 12 \
+    --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy --section LaunchStats \
+    --section WarpStateStats "$WORK/micro" --batch 64 --calls 1 --filter "56x56 h3 shift 3"
+}
+
+stage build 200 build
+stage test 150 tests
+stage sanitize-kernels 80 sanitize
+stage bench-op 180 bench
+stage micro 30 micro
+stage profile 60 profile
+stage bench-swin 60 bench_swin
+stage sanitize-python 60 sanitize_python
+
+# ---- summary --------------------------------------------------------------------------------------------------------
+
+joined=$(IFS=,; echo "${SUMMARY[*]}")
+printf '{"failed": %d, "seconds": %d, "stages": [%s]}\n' "$FAILED" $((SECONDS - START)) "$joined" >"$OUT/summary.json"
+if [[ -s $OUT/results.csv ]]; then
+  "$PYTHON" benchmarks/table.py --results "$OUT/results.csv" >"$OUT/table.md" 2>>"$LOG" && cat "$OUT/table.md"
+  "$PYTHON" benchmarks/plot.py --results "$OUT/results.csv" --output "$OUT/plot.png" >>"$LOG" 2>&1
+fi
+for file in "$OUT"/*; do  # keep the end of anything too large to bring home
+  if [[ -f $file && $(stat -c %s "$file") -gt 15000000 ]]; then
+    tail -c 15000000 "$file" >"$WORK/tail" && mv "$WORK/tail" "$file"
+  fi
+done
+printf '%s\n' "${SUMMARY[@]}"
+exit "$FAILED"

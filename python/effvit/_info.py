@@ -1,0 +1,99 @@
+"""`python -m effvit info`: versions, machine, libraries, the kernel of every op, and what to type to change it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+import torch
+
+from . import _backends, _load
+from .ops._registry import OPS
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"{n} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})" for i, n in enumerate(names))
+
+
+def _permission() -> str:
+    has = "amx_tile" in _backends.cpu_features()
+    granted = _backends.amx_permission()
+    if not has:
+        return "this CPU has no AMX"
+    if granted is None:
+        return "unknown: effvit._C is not built"
+    return "granted" if granted else "not asked for yet (the kernels ask at their first use)"
+
+
+def lines() -> list[str]:
+    """The report, line by line."""
+    from . import __version__
+
+    libraries = _load.load()
+    out = ["versions"]
+    rows = [
+        ("effvit", __version__),
+        ("python", platform.python_version()),
+        ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'no'}, {torch.get_num_threads()} threads)"),
+    ]
+    rows += [(name, _version(name)) for name in ("triton", "timm", "torchvision", "transformers", "numpy")]
+    out += [f"  {name:14}{value}" for name, value in rows]
+
+    out += ["", "machine"]
+    out.append(f"  {'CPU':14}{_backends.device_name(torch.device('cpu'))}")
+    out.append(f"  {'features':14}{' '.join(_backends.cpu_features()) or 'none of AVX2, AVX-512, AMX'}")
+    out.append(f"  {'AMX':14}{_permission()}")
+    isas = _backends.isas()
+    isa = f"{_backends.isa()} of {', '.join(isas)}" if isas else "none: the CPU library is not loaded"
+    out.append(f"  {'ISA':14}{isa}")
+    out.append(f"  {'GPU':14}{_gpu()}")
+    for variable in ("EFFVIT_BACKEND", "EFFVIT_ISA", "EFFVIT_LIB_DIR"):
+        if os.environ.get(variable):
+            out.append(f"  {variable:14}={os.environ[variable]}")
+
+    out += ["", f"libraries ({_load.library_dir()})"]
+    fixes: dict[str, str] = {}
+    for name, library in libraries.items():
+        state = "loaded" if library.handle is not None else f"not loaded: {library.reason}"
+        built = _load.build_status(name) if library.path else ""
+        out.append(f"  {name:14}{state}{f'; built with {built}' if built and not built.startswith('not') else ''}")
+        if library.fix:
+            fixes[name] = library.fix
+    reason, fix = _load.triton_obstacle()
+    out.append(f"  {'triton':14}{f'not used: {reason}' if reason else 'used where there is no CUDA kernel'}")
+    if fix:
+        fixes["triton"] = fix
+    has_c = importlib.util.find_spec("effvit._C") is not None
+    out.append(f"  {'effvit._C':14}{'there' if has_c else 'optional, ' + _load.build_status('_C')}")
+
+    out += ["", "kernels"]
+    for op in OPS:
+        for device in ("cpu", "cuda"):
+            choices = _backends.choices(op, device)
+            runs = next(c for c in choices if c.runs)
+            detail = f" ({runs.reason})" if runs.reason else ""
+            out.append(f"  {op} on {device}: {runs.name}{detail}")
+            for c in choices:
+                if not c.runs and "tensors" not in c.reason and "comes first" not in c.reason:
+                    out.append(f"    not {c.name}: {c.reason}")
+    if fixes:
+        out += ["", "to change"]
+        out += [f"  {name:14}{fix}" for name, fix in fixes.items()]
+    return out
+
+
+def main() -> int:
+    print("\n".join(lines()))
+    return 0

@@ -1,0 +1,170 @@
+"""The one rule that says whether a floating-point result is right, and the assertion that applies it.
+
+With t the float64 truth, x the result and y the yardstick (the same formula in plain PyTorch at the result's dtype)::
+
+    max_i |x_i - t_i| / m_i  <=  2 * max_i |y_i - t_i| / m_i  +  2 * eps
+        ||x - t||            <=  2 * ||y - t||               +  2 * eps * ||m||
+
+Both must hold. m is the magnitude: per component, the sum of the absolute values of the terms that the formula adds up
+(Higham's forward error bound), so a small component beside a large one is still checked at its own scale. eps belongs
+to the coarsest floating dtype among result and inputs: intermediate products may be rounded to it once. A component
+smaller than eps times the largest one is measured as if it were that large.
+
+A yardstick that is not finite earns no allowance. NaN never passes. Where the truth overflows the result's dtype, the
+result must be the infinity of the same sign.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+YARDSTICK_FACTOR = 2.0
+EPS_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """Measured errors of one result and what the rule allows."""
+
+    max_error: float  # relative to the magnitude
+    max_allowed: float
+    norm_error: float
+    norm_allowed: float
+    position: tuple
+    expected: float
+    actual: float
+    problem: str = ""
+
+    @property
+    def ok(self):
+        return not self.problem and self.max_error <= self.max_allowed and self.norm_error <= self.norm_allowed
+
+    def __str__(self):
+        where = f"at {list(self.position)}: expected {self.expected:.9g}, actual {self.actual:.9g}"
+        if self.problem:
+            return f"{self.problem}; {where}"
+        return (
+            f"max error {self.max_error:.3g} (allowed {self.max_allowed:.3g}), "
+            f"norm of the error {self.norm_error:.3g} (allowed {self.norm_allowed:.3g}); worst {where}"
+        )
+
+
+def coarsest_eps(*tensors):
+    """eps of the coarsest floating dtype among the tensors; non-tensors are ignored."""
+    dtypes = [t.dtype for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def default_magnitude(truth):
+    """Row-wise largest absolute value: what to measure against when the formula's own magnitude is not known."""
+    if truth.ndim == 0 or truth.numel() == 0:
+        return truth.abs()
+    return truth.abs().amax(dim=-1, keepdim=True).expand_as(truth)
+
+
+def _position(flat_index, shape):
+    position = []
+    for size in reversed(shape):
+        position.append(int(flat_index % size))
+        flat_index //= size
+    return tuple(reversed(position))
+
+
+def measure(result, truth64, yardstick=None, *, magnitude=None, eps=None):
+    """Applies the rule of this module and returns an ErrorReport; ValueError when the question makes no sense."""
+    if truth64.dtype != torch.float64:
+        raise ValueError(f"truth64 must be float64, got {truth64.dtype}")
+    if not torch.isfinite(truth64).all():
+        raise ValueError("truth64 must be finite, got NaN or infinity: the case proves nothing")
+    if tuple(result.shape) != tuple(truth64.shape):
+        raise AssertionError(f"shape must be {list(truth64.shape)}, got {list(result.shape)}")
+    if yardstick is not None and tuple(yardstick.shape) != tuple(truth64.shape):
+        raise ValueError(f"yardstick must be {list(truth64.shape)}, got {list(yardstick.shape)}")
+    if not result.is_floating_point():
+        raise AssertionError(f"dtype must be floating point, got {result.dtype}")
+    eps = torch.finfo(result.dtype).eps if eps is None else eps
+    truth = truth64.detach().cpu()
+    m = default_magnitude(truth) if magnitude is None else magnitude.detach().cpu().double()
+    if tuple(m.shape) != tuple(truth.shape) or not torch.isfinite(m).all() or (m < 0).any():
+        raise ValueError("magnitude must be finite, non-negative and of the truth's shape")
+    if truth.numel() == 0:
+        return ErrorReport(0.0, 0.0, 0.0, 0.0, (), 0.0, 0.0)
+    m = torch.maximum(m, truth.abs())
+    m = m.clamp(min=eps * float(m.max()))
+    x = result.detach().cpu()
+
+    def report(flags, problem):
+        i = int(flags.flatten().to(torch.uint8).argmax())
+        actual = float(x.flatten()[i])
+        return ErrorReport(0.0, 0.0, 0.0, 0.0, _position(i, truth.shape), float(truth.flatten()[i]), actual, problem)
+
+    overflow = truth.abs() > torch.finfo(x.dtype).max
+    wrong = overflow & (x.double() != torch.sign(truth) * torch.inf)
+    if wrong.any():
+        return report(wrong, f"{int(wrong.sum())} values must be infinite: the truth overflows {x.dtype}")
+    wrong = ~torch.isfinite(x) & ~overflow
+    if wrong.any():
+        return report(wrong, f"{int(wrong.sum())} of {x.numel()} values are not finite")
+
+    def error_of(z):
+        return torch.where(overflow, 0.0, (z.double() - truth).abs())
+
+    def ratio_of(e):  # m is zero only if every magnitude is: then nothing but an exact zero is right
+        return torch.where(m > 0, e / m.clamp(min=torch.finfo(torch.float64).tiny), e * torch.inf).nan_to_num(nan=0.0)
+
+    error = error_of(x)
+    ratio = ratio_of(error)
+    max_allowed = EPS_FACTOR * eps
+    norm_allowed = EPS_FACTOR * eps * float(torch.where(overflow, 0.0, m).norm())
+    if yardstick is not None and torch.isfinite(yardstick).all():
+        yardstick_error = error_of(yardstick.detach().cpu())
+        max_allowed += YARDSTICK_FACTOR * float(ratio_of(yardstick_error).max())
+        norm_allowed += YARDSTICK_FACTOR * float(yardstick_error.norm())
+    i = int(ratio.flatten().argmax())
+    return ErrorReport(
+        float(ratio.flatten()[i]), max_allowed, float(error.norm()), norm_allowed,
+        _position(i, truth.shape), float(truth.flatten()[i]), float(x.flatten()[i]),
+    )  # fmt: skip
+
+
+def assert_close_to_truth(result, truth64, yardstick=None, *, magnitude=None, eps=None, name="result"):
+    """Fails unless `result` is as close to `truth64` as the rule of this module demands. It has no tolerance."""
+    if not isinstance(result, torch.Tensor):
+        raise AssertionError(f"{name} must be a tensor, got {type(result).__name__}")
+    try:
+        report = measure(result, truth64, yardstick, magnitude=magnitude, eps=eps)
+    except AssertionError as e:
+        raise AssertionError(f"{name}: {e}") from None
+    if not report.ok:
+        raise AssertionError(f"{name} ({result.dtype}, {list(result.shape)}): {report}")
+    return report
+
+
+def assert_bitwise_equal(result, expected, *, name="result"):
+    """Fails unless dtype, shape and every value are the same. A NaN on either side fails."""
+    if not isinstance(result, torch.Tensor) or not isinstance(expected, torch.Tensor):
+        raise AssertionError(f"{name}: both must be tensors, got {type(result).__name__}, {type(expected).__name__}")
+    if result.dtype != expected.dtype or result.shape != expected.shape:
+        raise AssertionError(
+            f"{name} must be {expected.dtype} {list(expected.shape)}, got {result.dtype} {list(result.shape)}"
+        )
+    different = result.detach() != expected.detach()  # NaN differs from everything, itself included
+    if different.any():
+        i = int(different.flatten().to(torch.uint8).argmax())
+        raise AssertionError(
+            f"{name}: {int(different.sum())} of {different.numel()} values differ; first at "
+            f"{list(_position(i, result.shape))}: expected {expected.flatten()[i].item()!r}, "
+            f"actual {result.flatten()[i].item()!r}"
+        )
+
+
+def assert_same_layout(result, expected, *, name="result"):
+    """Fails unless shape, dtype and strides agree (strides of dims of size 1 or of empty tensors do not count)."""
+    for what in ("dtype", "shape"):
+        if getattr(result, what) != getattr(expected, what):
+            raise AssertionError(f"{name} must have {what} {getattr(expected, what)}, got {getattr(result, what)}")
+    if 0 in expected.shape:
+        return
+    for i, (size, a, b) in enumerate(zip(expected.shape, result.stride(), expected.stride(), strict=True)):
+        if size > 1 and a != b:
+            raise AssertionError(f"{name} must have strides {expected.stride()}, got {result.stride()} (dim {i})")

@@ -1,0 +1,105 @@
+"""Builds the native libraries with CMake and places them in the package; metadata is in pyproject.toml.
+
+EFFVIT_NO_NATIVE=1: pure Python. EFFVIT_NO_CUDA=1: no CUDA library. EFFVIT_CMAKE_ARGS: more configure arguments.
+Without a compiler, CMake or torch the package is pure Python (Triton and reference kernels) and the summary says so.
+"""
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+NATIVE = ("effvit_cpu", "effvit_cuda", "_C")
+
+
+def find_torch():
+    """Folder of torch: importable here, or installed in the environment that pip's isolated build is for."""
+    spec = importlib.util.find_spec("torch")
+    places = list(spec.submodule_search_locations) if spec else []
+    places += [os.path.join(sysconfig.get_path(kind), "torch") for kind in ("purelib", "platlib")]
+    has_headers = (
+        place for place in places if os.path.isdir(os.path.join(place, "include", "torch", "csrc", "stable"))
+    )
+    return next(has_headers, None)
+
+
+def find_program(name):
+    """A program on PATH or from the wheel of that name."""
+    found = shutil.which(name)
+    if found is None and (spec := importlib.util.find_spec(name)):
+        inside = Path(spec.submodule_search_locations[0]) / "data" / "bin" / name
+        beside = Path(sys.executable).parent / name
+        found = next((str(place) for place in (inside, beside) if place.exists()), None)
+    return found
+
+
+def find_compiler():
+    return next(filter(None, map(shutil.which, [os.environ.get("CXX") or "c++", "g++", "clang++"])), None)
+
+
+class CMakeBuild(build_ext):
+    def run(self):
+        package = ROOT / "python" / "effvit" if self.inplace else Path(self.build_lib).resolve() / "effvit"
+        build = ROOT / "build" / "cmake" if self.inplace else Path(self.build_temp).resolve() / "cmake"
+        cmake, ninja, compiler, torch = find_program("cmake"), find_program("ninja"), find_compiler(), find_torch()
+        missing = None
+        if os.environ.get("EFFVIT_NO_NATIVE", "0") not in ("", "0"):
+            missing = "EFFVIT_NO_NATIVE is set"
+        elif compiler is None:
+            missing = "no C++ compiler was found"
+        elif torch is None:
+            missing = "torch >= 2.11 is not installed; install it first, then install effvit again"
+        elif cmake is None:
+            missing = "cmake was not found (pip install cmake)"
+        if missing:
+            status = dict.fromkeys(NATIVE, f"not built: {missing}")
+        else:
+            configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
+            configure += [f"-DEFFVIT_TORCH_DIR={torch}", f"-DEFFVIT_PACKAGE_DIR={package}"]
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+            no_cuda = os.environ.get("EFFVIT_NO_CUDA", "0") not in ("", "0")
+            configure += [f"-DEFFVIT_BUILD_CUDA={'OFF' if no_cuda else 'ON'}"]
+            configure += shlex.split(os.environ.get("EFFVIT_CMAKE_ARGS", ""))
+            make = [cmake, "--build", str(build), "--parallel", str(self.parallel or os.cpu_count())]
+            for command in (configure, make + (["--", "-k", "0"] if ninja else [])):
+                if subprocess.run(command).returncode:
+                    self.record(package, dict.fromkeys(NATIVE, "not built: the build failed"))
+                    sys.exit("effvit: the native build failed, see above; EFFVIT_NO_NATIVE=1 installs without it")
+            status = dict(line.split("=", 1) for line in (build / "status.txt").read_text().split("\n") if line)
+        self.record(package, status)
+        print("effvit: built by this installation", flush=True)
+        for name, how in status.items():
+            print(f"  {name:12} {how}")
+        if missing:
+            print("  pure Python: Triton kernels on a GPU, reference kernels in PyTorch elsewhere", flush=True)
+
+    def record(self, package, status):
+        """For `python -m effvit info`; what was not built must not be left over from an earlier build."""
+        (package / "lib").mkdir(parents=True, exist_ok=True)
+        for name, how in status.items():
+            if how.startswith("not built") and "build failed" not in how:
+                suffix = sysconfig.get_config_var("EXT_SUFFIX")
+                (package / f"_C{suffix}" if name == "_C" else package / "lib" / f"lib{name}.so").unlink(missing_ok=True)
+        (package / "lib" / "build.json").write_text(json.dumps(status, indent=1) + "\n")
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
+
+
+setup(
+    packages=[*find_packages("python"), "effvit.triton_kernels"],
+    ext_modules=[Extension("effvit._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,657 @@
+"""Every test that an operator owes, written once: tests/ops/test_<op>.py subclasses OpSuite with the op's spec."""
+
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from effvit.testing import (
+    assert_bitwise_equal,
+    assert_close_to_truth,
+    assert_same_layout,
+    backends,
+    oracle_of,
+    sample_oracle,
+)
+from effvit.testing._backends import has_native_kernel, missing_backends
+from effvit.testing._memory import can_measure
+from effvit.testing._oracle import random_output_grads
+from effvit.testing._spec import as_tuple, map_tensors, named_tensors, with_grad
+
+# Workers share the machine's cores; threads that wait for each other there cost far more than they save.
+torch.set_num_threads(1)
+
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def _dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _native(spec):
+    """Compiled kernels; the reference where there is none."""
+    found = [b for b in backends(spec.name) if not b.slow]
+    return found[1:] or found
+
+
+def _takes(backend, sample, dtype):
+    """Compiled kernels take everything; the others one dtype (emulated ones only small samples), and all on a few."""
+    if not backend.slow and backend.name != "reference":
+        return True
+    return ("small" in sample.tags or not backend.slow) and (dtype == torch.float32 or "framework" in sample.tags)
+
+
+def _accuracy_cases(spec):
+    """sample-major, so that tests that share an oracle run next to each other."""
+    for sample in spec.samples:
+        for dtype in sample.dtypes:
+            for backend in backends(spec.name):
+                if not _takes(backend, sample, dtype):
+                    continue
+                yield pytest.param(sample, dtype, backend, id=f"{sample.name}-{_dtype_name(dtype)}-{backend.name}")
+
+
+class OpSuite:
+    """The tests. ``spec`` is an effvit.testing.OpSpec."""
+
+    spec = None
+
+    def pytest_generate_tests(self, metafunc):
+        spec, names = self.spec, set(metafunc.fixturenames)
+        if {"sample", "dtype", "backend"} <= names:
+            metafunc.parametrize("sample, dtype, backend", list(_accuracy_cases(spec)))
+        elif {"native", "framework_sample"} <= names:
+            cases = [(s, b) for s in spec.tagged("framework") for b in _native(spec)]
+            cases = [pytest.param(*c, id=f"{c[0].name}-{c[1].name}") for c in cases]
+            metafunc.parametrize("framework_sample, native", cases)
+        elif "framework_sample" in names:
+            samples = spec.tagged("framework")
+            metafunc.parametrize("framework_sample", samples, ids=[s.name for s in samples])
+        elif "tiny_sample" in names:
+            samples = spec.tagged("tiny")
+            metafunc.parametrize("tiny_sample", samples, ids=[s.name for s in samples])
+        elif "any_sample" in names:
+            metafunc.parametrize("any_sample", spec.samples, ids=[s.name for s in spec.samples])
+        elif "bad" in names:
+            metafunc.parametrize("bad", spec.bad_inputs, ids=[b.name for b in spec.bad_inputs])
+        if "opcheck" in names:
+            metafunc.parametrize("opcheck", OPCHECKS)
+        if "route" in names:
+            metafunc.parametrize("route", ["effvit.ops", "torch.ops"])
+
+    # ---- results ----------------------------------------------------------------------------------------------------
+
+    def test_forward(self, sample, dtype, backend):
+        oracle = sample_oracle(self.spec.name, sample.name, dtype)
+        results = as_tuple(backend.forward(*map_tensors(lambda t: t.to(backend.device), oracle.args), **oracle.kwargs))
+        for name, result in zip(self.spec.outputs, results, strict=True):
+            expected = self.spec.output_dtypes.get(name, dtype)
+            assert result.dtype == expected, f"{name} must be {expected}, got {result.dtype}"
+            assert result.is_contiguous(), f"{name} must be contiguous, got strides {result.stride()}"
+        oracle.check_outputs(results)
+
+    def test_backward(self, sample, dtype, backend):
+        spec = self.spec
+        if spec.backward_call is None:
+            pytest.skip(f"{spec.name} has no gradient")
+        oracle = sample_oracle(spec.name, sample.name, dtype)
+        args = map_tensors(lambda t: t.to(backend.device), oracle.args)
+        grads = map_tensors(lambda t: t.to(backend.device), oracle.output_grads)
+        outputs = as_tuple(backend.forward(*args, **oracle.kwargs))
+        bargs, bkwargs = spec.backward_call(args, oracle.kwargs, outputs, grads)
+        oracle.check_gradients(spec.split_gradients(backend.backward(*bargs, **bkwargs), args, oracle.kwargs))
+
+    def test_backward_of_one_output(self, framework_sample, native):
+        """Gradients with the other outputs unused: their cotangents arrive as None or zeros."""
+        spec = self.spec
+        args, kwargs = framework_sample.build()
+        outputs = as_tuple(native.forward(*args, **kwargs))
+        all_grads = random_output_grads(spec, framework_sample, torch.float32, outputs)
+        for used in range(len(outputs)):
+            oracle = oracle_of(spec, args, kwargs, tuple(g if i == used else None for i, g in enumerate(all_grads)))
+            leaves = with_grad(args)
+            result = as_tuple(spec.op()(*leaves, **kwargs))[used]
+            inputs = named_tensors(spec, leaves)
+            found = torch.autograd.grad(result, list(inputs.values()), all_grads[used], materialize_grads=True)
+            oracle.check_gradients(dict(zip(inputs, found, strict=True)))
+
+    def test_magnitude_bounds_truth(self, any_sample):
+        """What errors are measured against is at least as large as the truth, and finite."""
+        oracle = sample_oracle(self.spec.name, any_sample.name, torch.float32)
+        pairs = [(oracle.outputs, oracle.output_magnitudes), (oracle.gradients, oracle.gradient_magnitudes)]
+        for truths, magnitudes in pairs:
+            for name, m in magnitudes.items():
+                assert torch.isfinite(m).all(), name
+                assert (truths[name].abs() <= m * (1 + 1e-9) + 1e-300).all(), name
+
+    def test_reference_gradcheck(self, tiny_sample):
+        args, kwargs = tiny_sample.build(torch.float64)
+        leaves = with_grad(args)
+        inputs = [t for t in leaves if t is not None]
+
+        def call(*tensors):
+            given = iter(tensors)
+            return self.spec.reference(*(None if a is None else next(given) for a in leaves), **kwargs)
+
+        assert torch.autograd.gradcheck(call, inputs)
+
+    def test_every_backend_is_here_or_excused(self):
+        """A missing implementation is a visible skip, never a silent one."""
+        missing = missing_backends(self.spec.name)
+        broken = {name: reason for name, reason in missing.items() if reason.startswith("broken")}
+        assert not broken, broken
+        if missing:
+            pytest.skip("; ".join(f"{name}: {reason}" for name, reason in missing.items()))
+
+    def test_cost(self, any_sample):
+        args, kwargs = any_sample.build()
+        cost = self.spec.cost(args, kwargs)
+        empty = "empty" in any_sample.tags
+        assert cost.flops > 0 or empty
+        outputs = as_tuple(self.spec.reference(*args, **kwargs))
+        once = [*named_tensors(self.spec, args).values(), *outputs]
+        most = sum(t.numel() * t.element_size() for t in once)
+        assert 0 <= cost.bytes <= most and (cost.bytes >= most // 2 or empty)
+
+    # ---- what the dispatcher asks for -------------------------------------------------------------------------------
+
+    def test_opcheck(self, framework_sample, opcheck):
+        args, kwargs = framework_sample.build()
+        torch.library.opcheck(self.spec.op().default, with_grad(args), kwargs, test_utils=opcheck)
+
+    def test_opcheck_backward(self):
+        spec = self.spec
+        if spec.backward_call is None:
+            pytest.skip(f"{spec.name} has no gradient")
+        args, kwargs = spec.tagged("framework")[0].build()
+        with torch.no_grad():
+            outputs = as_tuple(spec.op()(*args, **kwargs))
+        bargs, bkwargs = spec.backward_call(args, kwargs, outputs, tuple(torch.randn_like(o) for o in outputs))
+        torch.library.opcheck(spec.backward_op().default, bargs, bkwargs, test_utils=("test_schema", "test_faketensor"))
+
+    def test_fake_and_meta(self, any_sample):
+        if "huge" in any_sample.tags:
+            pytest.skip("the same shapes at another size")
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        args, kwargs = any_sample.build()
+        with torch.no_grad():
+            expected = as_tuple(self.spec.op()(*args, **kwargs))
+            on_meta = as_tuple(self.spec.op()(*map_tensors(lambda t: t.to("meta"), args), **kwargs))
+            with FakeTensorMode() as mode:
+                fake_args = map_tensors(mode.from_tensor, args)
+                fake = as_tuple(self.spec.op()(*fake_args, **kwargs))
+        for name, real, m, f in zip(self.spec.outputs, expected, on_meta, fake, strict=True):
+            assert m.device.type == "meta" and f.device == real.device
+            assert_same_layout(m, real, name=name)
+            assert_same_layout(f, real, name=name)
+
+    def test_autocast(self, framework_sample):
+        spec = self.spec
+        args, kwargs = framework_sample.build()
+        leaves = with_grad(args)
+        with torch.autocast("cpu", torch.bfloat16):
+            results = as_tuple(spec.op()(*leaves, **kwargs))
+        cast = tuple(
+            a.to(torch.bfloat16) if a is not None and n in spec.autocast_tensors else a
+            for n, a in zip(spec.tensors, args, strict=False)
+        )
+        with torch.no_grad():
+            expected = as_tuple(spec.op()(*cast, **kwargs))
+        for name, result, e in zip(spec.outputs, results, expected, strict=True):
+            assert result.dtype == spec.output_dtypes.get(name, torch.bfloat16)
+            assert_bitwise_equal(result, e, name=name)
+        if spec.backward_call:
+            inputs = named_tensors(spec, leaves)
+            grads = torch.autograd.grad([r.float().sum() for r in results], list(inputs.values()))
+            for (name, leaf), g in zip(inputs.items(), grads, strict=True):
+                assert g.dtype == leaf.dtype and torch.isfinite(g).all(), name
+        # float64 is not a dtype that autocast touches, so it must still be refused, and float16 autocast still works.
+        with torch.autocast("cpu", torch.float16), torch.no_grad():
+            result = as_tuple(spec.op()(*args, **kwargs))[0]
+        assert result.dtype == torch.float16
+
+    def _stacked(self, args, names, n=3):
+        """n calls' worth of the named arguments, stacked."""
+        generator = torch.Generator().manual_seed(7)
+
+        def stack(a):
+            return torch.stack([a + 0.5 * torch.randn(a.shape, generator=generator) for _ in range(n)])
+
+        return tuple(
+            stack(a) if a is not None and name in names else a for name, a in zip(self.spec.tensors, args, strict=False)
+        )
+
+    def _check_vmap(self, args, kwargs, mapped):
+        named = zip(self.spec.tensors, args, strict=False)
+        in_dims = tuple(0 if a is not None and n in mapped else None for n, a in named)
+        stacked = self._stacked(args, mapped)
+        count = next(a.shape[0] for a, d in zip(stacked, in_dims, strict=True) if d == 0)
+
+        def call(*a):
+            return as_tuple(self.spec.op()(*a, **kwargs))
+
+        def row(i):
+            return tuple(a if d is None else a[i] for a, d in zip(stacked, in_dims, strict=True))
+
+        expected = [call(*row(i)) for i in range(count)]
+        for dim in (0, 1):
+            moved = tuple(a if d is None else a.movedim(0, dim) for a, d in zip(stacked, in_dims, strict=True))
+            results = torch.vmap(call, in_dims=tuple(None if d is None else dim for d in in_dims))(*moved)
+            for i, name in enumerate(self.spec.outputs):
+                assert_bitwise_equal(results[i], torch.stack([e[i] for e in expected]), name=name)
+
+    def test_vmap(self, framework_sample):
+        args, kwargs = framework_sample.build()
+        given = set(named_tensors(self.spec, args))
+        leading = [n for n in self.spec.dynamic_dims if n in given]
+        self._check_vmap(args, kwargs, set(leading))
+        self._check_vmap(args, kwargs, set(leading[:1]))
+        self._check_vmap(args, kwargs, given)
+        for name in given - set(leading):
+            self._check_vmap(args, kwargs, {name})
+
+    def test_nested_vmap(self, framework_sample):
+        args, kwargs = framework_sample.build()
+        first, *rest = args
+        outer = torch.stack([torch.stack([first * (1 + i + 2 * j) for i in range(2)]) for j in range(2)])
+
+        def call(x):
+            return as_tuple(self.spec.op()(x, *rest, **kwargs))
+
+        order = (2, 0, 1, *range(3, outer.ndim))
+        results = torch.vmap(torch.vmap(call, in_dims=1), in_dims=1)(outer.permute(order).contiguous())
+        for j in range(2):
+            for i in range(2):
+                for name, result, expected in zip(self.spec.outputs, results, call(outer[j, i]), strict=True):
+                    assert_bitwise_equal(result[j, i], expected, name=name)
+
+    def test_batched_gradients(self, framework_sample):
+        """vmap of the backward: several cotangents at once, as a vectorised Jacobian asks."""
+        spec = self.spec
+        if spec.backward_call is None:
+            pytest.skip(f"{spec.name} has no gradient")
+        args, kwargs = framework_sample.build()
+        leaves = with_grad(args)
+        inputs = list(named_tensors(spec, leaves).values())
+        outputs = as_tuple(spec.op()(*leaves, **kwargs))
+        one = random_output_grads(spec, framework_sample, torch.float32, outputs)
+        many = [torch.stack((g, -0.5 * g, g.flip(0))) for g in one]
+        found = torch.autograd.grad(outputs, inputs, many, is_grads_batched=True, retain_graph=True)
+        for i in range(3):
+            expected = torch.autograd.grad(outputs, inputs, [g[i] for g in many], retain_graph=True)
+            for name, f, e in zip(named_tensors(spec, args), found, expected, strict=True):
+                assert_bitwise_equal(f[i], e, name=f"gradient of {name}")
+
+    # ---- compilers --------------------------------------------------------------------------------------------------
+
+    def _loss_and_grads(self, function, args):
+        leaves = with_grad(args)
+        outputs = as_tuple(function(*leaves))
+        if not self.spec.backward_call:
+            return outputs, ()
+        inputs = [t for t in leaves if t is not None]
+        return outputs, torch.autograd.grad([(o.float() * o.float()).sum() for o in outputs], inputs)
+
+    def _check_compiled(self, sample, backend):
+        spec = self.spec
+        args, kwargs = sample.build()
+        args = map_tensors(lambda t: t.contiguous(), args)
+        larger, _ = spec.resize(args, kwargs)
+        frames = torch._dynamo.testing.CompileCounterWithBackend(backend)
+
+        def function(*a):
+            return spec.op()(*(x * 1.5 if x is not None and i == 0 else x for i, x in enumerate(a)), **kwargs)
+
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, backend=frames)
+        for call_args in (args, larger):
+            leaves = with_grad(call_args)
+            for name, leaf in named_tensors(spec, leaves).items():
+                for dim in spec.dynamic_dims.get(name, ()):
+                    if leaf.shape[dim] > 1:
+                        torch._dynamo.mark_dynamic(leaf, dim)
+            results = as_tuple(compiled(*leaves))
+            expected = as_tuple(function(*with_grad(call_args)))
+            for name, result, e in zip(spec.outputs, results, expected, strict=True):
+                assert_bitwise_equal(result, e, name=name)
+            if spec.backward_call:
+                _, e_grads = self._loss_and_grads(function, call_args)
+                inputs = [t for t in leaves if t is not None]
+                grads = torch.autograd.grad([(o.float() * o.float()).sum() for o in results], inputs)
+                for i, (g, e) in enumerate(zip(grads, e_grads, strict=True)):
+                    assert_bitwise_equal(g, e, name=f"gradient {i}")
+        return frames.frame_count
+
+    def test_compile_dynamic(self, framework_sample):
+        args, _ = framework_sample.build()
+        frames = self._check_compiled(framework_sample, "aot_eager")
+        leading = next(iter(self.spec.dynamic_dims))
+        dims = self.spec.dynamic_dims[leading]
+        marked_all = all(args[self.spec.tensors.index(leading)].shape[d] > 1 for d in dims)
+        assert frames == 1 if marked_all else frames <= 2  # a size of 1 is specialised by torch.compile itself
+
+    def test_compile_inductor(self):
+        if not _has_cxx():
+            pytest.skip("torch.compile's inductor needs a C++ compiler")
+        sample = next(s for s in self.spec.tagged("framework") if min(s.build()[0][0].shape[:3]) > 1)
+        assert self._check_compiled(sample, "inductor") == 1
+
+    def test_export(self, framework_sample):
+        spec = self.spec
+        args, kwargs = framework_sample.build()
+        args = map_tensors(lambda t: t.contiguous(), args)
+        larger, _ = spec.resize(args, kwargs)
+
+        class Module(torch.nn.Module):
+            def forward(self, tensors):
+                return spec.op()(*(tensors.get(n) for n in spec.tensors), **kwargs)
+
+        tensors = named_tensors(spec, args)
+        shared = {}
+        shapes = {}
+        for name in tensors:
+            dims = [d for d in spec.dynamic_dims.get(name, ()) if tensors[name].shape[d] > 1]
+            shapes[name] = {d: shared.setdefault(d, torch.export.Dim(f"dim{d}", min=2, max=4096)) for d in dims}
+        program = torch.export.export(Module(), (tensors,), dynamic_shapes=(shapes,), strict=False)
+        dynamic = {d for s in shapes.values() for d in s}
+        assert any(node.target is spec.op().default for node in program.graph.nodes)
+        for call_args in (args, larger):
+            call_args = tuple(
+                a[: b.shape[0]] if a is not None and n in spec.dynamic_dims and 0 not in dynamic else a
+                for n, a, b in zip(spec.tensors, call_args, args, strict=False)
+            )
+            results = as_tuple(program.module()(named_tensors(spec, call_args)))
+            expected = as_tuple(spec.op()(*call_args, **kwargs))
+            for name, result, e in zip(spec.outputs, results, expected, strict=True):
+                assert_bitwise_equal(result, e, name=name)
+
+    def test_checkpoint(self, framework_sample):
+        spec = self.spec
+        if spec.backward_call is None:
+            pytest.skip(f"{spec.name} has no gradient")
+        args, kwargs = framework_sample.build()
+
+        def call(*a):
+            return spec.op()(*(None if x is None else x * 1.25 for x in a), **kwargs)
+
+        def checkpointed(*a):
+            return torch.utils.checkpoint.checkpoint(call, *a, use_reentrant=False)
+
+        outputs, grads = self._loss_and_grads(checkpointed, args)
+        e_outputs, e_grads = self._loss_and_grads(call, args)
+        for i, (result, expected) in enumerate(zip((*outputs, *grads), (*e_outputs, *e_grads), strict=True)):
+            assert_bitwise_equal(result, expected, name=f"value {i}")
+
+    def test_autograd_equals_backward_op(self, framework_sample):
+        """The gradients that users get are the backward op's, in the arguments' dtypes and shapes."""
+        spec = self.spec
+        if spec.backward_call is None:
+            pytest.skip(f"{spec.name} has no gradient")
+        args, kwargs = framework_sample.build()
+        leaves = with_grad(args)
+        outputs = as_tuple(spec.op()(*leaves, **kwargs))
+        grads = random_output_grads(spec, framework_sample, torch.float32, outputs)
+        inputs = named_tensors(spec, leaves)
+        found = dict(zip(inputs, torch.autograd.grad(outputs, list(inputs.values()), grads), strict=True))
+        with torch.no_grad():
+            bargs, bkwargs = spec.backward_call(args, kwargs, tuple(o.detach() for o in outputs), grads)
+            expected = spec.split_gradients(spec.backward_op()(*bargs, **bkwargs), args, kwargs)
+        for name, g in found.items():
+            assert_bitwise_equal(g, expected[name], name=f"gradient of {name}")
+
+    def test_gradients_only_where_asked(self, framework_sample):
+        """Any one argument may require grad alone, and results do not change."""
+        spec = self.spec
+        if spec.backward_call is None:
+            pytest.skip(f"{spec.name} has no gradient")
+        args, kwargs = framework_sample.build()
+        _, all_grads = self._loss_and_grads(lambda *a: spec.op()(*a, **kwargs), args)
+        for g, name in zip(all_grads, named_tensors(spec, args), strict=True):
+            one = tuple(
+                a.detach().requires_grad_(n == name) if a is not None else None
+                for n, a in zip(spec.tensors, args, strict=False)
+            )
+            outputs = as_tuple(spec.op()(*one, **kwargs))
+            (found,) = torch.autograd.grad(
+                [(o.float() * o.float()).sum() for o in outputs], [one[spec.tensors.index(name)]]
+            )
+            assert_bitwise_equal(found, g, name=f"gradient of {name}")
+
+    def test_double_backward_is_refused(self, framework_sample):
+        spec = self.spec
+        if spec.backward_call is None:
+            pytest.skip(f"{spec.name} has no gradient")
+        args, kwargs = framework_sample.build()
+        leaves = with_grad(args)
+        out = as_tuple(spec.op()(*leaves, **kwargs))[0]
+        (g,) = torch.autograd.grad(out.square().sum(), [leaves[0]], create_graph=True)
+        with pytest.raises((RuntimeError, NotImplementedError), match=rf"effvit::{spec.backward_name}.*differentia"):
+            g.square().sum().backward()
+
+    # ---- determinism ------------------------------------------------------------------------------------------------
+
+    def _everything(self, backend, sample, dtype):
+        spec = self.spec
+        oracle = sample_oracle(spec.name, sample.name, dtype)
+        args = map_tensors(lambda t: t.to(backend.device), oracle.args)
+        outputs = as_tuple(backend.forward(*args, **oracle.kwargs))
+        if spec.backward_call is None:
+            return outputs
+        grads = map_tensors(lambda t: t.to(backend.device), oracle.output_grads)
+        bargs, bkwargs = spec.backward_call(args, oracle.kwargs, outputs, grads)
+        return (*outputs, *as_tuple(backend.backward(*bargs, **bkwargs)))
+
+    def test_repeats_are_equal(self, framework_sample, native):
+        if "small" not in framework_sample.tags:
+            pytest.skip("small samples do; test_threads_are_equal takes the large one")
+        for dtype in framework_sample.dtypes:
+            first = self._everything(native, framework_sample, dtype)
+            for _ in range(20):
+                for i, (a, b) in enumerate(zip(self._everything(native, framework_sample, dtype), first, strict=True)):
+                    assert_bitwise_equal(a, b, name=f"value {i}")
+
+    def test_threads_are_equal(self, framework_sample, native):
+        for dtype in framework_sample.dtypes:
+            with threads(1):
+                one = self._everything(native, framework_sample, dtype)
+            for n in (2, 3):
+                with threads(n):
+                    many = self._everything(native, framework_sample, dtype)
+                for i, (a, b) in enumerate(zip(many, one, strict=True)):
+                    assert_bitwise_equal(a, b, name=f"value {i} with {n} threads")
+
+    def test_concurrent_callers_are_equal(self, framework_sample, native):
+        from concurrent.futures import ThreadPoolExecutor
+
+        expected = self._everything(native, framework_sample, torch.float32)
+        with native.selected(), ThreadPoolExecutor(4) as pool:
+            runs = [pool.submit(self._everything, native, framework_sample, torch.float32) for _ in range(8)]
+            for run in runs:
+                for i, (a, b) in enumerate(zip(run.result(), expected, strict=True)):
+                    assert_bitwise_equal(a, b, name=f"value {i}")
+
+    def test_inputs_are_not_written(self, framework_sample, native):
+        spec = self.spec
+        args, kwargs = framework_sample.build()
+        copies = map_tensors(torch.clone, args)
+        outputs = as_tuple(native.forward(*args, **kwargs))
+        if spec.backward_call:
+            grads = tuple(torch.ones_like(o) for o in outputs)
+            saved = tuple(o.clone() for o in (*outputs, *grads))
+            bargs, bkwargs = spec.backward_call(args, kwargs, outputs, grads)
+            native.backward(*bargs, **bkwargs)
+            for i, (a, b) in enumerate(zip((*outputs, *grads), saved, strict=True)):
+                assert_bitwise_equal(a, b, name=f"output or cotangent {i}")
+        for name, a, b in zip(spec.tensors, args, copies, strict=False):
+            if a is not None:
+                assert_bitwise_equal(a, b, name=name)
+
+    # ---- bad input --------------------------------------------------------------------------------------------------
+
+    def _function(self, bad, route):
+        if route == "effvit.ops":
+            return self.spec.public()
+        return getattr(torch.ops.effvit, bad.op or self.spec.name)
+
+    def test_bad_input(self, bad, route):
+        if route == "effvit.ops" and not bad.public:
+            pytest.skip("the backward op has no public function")
+        if route == "torch.ops" and not bad.torch_ops:
+            pytest.skip("torch's schema check converts the value before anybody sees it")
+        errors = bad.error if isinstance(bad.error, tuple) else (bad.error,)
+        match = f"effvit::{bad.op or self.spec.name}: {bad.match}"
+        if route == "torch.ops":
+            errors = (*errors, RuntimeError)
+            if bad.schema_match is not None:
+                match = f"(?:{match})|(?:{self.spec.name}.*{bad.schema_match})"
+        args, kwargs = bad.make()
+        with pytest.raises(errors) as raised:
+            self._function(bad, route)(*args, **kwargs)
+        message = str(raised.value)
+        assert re.search(match, message, re.DOTALL), f"message must match {match!r}, got {message!r}"
+        good_args, good_kwargs = self.spec.good_input()
+        for result in as_tuple(self.spec.op()(*good_args, **good_kwargs)):
+            assert torch.isfinite(result).all()
+
+    def test_bad_input_list_is_long(self):
+        assert len(self.spec.bad_inputs) >= 40
+        assert len({b.name for b in self.spec.bad_inputs}) == len(self.spec.bad_inputs)
+        named = " ".join(b.match for b in self.spec.bad_inputs)
+        for argument in self.spec.op().default._schema.arguments:
+            assert re.search(rf"\b{argument.name}\b", named), f"no bad input for {argument.name}"
+
+    def test_bad_input_under_autograd_and_fake(self):
+        """The same refusal whichever way the dispatcher takes."""
+        bad = next(b for b in self.spec.bad_inputs if b.torch_ops and b.schema_match is None and b.op is None
+                   and isinstance(b.make()[0][0], torch.Tensor))  # fmt: skip
+        args, kwargs = bad.make()
+        errors = (TypeError, ValueError, RuntimeError)
+        for variant in (with_grad(args), map_tensors(lambda t: t.to("meta"), args)):
+            with pytest.raises(errors, match=bad.match):
+                self.spec.op()(*variant, **kwargs)
+
+    # ---- sharding ---------------------------------------------------------------------------------------------------
+
+    def test_sharding(self, tmp_path):
+        """DTensor over two processes, forward and backward, for every sharding of the spec."""
+        if not torch.distributed.is_available():
+            pytest.skip("torch.distributed is not built in")
+        if not self.spec.shardings:
+            pytest.skip(f"{self.spec.name} declares no sharding")
+        command = [sys.executable, "-m", "effvit.testing._sharding", self.spec.name]
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        ranks = [
+            subprocess.Popen(
+                [*command, str(rank), str(tmp_path / "store")],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+            )
+            for rank in (0, 1)
+        ]  # fmt: skip
+        try:
+            logs = [rank.communicate(timeout=120)[0] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(logs)[-4000:]
+        cases = len(self.spec.shardings) * len(self.spec.tagged("framework"))
+        assert logs[0].count(" ok\n") == cases
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+
+    def _measure(self, *command, **environment):
+        if not has_native_kernel(self.spec.name):
+            pytest.skip("the reference materialises its windows; this is a promise of the compiled kernels")
+        reason = can_measure()
+        if reason:
+            pytest.skip(reason)
+        result = subprocess.run(
+            [sys.executable, "-m", "effvit.testing._memory", self.spec.name, *command],
+            capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
+
+    def test_peak_memory(self):
+        """Outputs + a fixed scratch per thread, at any size."""
+        # A fixed threshold, so that big blocks are always mapped fresh and returned at once.
+        report = self._measure("peak", "2", "float32", "bfloat16", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="2")
+        assert report["rows"]
+        for row in report["rows"]:
+            assert row["peak"] >= row["outputs"] * 0.9, f"the measurement missed the outputs: {row}"
+            assert row["peak"] <= row["allowed"], row
+
+    def test_no_leak(self):
+        found = self._measure("leak")["leaks"]
+        planted = found.pop("planted")
+        assert planted >= 60, f"the measurement must see a planted leak of 64 bytes per call, saw {planted}"
+        for what, size in found.items():
+            assert size < 8, f"{what}: {size} bytes per call are not returned"
+
+    def test_no_reference_cycle(self):
+        """Saved tensors die with the outputs: no cycle keeps activations until the garbage collector runs."""
+        import weakref
+
+        spec = self.spec
+        args, kwargs = spec.tagged("framework")[0].build()
+        leaves = with_grad(args)
+        gc.collect()
+        gc.disable()
+        try:
+            outputs = as_tuple(spec.op()(*leaves, **kwargs))
+            watch = [weakref.ref(o) for o in outputs]
+            if spec.backward_call:
+                outputs[0].sum().backward()
+            del outputs
+            assert all(w() is None for w in watch)
+        finally:
+            gc.enable()
+
+    # ---- the rule itself --------------------------------------------------------------------------------------------
+
+    def test_suite_sees_planted_errors(self):
+        """Every output and every gradient, wrong in one element, is refused."""
+        spec = self.spec
+        sample = spec.tagged("framework")[0]
+        for dtype in sample.dtypes:
+            oracle = sample_oracle(spec.name, sample.name, dtype)
+            rows = [(oracle.outputs, oracle.output_yardsticks, oracle.output_magnitudes)]
+            rows.append((oracle.gradients, oracle.gradient_yardsticks, oracle.gradient_magnitudes))
+            for truths, yardsticks, magnitudes in rows:
+                for name, truth in truths.items():
+                    assert_close_to_truth(
+                        truth.to(dtype), truth, yardsticks[name], magnitude=magnitudes.get(name), eps=oracle.eps
+                    )
+                    wrong = truth.clone(memory_format=torch.contiguous_format)
+                    wrong.view(-1)[truth.numel() // 2] += 0.5 * float(truth.abs().max())
+                    with pytest.raises(AssertionError, match="error"):
+                        assert_close_to_truth(
+                            wrong.to(dtype), truth, yardsticks[name], magnitude=magnitudes.get(name), eps=oracle.eps
+                        )
+
+
+def _has_cxx():
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception:
+        return False
+    return True

@@ -1,0 +1,197 @@
+"""`python -m effvit info`, effvit.explain, and the choice of an implementation, with and without libraries."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import effvit
+from effvit import _backends, _load
+from effvit.ops._registry import OPS
+from effvit.testing.window_attention import SPEC
+
+
+def run(code_or_module, **env):
+    command = [sys.executable, *code_or_module]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, cwd="/")
+
+
+def info(**env):
+    done = run(["-m", "effvit", "info"], **env)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return done.stdout
+
+
+def registered(op, key):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"effvit::{op}", key)
+
+
+def test_info_as_installed():
+    text = info()
+    assert f"torch         {torch.__version__}" in text
+    for op in OPS:
+        for device in ("cpu", "cuda"):
+            assert f"  {op} on {device}: {_backends.chosen(op, device).name}" in text
+    for name, library in _load.LIBRARIES.items():
+        state = "loaded" if library.handle else f"not loaded: {library.reason}"
+        assert f"  {name:14}{state}" in text
+        assert library.handle or library.fix in text
+
+
+def test_info_without_libraries(tmp_path):
+    text = info(EFFVIT_LIB_DIR=str(tmp_path))
+    assert "effvit_cpu    not loaded: not built" in text
+    assert "window_attention on cpu: reference" in text
+    assert "effvit_cpu    in effvit's source folder: pip install" in text
+
+
+def test_info_with_a_broken_library(tmp_path):
+    (tmp_path / "libeffvit_cpu.so").write_text("not a library")
+    text = info(EFFVIT_LIB_DIR=str(tmp_path))
+    assert "effvit_cpu    not loaded: the loader refused it: " in text
+    assert "window_attention on cpu: reference" in text
+
+
+def test_forced_reference():
+    text = info(EFFVIT_BACKEND="reference")
+    assert "effvit_cpu    not loaded: EFFVIT_BACKEND=reference" in text
+    assert "window_attention on cpu: reference" in text and "window_attention on cuda: reference" in text
+
+
+def test_unknown_backend_is_an_error():
+    done = run(["-c", "import effvit"], EFFVIT_BACKEND="gpu")
+    assert done.returncode != 0
+    assert "ValueError: effvit: EFFVIT_BACKEND must be one of reference, cpu, triton, cuda, got gpu" in done.stderr
+
+
+def test_import_is_silent_and_needs_no_triton():
+    code = "import sys; sys.modules['triton'] = None; import effvit; assert 'timm' not in sys.modules"
+    done = run(["-W", "error::UserWarning", "-c", code])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta", "xpu"])
+def test_exactly_one_implementation_runs(op, device):
+    choices = _backends.choices(op, device)
+    assert sorted(c.name for c in choices) == ["cpu", "cuda", "reference", "triton"]
+    assert [c.runs for c in choices].count(True) == 1
+    assert all(c.runs or c.reason for c in choices)
+    runs = _backends.chosen(op, device).name
+    assert registered(op, "CPU") == (_backends.chosen(op, "cpu").name == "cpu")
+    assert registered(op, "CUDA") == (_backends.chosen(op, "cuda").name in ("cuda", "triton"))
+    assert device in ("cpu", "cuda") or runs == "reference"
+
+
+def test_triton_is_registered_where_there_is_no_cuda_library():
+    code = """
+import torch
+torch.backends.cuda.is_built = lambda: True  # the only thing that registration asks of torch
+import effvit
+from effvit import _backends
+assert _backends.chosen("window_attention", "cuda").name == "triton"
+assert torch._C._dispatch_has_kernel_for_dispatch_key("effvit::window_attention_backward", "CUDA")
+"""
+    done = run(["-c", code], EFFVIT_BACKEND="triton")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "cuda, driver, reason",
+    [
+        (None, None, "this torch is built for CPU only"),
+        ("13.0", (12040, [(8, 0)]), "the NVIDIA driver is for CUDA 12.4, the library was built with CUDA 13"),
+        ("13.0", (13000, [(9, 0), (7, 5)]), "needs compute capability 8.0 of every GPU, found 9.0, 7.5"),
+        ("13.0", (13000, [(8, 6)]), ""),
+        ("13.0", None, ""),
+    ],
+)
+def test_cuda_obstacles(monkeypatch, cuda, driver, reason):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(_load, "nvidia_driver", lambda: driver)
+    monkeypatch.setattr(_load, "build_status", lambda name: "nvcc 13.0.88, sm_80")
+    found, fix = _load._cuda_obstacle()
+    assert found == reason and bool(fix) == bool(reason)
+
+
+def test_set_isa():
+    if not _backends.isas():
+        pytest.skip(f"the CPU library is not loaded: {_load.LIBRARIES['effvit_cpu'].reason}")
+    before = _backends.isa()
+    assert before in _backends.isas() and _backends.isas()[0] == "generic"
+    for name in _backends.isas():
+        _backends.set_isa(name)
+        assert _backends.isa() == name
+        assert f"instruction set {name}" in _backends.chosen("window_attention", "cpu").reason
+    with pytest.raises(ValueError, match="isa must be one of generic.*, got sse9"):
+        _backends.set_isa("sse9")
+    assert _backends.isa() == _backends.isas()[-1]
+
+
+def test_forced_isa():
+    if not _backends.isas():
+        pytest.skip(f"the CPU library is not loaded: {_load.LIBRARIES['effvit_cpu'].reason}")
+    assert "ISA           generic of generic" in info(EFFVIT_ISA="generic")
+
+
+def test_cpu_features_agree_with_the_system():
+    from_module = set(_backends.cpu_features())
+    with open("/proc/cpuinfo") as file:
+        flags = next((set(line.split(":")[1].split()) for line in file if line.startswith("flags")), None)
+    if flags is None:
+        pytest.skip("/proc/cpuinfo names no flags")
+    known = ("avx2", "f16c", "avx512f", "avx512bw", "avx512vl", "amx_tile", "amx_bf16")
+    assert from_module & set(known) == flags & set(known)
+
+
+def test_timing_helpers():
+    _C = pytest.importorskip("effvit._C", reason="optional module, not built")
+    calls = []
+    seconds = _C.time_calls(lambda: calls.append(1), repeats=3, inner=4, warmup=2)
+    assert len(calls) == 2 + 3 * 4 and len(seconds) == 3 and all(s > 0 for s in seconds)
+    assert _C.copy_bandwidth(1 << 22, 3) > 1e8
+    with pytest.raises(ValueError):
+        _C.time_calls(lambda: None, repeats=0)
+
+
+# ---- explain -------------------------------------------------------------------------------------------------------
+
+RATES = effvit._explain.Rates(bytes_per_second=10e9, flops_per_second=100e9)
+
+
+def test_explain():
+    args, kwargs = SPEC.samples[0].build()
+    found = effvit.explain("window_attention", *args, rates=RATES, **kwargs)
+    cost = SPEC.cost(args, kwargs)
+    assert (found.flops, found.bytes) == (cost.flops, cost.bytes) and cost.flops > 0 and cost.bytes > 0
+    assert found.seconds == max(cost.bytes / 10e9, cost.flops / 100e9)
+    assert found.bound == ("memory" if cost.bytes / 10e9 >= cost.flops / 100e9 else "compute")
+    assert found.kernel == _backends.chosen("window_attention", "cpu").name
+    text = str(found)
+    assert f"runs  {found.kernel}" in text and "no    cuda" in text and f"{found.bound} bound" in text
+
+
+def test_explain_measures_rates():
+    args, kwargs = SPEC.samples[0].build()
+    found = effvit.explain("window_attention", *args, **kwargs)
+    assert 1e8 < found.rates.bytes_per_second < 1e14 and 1e8 < found.rates.flops_per_second < 1e17
+
+
+def test_explain_backward():
+    args, kwargs = SPEC.samples[0].build()
+    out, lse = effvit.window_attention(*args, **kwargs)
+    q, k, v, *small = args
+    found = effvit.explain("window_attention_backward", out, None, q, k, v, out, lse, *small, rates=RATES, **kwargs)
+    cost = SPEC.cost(args, kwargs, backward=True)
+    assert (found.op, found.flops, found.bytes) == ("window_attention_backward", cost.flops, cost.bytes)
+
+
+def test_explain_checks_its_arguments():
+    args, kwargs = SPEC.samples[0].build()
+    with pytest.raises(ValueError, match="effvit::explain: op must be one of window_attention"):
+        effvit.explain("attention", *args, **kwargs)
+    with pytest.raises(ValueError, match="effvit::window_attention: q must be"):
+        effvit.explain("window_attention", args[0][0], *args[1:], **kwargs)

@@ -1,0 +1,127 @@
+"""One file per op and layer, torch behind one header, launches behind prim, and the formatters' verdict."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from effvit.ops._registry import OPS
+
+ROOT = Path(__file__).resolve().parent.parent
+OP_NAMES = [name for name, op in OPS.items() if op.backward_of is None]
+LAYERS = {
+    "public function": "python/effvit/ops/{op}.py",
+    "reference": "python/effvit/reference/{op}.py",
+    "samples": "python/effvit/testing/{op}.py",
+    "params": "csrc/common/{op}_params.h",
+    "cpu binding": "csrc/cpu/{op}.cpp",
+    "cpu kernel": "csrc/cpu/{op}_kernel.inl.h",
+    "cuda kernel": "csrc/cuda/{op}.cuh",
+    "cuda binding": "csrc/cuda/{op}.cu",
+    "triton": "triton_kernels/{op}.py",
+    "test": "tests/ops/test_{op}.py",
+    "benchmark": "benchmarks/bench_{op}.py",
+}
+# (op, layer): why the op does without this file.
+WAIVERS: dict[tuple[str, str], str] = {}
+# Files of these folders that belong to no op.
+SHARED = {"__init__", "_registry", "_common", "abi"}
+
+
+def sources(*suffixes):
+    """Files that git tracks or would track; every file of these suffixes where there is no git."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0 and listed.stdout:
+        names = [ROOT / name for name in listed.stdout.splitlines()]
+    else:
+        names = [p for p in ROOT.rglob("*") if not {"build", ".venv"} & set(p.relative_to(ROOT).parts)]
+    return sorted(p for p in names if p.suffix in suffixes and p.is_file())
+
+
+def relative(paths):
+    return [str(p.relative_to(ROOT)) for p in paths]
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_op_has_one_file_per_layer(op, layer):
+    path = ROOT / LAYERS[layer].format(op=op)
+    if (op, layer) in WAIVERS:
+        assert not path.exists(), f"{relative([path])[0]} exists: remove its waiver"
+    else:
+        assert path.is_file(), f"missing {relative([path])[0]}; write it, or waive ({op!r}, {layer!r}) with a reason"
+
+
+def test_waivers_name_ops_layers_and_reasons():
+    for (op, layer), reason in WAIVERS.items():
+        assert op in OP_NAMES and layer in LAYERS and len(reason) > 10, (op, layer, reason)
+
+
+@pytest.mark.parametrize("layer", ["public function", "reference", "cuda kernel", "cuda binding", "triton", "test"])
+def test_no_file_without_op(layer):
+    folder, pattern = LAYERS[layer].rsplit("/", 1)
+    prefix, suffix = pattern.split("{op}")
+    for path in (ROOT / folder).glob(f"{prefix}*{suffix}"):
+        name = path.name.removeprefix(prefix).removesuffix(suffix)
+        assert name in OP_NAMES or name in SHARED or name.endswith("_test"), f"{relative([path])[0]} belongs to no op"
+
+
+def test_only_stable_h_includes_torch():
+    include = re.compile(r'^\s*#\s*include\s*[<"](torch|ATen|c10|caffe2)/', re.M)
+    found = [p for p in sources(".h", ".cpp", ".cu", ".cuh") if include.search(p.read_text())]
+    assert relative(found) == ["csrc/common/stable.h"]
+
+
+def test_kernels_include_no_torch():
+    """Kernels and params are used without torch, by the emulator, the microbenchmarks and NVRTC."""
+    kernels = [p for p in sources(".cuh") if "cuda" in p.parts]
+    names = (".inl.h", "_params.h")
+    kernels += [p for p in sources(".h") if p.name.endswith(names) or {"isa", "emu"} & set(p.parts)]
+    assert len(kernels) > 3
+    binding = re.compile(r'^\s*#\s*include\s*[<"].*(stable|_binding)\.h[>"]', re.M)
+    assert relative(p for p in kernels if binding.search(p.read_text())) == []
+
+
+def test_no_launch_syntax_outside_prim():
+    files = [p for p in sources(".cuh", ".cu", ".h", ".cpp") if not {"prim", "bench"} & set(p.parts)]
+    assert relative(p for p in files if "<<<" in p.read_text()) == []
+
+
+def test_no_python_in_operator_libraries():
+    files = [p for p in sources(".h", ".cpp", ".cu", ".cuh") if "pybind" not in p.parts]
+    assert relative(p for p in files if re.search(r"#\s*include\s*[<\"](Python\.h|pybind11/)", p.read_text())) == []
+
+
+def test_every_file_says_what_it_is():
+    silent = [p for p in sources(".py") if not p.read_text().lstrip().startswith(('"""', 'r"""', "#!"))]
+    silent += [p for p in sources(".h", ".cpp", ".cu", ".cuh") if not p.read_text().startswith("//")]
+    assert relative(silent) == []
+
+
+def test_lines_fit():
+    long = []
+    for path in sources(".py", ".h", ".cpp", ".cu", ".cuh", ".toml", ".txt", ".sh"):
+        numbered = enumerate(path.read_text().splitlines(), 1)
+        long += [f"{relative([path])[0]}:{i}" for i, line in numbered if len(line) > 120]
+    assert long == []
+
+
+def run(*command):
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ruff():
+    run(sys.executable, "-m", "ruff", "check", ".")
+
+
+def test_ruff_format():
+    run(sys.executable, "-m", "ruff", "format", "--check", ".")
+
+
+def test_clang_format():
+    beside = Path(sys.executable).parent / "clang-format"
+    program = str(beside) if beside.exists() else "clang-format"
+    run(program, "--dry-run", "-Werror", *map(str, sources(".h", ".cpp", ".cu", ".cuh")))

@@ -1,0 +1,139 @@
+"""Compiles every Triton kernel ahead of time for four GPU architectures; needs no GPU.
+
+A module of effvit.triton_kernels takes part by exposing ``aot_signatures()``, which yields (name, kernel, signature,
+constexprs, attrs, options) of representative launches. A kernel that none of them launches fails the test.
+"""
+
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
+           "gfx942": ("hip", "gfx942", 64)}  # fmt: skip
+# Shared memory of one block, in bytes.
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# Every launch is compiled for the first target; each kernel once, in its first launch, for the others.
+FULL_TARGET = "sm_90"
+# Spilled bytes that are known, by (target, launch, kernel). Any other spill, and any growth of these, fails.
+KNOWN_SPILLS = {
+    ("sm_80", "window16-bf16", "window_attention_bwd_dkv_kernel"): 32,
+    ("sm_90", "window16-fp32", "window_attention_bwd_dq_kernel"): 32,
+    ("sm_90", "window8-halo2-pads-fp32", "window_attention_bwd_dq_kernel"): 24,
+    ("sm_90", "window8-halo2-pads-fp32", "window_attention_fwd_kernel"): 40,
+    ("sm_90", "window7-shift-fp32", "window_attention_bwd_fused_kernel"): 64,
+    ("sm_90", "window7-cosine-pads-bf16", "window_attention_bwd_fused_kernel"): 200,
+    ("sm_90", "window7-cosine-pads-fp32", "window_attention_bwd_fused_kernel"): 1704,
+    ("gfx942", "window16-bf16", "window_attention_bwd_dkv_kernel"): 45,  # registers, not bytes
+    ("gfx942", "window7-shift-bf16", "window_attention_bwd_fused_kernel"): 24,
+}
+WORKERS = 2
+
+
+def compile_share(worker):
+    """Worker process: compiles its share and prints one JSON line per compilation. The interpreter must be off here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    jobs, seen, declared = [], set(), set()
+    for module in kernel_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, triton.runtime.JITFunction) and value.fn.__module__ == module.__name__:
+                assert name.startswith("_") or name.endswith("_kernel"), (
+                    f"{module.__name__}.{name}: a jit function is a kernel (*_kernel) or private to kernels (_*)"
+                )
+                if name.endswith("_kernel"):
+                    declared.add(name)
+        for launch in getattr(module, "aot_signatures", list)():
+            kernel = launch[1].__name__
+            for target in TARGETS:
+                key = (kernel, target, str(launch[2:]))
+                if key in seen or (target != FULL_TARGET and (kernel, target) in seen):
+                    continue
+                seen.update((key, (kernel, target)))
+                jobs.append((target, *launch))
+    if worker == 0:
+        print(json.dumps({"declared": sorted(declared)}))
+    for target, name, kernel, signature, constexprs, attrs, options in jobs[worker::WORKERS]:
+        source = ASTSource(kernel, signature, constexprs, attrs)
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+        report = {"target": target, "launch": name, "kernel": kernel.__name__, "shared": compiled.metadata.shared}
+        if "cubin" in compiled.asm:
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(compiled.asm["cubin"])
+                file.flush()
+                command = [os.path.join(tools, "cuobjdump"), "--dump-resource-usage", file.name]
+                usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            report["binary"] = len(compiled.asm["cubin"])
+            report["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+            report["spills"] = int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
+        else:
+            report["binary"] = len(compiled.asm["hsaco"])
+            report["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", compiled.asm["amdgcn"])[1])
+            report["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])[1])
+        print(json.dumps(report), flush=True)
+
+
+def kernel_modules():
+    package = importlib.import_module("effvit.triton_kernels")
+    return [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """(names of all kernels, reports of all compilations)."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, os.path.abspath(__file__)]
+    workers = [
+        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(WORKERS)
+    ]
+    lines = []
+    for process in workers:
+        stdout, stderr = process.communicate()
+        assert process.returncode == 0, f"ahead-of-time compilation failed:\n{stderr[-6000:]}"
+        lines += [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
+    (declared,) = [line["declared"] for line in lines if "declared" in line]
+    reports = [line for line in lines if "declared" not in line]
+    header = f"{'target':8s}{'launch':28s}{'kernel':40s}registers spills shared\n"
+    rows = (
+        f"{r['target']:8s}{r['launch']:28s}{r['kernel']:40s}{r['registers']:9d} {r['spills']:6d} {r['shared']:6d}\n"
+        for r in sorted(reports, key=lambda r: (r["kernel"], r["target"], r["launch"]))
+    )
+    print("\n" + header + "".join(rows))
+    return declared, reports
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles(compilations, target):
+    declared, reports = compilations
+    compiled = {r["kernel"] for r in reports if r["target"] == target and r["binary"] > 0}
+    assert compiled == set(declared), "no aot_signatures() yields these kernels, or they are not kernels of the package"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_shared_memory_fits(compilations, target):
+    too_large = [r for r in compilations[1] if r["target"] == target and r["shared"] > SHARED_LIMIT[target]]
+    assert not too_large
+
+
+def test_no_register_spills(compilations):
+    new = [
+        r for r in compilations[1]
+        if r["spills"] > KNOWN_SPILLS.get((r["target"], r["launch"], r["kernel"]), 0)
+    ]  # fmt: skip
+    assert not new
+
+
+if __name__ == "__main__":
+    compile_share(int(sys.argv[1]))
