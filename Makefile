@@ -1,4 +1,4 @@
-# Every target sets itself up; `make help` lists them. PYTHON=: which Python; TORCH=: what to install if it has no torch.
+# Every target sets itself up; `make help` lists them. PYTHON=: which Python; TORCH=: what to install without a torch.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help

@@ -351,7 +351,8 @@ class OpSuite:
     def test_compile_inductor(self):
         if not _has_cxx():
             pytest.skip("torch.compile's inductor needs a C++ compiler")
-        sample = next(s for s in self.spec.tagged("framework") if min(s.build()[0][0].shape[:3]) > 1)
+        dims = self.spec.dynamic_dims[self.spec.tensors[0]]
+        sample = next(s for s in self.spec.tagged("framework") if min(s.build()[0][0].shape[d] for d in dims) > 1)
         assert self._check_compiled(sample, "inductor") == 1
 
     def test_export(self, framework_sample):
@@ -532,7 +533,7 @@ class OpSuite:
             assert torch.isfinite(result).all()
 
     def test_bad_input_list_is_long(self):
-        assert len(self.spec.bad_inputs) >= 40
+        assert len(self.spec.bad_inputs) >= 4 * len(self.spec.op().default._schema.arguments)
         assert len({b.name for b in self.spec.bad_inputs}) == len(self.spec.bad_inputs)
         named = " ".join(b.match for b in self.spec.bad_inputs)
         for argument in self.spec.op().default._schema.arguments:

@@ -121,14 +121,16 @@ struct Run {
 // Queries of one tile: the tokens of the window that are on the map.
 struct Queries {
   int n = 0;
-  int64_t* position = nullptr;  // flat index into [B, H, W]
-  int64_t* offset = nullptr;    // into q
+  int64_t* position = nullptr;    // flat index into [B, H, W]
+  int64_t* lse_offset = nullptr;  // into lse, of head 0
+  int64_t* offset = nullptr;      // into q
   int64_t* grad_offset = nullptr;
   int32_t* table = nullptr;  // offset into the flipped bias table
   int32_t* label = nullptr;  // shift region
 
   void allocate(Scratch& s, int max) {
     position = s.take<int64_t>(max);
+    lse_offset = s.take<int64_t>(max);
     offset = s.take<int64_t>(max);
     grad_offset = s.take<int64_t>(max);
     table = s.take<int32_t>(max);
@@ -138,7 +140,7 @@ struct Queries {
 
 // Keys of one tile: the tokens on the map, and with pad_k those outside of it too (position -1).
 struct Keys {
-  int n = 0, padded = 0, runs = 0, pads = 0;
+  int n = 0, padded = 0, runs = 0, longest_run = 0, pads = 0;
   bool mixed = false;           // more than one shift region among the keys
   int64_t* position = nullptr;  // flat index into [B, H, W], -1 for a pad
   int64_t* k_offset = nullptr;
@@ -167,6 +169,7 @@ void find_queries(const Params& p, const Geometry& g, int64_t b, int wy, int wx,
       const int ix = rolled_coordinate(g.x, wx, x), px = map_position(g.x, ix);
       if (px < 0) continue;
       q->position[n] = (b * p.H + py) * p.W + px;
+      q->lse_offset[n] = (b * p.h * p.H + py) * p.W + px;
       q->offset[n] = b * p.q_stride_b + py * p.q_stride_y + px * p.q_stride_x;
       q->grad_offset[n] = b * p.grad_out_stride_b + py * p.grad_out_stride_y + px * p.grad_out_stride_x;
       q->table[n] = (g.y.window - 1 - y) * g.table_w + (g.x.window - 1 - x);
@@ -212,6 +215,8 @@ void find_keys(const Params& p, const Geometry& g, int64_t b, int wy, int wx, in
   k->runs = runs;
   k->pads = pads;
   k->mixed = mixed;
+  k->longest_run = 0;
+  for (int r = 0; r < runs; ++r) k->longest_run = std::max(k->longest_run, k->run[r].length);
   for (int j = n; j < k->padded; ++j) k->label[j] = -1;
 }
 
@@ -257,11 +262,15 @@ class FlippedTable {
 // s[0..padded) = bias of this query towards every key, mask_value between regions, -inf beyond the last key.
 EFFVIT_INLINE void init_logits(float* s, const Keys& keys, const float* table, int label, float mask_value) {
   if (table) {
-    for (int r = 0; r < keys.runs; ++r) {
-      const Run run = keys.run[r];
-      float* dst = s + run.column;
-      const float* src = table + run.table;
-      for (int i = 0; i < run.length; i += kLanes) store(dst + i, load(src + i));
+    if (keys.longest_run <= kLanes) {
+      for (int r = 0; r < keys.runs; ++r) store(s + keys.run[r].column, load(table + keys.run[r].table));
+    } else {
+      for (int r = 0; r < keys.runs; ++r) {
+        const Run run = keys.run[r];
+        float* dst = s + run.column;
+        const float* src = table + run.table;
+        for (int i = 0; i < run.length; i += kLanes) store(dst + i, load(src + i));
+      }
     }
   } else {
     zero(s, keys.padded);
@@ -382,7 +391,7 @@ struct Forward {
     k = scratch.take<float>(int64_t{g.k_tile_max} * g.dp);
     kt = scratch.take<float>(int64_t{g.dp} * round_up(g.k_tile_max, kLanes));
     v = scratch.take<float>(int64_t{g.k_tile_max} * g.dvp);
-    s = scratch.take<float>(int64_t{kBlockRows<T>} * g.ld);
+    s = scratch.take<float>(int64_t{std::max(2 * kRows, kBlockRows<T>)} * g.ld);
     o = scratch.take<float>(int64_t{g.single ? kBlockRows<T> : round_up(g.q_tile_max, kBlockRows<T>)} * g.dvp);
     top = scratch.take<float>(g.q_tile_max + kLanes);
     sum = scratch.take<float>(g.q_tile_max + kLanes);
@@ -441,37 +450,50 @@ struct Forward {
     }
   }
 
-  // Logits of `rows` queries from r on -> unnormalised probabilities in s; updates top and sum, and rescales what o
-  // holds already (tiles after the first).
-  void softmax_rows(int r, int rows, const float* table, bool first) {
-    for (int i = 0; i < rows; ++i) {
-      init_logits(s + i * g.ld, keys, table ? table + queries.table[r + i] : nullptr, queries.label[r + i],
+  void init_rows(float* block, int r, const float* table) {
+    for (int i = 0; i < std::min(kRows, queries.n - r); ++i) {
+      init_logits(block + i * g.ld, keys, table ? table + queries.table[r + i] : nullptr, queries.label[r + i],
                   p.mask_value);
     }
-    gemm(rows, keys.padded, static_cast<int>(p.d), RowMajorA{q + int64_t{r} * g.dp, g.dp}, DenseB{kt, keys.padded}, s,
-         g.ld, true);
-    for (int i = 0; i < rows; ++i) {
-      float* row = s + i * g.ld;
-      vf m = set1(first ? kLowest : top[r + i]);
-      for (int j = 0; j < keys.padded; j += kLanes) m = max(m, load(row + j));
-      const float highest = reduce_max(m);
-      const vf shift = set1(highest);
-      vf total{};
-      for (int j = 0; j < keys.padded; j += kLanes) {
-        const vf e = exp(load(row + j) - shift);
-        store(row + j, e);
-        total = total + e;
-      }
-      if (first) {
-        sum[r + i] = reduce_add(total);
-      } else {
-        const vf correction = exp(set1(top[r + i] - highest));
-        sum[r + i] = sum[r + i] * correction[0] + reduce_add(total);
-        float* acc = o + int64_t{r + i} * g.dvp;
-        for (int c = 0; c < g.dvp; c += kLanes) store(acc + c, load(acc + c) * correction);
-      }
-      top[r + i] = highest;
+  }
+
+  // Logits of R queries from r on -> unnormalised probabilities, in place; updates top and sum, and rescales what o
+  // holds already (tiles after the first). The rows go side by side: one alone is a chain of dependent instructions.
+  template <int R>
+  EFFVIT_INLINE void softmax_rows(float* block, int r, bool first) {
+    vf m[R], total[R], shift[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) m[i] = set1(first ? kLowest : top[r + i]);
+    for (int j = 0; j < keys.padded; j += kLanes) {
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) m[i] = max(m[i], load(block + i * g.ld + j));
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      shift[i] = set1(reduce_max(m[i]));
+      total[i] = vf{};
+    }
+    for (int j = 0; j < keys.padded; j += kLanes) {
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        const vf e = exp(load(block + i * g.ld + j) - shift[i]);
+        store(block + i * g.ld + j, e);
+        total[i] = total[i] + e;
+      }
+    }
+    for (int i = 0; i < R; ++i) accumulate_sum(r + i, shift[i][0], reduce_add(total[i]), first);
+  }
+
+  EFFVIT_INLINE void accumulate_sum(int i, float highest, float total, bool first) {
+    if (first) {
+      sum[i] = total;
+    } else {
+      const vf correction = exp(set1(top[i] - highest));
+      sum[i] = sum[i] * correction[0] + total;
+      float* acc = o + int64_t{i} * g.dvp;
+      for (int c = 0; c < g.dvp; c += kLanes) store(acc + c, load(acc + c) * correction);
+    }
+    top[i] = highest;
   }
 
   void write_row(int i, const float* row, int64_t head) {
@@ -486,14 +508,17 @@ struct Forward {
       alignas(64) float lse[kLanes];
       store(lse, load(top + i) + log(load(sum + i)));
       for (int j = 0; j < kLanes && i + j < queries.n; ++j) {
-        const int64_t b = queries.position[i + j] / plane, yx = queries.position[i + j] - b * plane;
-        p.lse[(b * p.h + head) * plane + yx] = lse[j];
+        p.lse[queries.lse_offset[i + j] + head * plane] = lse[j];
       }
     }
   }
 
-  // Fetches tokens [r, r + kBlockRows) of the next unit while this one computes.
-  EFFVIT_INLINE void prefetch(int r) {
+  // Fetches where rows [r, r + kBlockRows) will be written, and the same tokens of the next unit, while this one computes.
+  EFFVIT_INLINE void prefetch(int r, int64_t head) {
+    for (int i = r; i < std::min(r + kBlockRows<T>, queries.n); ++i) {
+      const T* row = static_cast<const T*>(p.out) + (queries.position[i] * p.h + head) * p.dv;
+      prefetch_row(row, p.dv * static_cast<int64_t>(sizeof(T)));
+    }
     if (!next) return;
     const Queries& nq = next->queries;
     const Keys& nk = next->keys;
@@ -511,15 +536,28 @@ struct Forward {
 
   void rows_of_tile(int64_t head, bool first) {
     const float* table = tables.get(p, g, head);
+    const int d = static_cast<int>(p.d);
+    // Two blocks of logits take turns. The bias of a block is written one block ahead: its short unaligned stores would
+    // otherwise still be on their way when the product loads them as whole vectors, which cannot be forwarded.
+    float* block = s;
+    float* ahead = s + int64_t{kRows} * g.ld;
+    init_rows(block, 0, table);
     for (int r = 0; r < queries.n; r += kRows) {
       const int rows = std::min(kRows, queries.n - r);
-      prefetch(r);
-      softmax_rows(r, rows, table, first);
+      if (r + kRows < queries.n) init_rows(ahead, r + kRows, table);
+      prefetch(r, head);
+      gemm(rows, keys.padded, d, RowMajorA{q + int64_t{r} * g.dp, g.dp}, DenseB{kt, keys.padded}, block, g.ld, true);
+      if (rows == kRows) {
+        softmax_rows<kRows>(block, r, first);
+      } else {
+        for (int i = 0; i < rows; ++i) softmax_rows<1>(block + i * g.ld, r + i, first);
+      }
       float* acc = g.single ? o : o + int64_t{r} * g.dvp;
-      gemm(rows, g.dvp, keys.n, RowMajorA{s, g.ld}, DenseB{v, g.dvp}, acc, g.dvp, !first);
+      gemm(rows, g.dvp, keys.n, RowMajorA{block, g.ld}, DenseB{v, g.dvp}, acc, g.dvp, !first);
       if (g.single) {
         for (int i = 0; i < rows; ++i) write_row(r + i, acc + int64_t{i} * g.dvp, head);
       }
+      std::swap(block, ahead);
     }
   }
 
@@ -573,7 +611,7 @@ struct Forward {
     const int depth = round_up(keys.padded, 32);
     for (int r = 0; r < queries.n; r += 32) {
       const int rows = std::min(32, queries.n - r), rows16 = round_up(rows, 16);
-      prefetch(r);
+      prefetch(r, head);
       tile_gemm(rows16, keys.padded, g.dk32, q16 + int64_t{r} * g.dk32, g.dk32, kt16, 2 * keys.padded, s, g.ld, false);
       for (int i = 0; i < rows; ++i) {
         float* row = s + int64_t{i} * g.ld;
@@ -596,15 +634,7 @@ struct Forward {
           total = total + e;
         }
         if (depth > keys.padded) store(prob + keys.padded, vf{});
-        if (first) {
-          sum[r + i] = reduce_add(total);
-        } else {
-          const vf correction = exp(set1(top[r + i] - highest));
-          sum[r + i] = sum[r + i] * correction[0] + reduce_add(total);
-          float* acc = o + int64_t{r + i} * g.dvp;
-          for (int c = 0; c < g.dvp; c += kLanes) store(acc + c, load(acc + c) * correction);
-        }
-        top[r + i] = highest;
+        accumulate_sum(r + i, highest, reduce_add(total), first);
       }
       float* acc = g.single ? o : o + int64_t{r} * g.dvp;
       tile_gemm(rows16, g.dvp, depth, p16, depth, v16, 2 * g.dvp, acc, g.dvp, !first);
@@ -702,8 +732,11 @@ template <class T>
 struct Backward {
   const Params& p;
   const Geometry& g;
-  Queries queries;
+  Windows windows;
+  Queries queries;  // of the tile at work
   Keys keys;
+  const Tokens* next = nullptr;  // unit to prefetch meanwhile
+  int64_t next_head = 0;
   FlippedTable tables;
   float *q, *q_norm, *grad_out, *delta, *lse, *k, *k_norm, *kt, *v, *vt, *prob, *dlogit, *dq, *dk, *dv;
   float *own_k, *own_v, *pad_unit, *pad_prob, *pad_dlogit;
@@ -716,8 +749,9 @@ struct Backward {
 
   Backward(const Params& params, const Geometry& geometry, Scratch& scratch) : p(params), g(geometry) {
     const int64_t nq = g.q_tile_max, nk = g.k_tile_max, nk_padded = round_up(g.k_tile_max, kLanes);
-    queries.allocate(scratch, g.q_tile_max);
-    keys.allocate(scratch, g.k_tile_max);
+    windows.allocate(scratch, g);
+    queries = windows.scratch().queries;
+    keys = windows.scratch().keys;
     tables.allocate(scratch, p, g);
     q = scratch.take<float>(nq * g.dp);
     q_norm = scratch.take<float>(nq);
@@ -778,12 +812,11 @@ struct Backward {
       }
       float* row_do = grad_out + int64_t{i} * g.dvp;
       load_row(row_do, base_do + queries.grad_offset[i], width);
-      const int64_t position = queries.position[i];
-      const int64_t b = position / plane, at = (b * p.h + head) * plane + (position - b * plane);
+      const int64_t at = queries.lse_offset[i] + head * plane;
       lse[i] = p.lse[at];
       delta[i] = p.grad_lse ? -p.grad_lse[at] : 0.f;
       if (g.single) continue;  // the rest of delta comes from the row itself
-      const T* row_out = static_cast<const T*>(p.out) + (position * p.h + head) * p.dv;
+      const T* row_out = static_cast<const T*>(p.out) + (queries.position[i] * p.h + head) * p.dv;
       vf acc{};
       int c = 0;
       for (; c + kLanes <= width; c += kLanes) acc = fma(load(row_do + c), load(row_out + c), acc);
@@ -869,7 +902,7 @@ struct Backward {
         const vf scale = g.cosine ? factor * load(column_scale + j) : factor;
         store(row + j, fma(load(row + j), scale, load(bias + j)));
       }
-      softmax_backward(row, dlogit + int64_t{i} * g.ld, r + i);
+      softmax_backward<1>(row, dlogit + int64_t{i} * g.ld, r + i);
     }
     for (int i = rows; i < round_up(rows, 32); ++i) {  // rows of the transposed operands' padding
       zero(prob + int64_t{i} * g.ld, keys.padded);
@@ -918,49 +951,98 @@ struct Backward {
     }
   }
 
-  // Logits of query i and dP -> P and dS, in place. With all keys at hand the row is normalised again and the sum of P dP
-  // is taken from it, so that neither the rounding of lse nor that of out enters; a tile of many relies on both.
+  // Logits of R queries from i on and dP -> P and dS, in place. With all keys at hand the rows are normalised again and
+  // the sum of P dP is taken from them, so that neither the rounding of lse nor that of out enters; a window in several
+  // tiles relies on both.
+  template <int R>
   EFFVIT_INLINE void softmax_backward(float* row, float* drow, int i) {
-    const vf log_sum = set1(lse[i]);
+    vf log_sum[R], factor[R], d[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) log_sum[r] = set1(lse[i + r]);
     if (!g.single) {
-      const vf d = set1(delta[i]);
+      for (int r = 0; r < R; ++r) d[r] = set1(delta[i + r]);
       for (int j = 0; j < keys.padded; j += kLanes) {
-        const vf e = exp(load(row + j) - log_sum);
-        store(row + j, e);
-        store(drow + j, e * (load(drow + j) - d));
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const vf e = exp(load(row + r * g.ld + j) - log_sum[r]);
+          store(row + r * g.ld + j, e);
+          store(drow + r * g.ld + j, e * (load(drow + r * g.ld + j) - d[r]));
+        }
       }
       return;
     }
-    vf total{}, along{};
+    vf total[R] = {}, along[R] = {};
     for (int j = 0; j < keys.padded; j += kLanes) {
-      const vf e = exp(load(row + j) - log_sum);
-      store(row + j, e);
-      total = total + e;
-      along = fma(e, load(drow + j), along);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const vf e = exp(load(row + r * g.ld + j) - log_sum[r]);
+        store(row + r * g.ld + j, e);
+        total[r] = total[r] + e;
+        along[r] = fma(e, load(drow + r * g.ld + j), along[r]);
+      }
     }
-    const float inverse = 1.f / reduce_add(total);
-    const vf factor = set1(inverse), d = set1(reduce_add(along) * inverse + delta[i]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const float inverse = 1.f / reduce_add(total[r]);
+      factor[r] = set1(inverse);
+      d[r] = set1(reduce_add(along[r]) * inverse + delta[i + r]);
+    }
     for (int j = 0; j < keys.padded; j += kLanes) {
-      const vf e = load(row + j) * factor;
-      store(row + j, e);
-      store(drow + j, e * (load(drow + j) - d));
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const vf e = load(row + r * g.ld + j) * factor[r];
+        store(row + r * g.ld + j, e);
+        store(drow + r * g.ld + j, e * (load(drow + r * g.ld + j) - d[r]));
+      }
+    }
+  }
+
+  // Fetches where the gradients of tokens [r, r + rows) will be written, and the same tokens of the next unit.
+  EFFVIT_INLINE void prefetch(int r, int rows, int64_t head) {
+    if (!next) return;
+    constexpr int64_t kSize = sizeof(T);
+    for (int j = r; j < std::min(r + rows, keys.n); ++j) {
+      if (keys.position[j] < 0) continue;
+      const T* row = gradient_row(keys.position[j]);
+      prefetch_row(row + head * p.d, p.d * kSize);
+      prefetch_row(row + (p.h + head) * p.d, p.d * kSize);
+      prefetch_row(row + 2 * p.h * p.d + head * p.dv, p.dv * kSize);
+    }
+    const Queries& nq = next->queries;
+    const Keys& nk = next->keys;
+    const T* base_q = static_cast<const T*>(p.q) + next_head * p.q_stride_h;
+    const T* base_do = static_cast<const T*>(p.grad_out) + next_head * p.grad_out_stride_h;
+    const T* base_k = static_cast<const T*>(p.k) + next_head * p.k_stride_h;
+    const T* base_v = static_cast<const T*>(p.v) + next_head * p.v_stride_h;
+    for (int i = r; i < std::min(r + rows, nq.n); ++i) {
+      prefetch_row(base_q + nq.offset[i], p.d * kSize);
+      prefetch_row(base_do + nq.grad_offset[i], p.dv * kSize);
+    }
+    for (int j = r; j < std::min(r + rows, nk.n); ++j) {
+      prefetch_row(base_k + nk.k_offset[j], p.d * kSize);
+      prefetch_row(base_v + nk.v_offset[j], p.dv * kSize);
     }
   }
 
   // P and dS of query rows [r, r + rows) into rows [0, rows) of prob and dlogit.
-  void recompute_rows(int r, int rows, const float* table) {
+  void recompute_rows(int r, int rows, const float* table, int64_t head) {
+    for (int i = 0; i < rows; ++i) {
+      init_logits(prob + int64_t{i} * g.ld, keys, table ? table + queries.table[r + i] : nullptr, queries.label[r + i],
+                  p.mask_value);
+    }
     for (int i0 = 0; i0 < rows; i0 += kRows) {
       const int block = std::min(kRows, rows - i0), first = r + i0;
       float *s = prob + int64_t{i0} * g.ld, *ds = dlogit + int64_t{i0} * g.ld;
-      for (int i = 0; i < block; ++i) {
-        init_logits(s + i * g.ld, keys, table ? table + queries.table[first + i] : nullptr, queries.label[first + i],
-                    p.mask_value);
-      }
+      prefetch(first, block, head);
       gemm(block, keys.padded, static_cast<int>(p.d), RowMajorA{q + int64_t{first} * g.dp, g.dp},
            DenseB{kt, keys.padded}, s, g.ld, true);
       gemm(block, keys.padded, static_cast<int>(p.dv), RowMajorA{grad_out + int64_t{first} * g.dvp, g.dvp},
            DenseB{vt, keys.padded}, ds, g.ld, false);
-      for (int i = 0; i < block; ++i) softmax_backward(s + i * g.ld, ds + i * g.ld, first + i);
+      if (block == kRows) {
+        softmax_backward<kRows>(s, ds, first);
+      } else {
+        for (int i = 0; i < block; ++i) softmax_backward<1>(s + i * g.ld, ds + i * g.ld, first + i);
+      }
     }
   }
 
@@ -987,6 +1069,7 @@ struct Backward {
       const bool accumulate_dkv = !first_dkv || r > 0;
 #if defined(EFFVIT_HAS_TILES)
       if constexpr (kTiles<T>) {
+        prefetch(r, rows, head);
         recompute_rows_16(r, rows, table);
         if (want_dq) {
           dq_rows_16(r, rows, !first_dq);
@@ -996,7 +1079,7 @@ struct Backward {
         continue;
       }
 #endif
-      recompute_rows(r, rows, table);
+      recompute_rows(r, rows, table, head);
       if (want_dq) {
         gemm(rows, g.dp, keys.n, RowMajorA{dlogit, g.ld}, DenseB{k, g.dp}, dq + int64_t{r} * g.dp, g.dp, !first_dq);
         add_sums(r, rows);
@@ -1146,9 +1229,12 @@ struct Backward {
       for (int64_t window = w0; window < w1; ++window) {
         const int64_t b = window / g.windows, w = window - b * g.windows;
         const int wy = static_cast<int>(w / g.x.windows), wx = static_cast<int>(w - int64_t{wy} * g.x.windows);
+        const Tokens *here = nullptr, *after = nullptr;
         if (g.single) {
-          find_queries(p, g, b, wy, wx, 0, g.y.window, &queries);
-          find_keys(p, g, b, wy, wx, 0, g.y.window, 0, g.x.window, g.has_pad, &keys);
+          here = &windows.get(p, g, window);
+          after = window + 1 < w1 ? &windows.get(p, g, window + 1) : nullptr;
+          queries = here->queries;
+          keys = here->keys;
           if (queries.n == 0) continue;
         }
         for (int64_t head = h0; head < h1; ++head) {
@@ -1158,6 +1244,8 @@ struct Backward {
           sum_pad_v = sum_pad_k + layout.pad_k;
           sum_tau = sum_pad_v + layout.pad_v;
           if (g.single) {
+            next = head + 1 < h1 ? here : after;
+            next_head = head + 1 < h1 ? head + 1 : h0;
             window_in_one_tile(head);
           } else {
             queries_of_window(b, wy, wx, head);

@@ -35,8 +35,7 @@ WindowAttentionGrads window_attention_backward(Tensor grad_out, OptionalTensor g
   const DeviceGuard guard(q);
   WindowAttentionCall call = window_attention_call(kOp, q, k, v, bias_table, logit_scale, pad_k, pad_v, window, shift,
                                                    dilation, halo, scale, mask_value, roll_before_pad);
-  auto grads =
-      window_attention_backward_call(kOp, call, q, grad_out, grad_lse, out, lse, bias_table, logit_scale);
+  auto grads = window_attention_backward_call(kOp, call, q, grad_out, grad_lse, out, lse, bias_table, logit_scale);
   if (call.empty) return grads;
   const auto floats = static_cast<int64_t>(window_attention_bwd_workspace_bytes(call.p) / sizeof(float));
   Tensor workspace = empty(q, {floats}, ScalarType::Float);

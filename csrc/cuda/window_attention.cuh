@@ -1,15 +1,17 @@
 // Windowed softmax attention, forward and backward: device code and launch, on prim only.
 //
-// A CTA of four warps owns one head and one 64x64 tile position of the window's score matrix (all of it for windows of up
-// to 64 tokens) and walks over many windows. Tokens are gathered straight from the map by index arithmetic and results are
-// scattered straight back. A window of up to 16 (32) tokens takes a slot of 16 (32) rows, so four (two) share a tile.
+// A CTA of four warps owns one head and one 64x64 tile position of the window's score matrix (all of it for windows of
+// up to 64 tokens) and walks over many windows. Tokens are gathered straight from the map by index arithmetic and
+// results are scattered straight back. A window of up to 16 (32) tokens takes a slot of 16 (32) rows, so four (two)
+// share a tile.
 //
 // Backward of windows of up to 64 tokens without halo: one fused pass. Others: a dq pass, a dk/dv pass in which a key
-// tile walks the query windows that reach it, and a table pass. The gradient of the table is the sum of dS over windows:
-// a tile position has the same offsets in every window, so dS is summed in registers over the walk and sorted into the
-// table once per CTA. Every sum runs in a fixed order: results are deterministic.
+// tile walks the query windows that reach it, and a table pass. The gradient of the table is the sum of dS over
+// windows: a tile position has the same offsets in every window, so dS is summed in registers over the walk and sorted
+// into the table once per CTA. Every sum runs in a fixed order: results are deterministic.
 //
-// exp(x - lse) is exp2((x - lse) * log2(e)), never exp2(x * log2(e) - ...): the difference of two large logits is exact.
+// exp(x - lse) is exp2((x - lse) * log2(e)), never exp2(x * log2(e) - ...): the difference of two large logits is
+// exact.
 #pragma once
 #include "../common/window_attention_params.h"
 #include "prim/launch.cuh"
@@ -22,14 +24,14 @@ using prim::Vec;
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / prim::kWarpSize;
-constexpr int kTile = 64;        // query rows and key rows of a tile
+constexpr int kTile = 64;  // query rows and key rows of a tile
 constexpr int kNTiles = kTile / 8;
 constexpr int kStreamCols = 64;  // columns of an operand in shared memory when whole rows do not fit
-constexpr int kOutCols = 32;     // columns of a gradient computed at a time where whole rows are written at once
+constexpr int kOutCols = 32;  // columns of a gradient computed at a time where whole rows are written at once
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kNormEps = 1e-12f;
 constexpr float kLogitScaleMax = 4.605170185988092f;  // ln 100
-constexpr int kMaxTableInShared = 32 * 1024;          // bytes; a larger table is read from global memory
+constexpr int kMaxTableInShared = 32 * 1024;  // bytes; a larger table is read from global memory
 
 // Key metadata: table offset * 32 + (outside the map) * 16 + shift region. Queries have no outside bit.
 constexpr int kRegionBits = 15, kInvalid = 15, kOutside = 16, kMetaShift = 5;
@@ -42,39 +44,40 @@ static_assert(kStreamCols % kOutCols == 0, "streamed columns are whole output bl
 template <class T>
 struct Traits {
   static constexpr bool kTensorCores = !std::is_same<T, float>::value;
-  static constexpr int kVec = 16 / sizeof(T);                // elements of a 16-byte access
-  static constexpr int kPad = kTensorCores ? 16 : 8;         // head dims are padded with zeros to a multiple
-  static constexpr int kStepK = kTensorCores ? 16 : 4;       // depth of one step of a matrix product
-  static constexpr int kSkew = kVec;                         // rows are an odd multiple of 16 bytes: no bank conflicts
+  static constexpr int kVec = 16 / sizeof(T);  // elements of a 16-byte access
+  static constexpr int kPad = kTensorCores ? 16 : 8;  // head dims are padded with zeros to a multiple
+  static constexpr int kStepK = kTensorCores ? 16 : 4;  // depth of one step of a matrix product
+  static constexpr int kSkew = kVec;  // rows are an odd multiple of 16 bytes: no bank conflicts
   static constexpr int kScoreStride = kTile + kSkew;
   static_assert(kPad % kVec == 0 && kPad % kStepK == 0, "padded rows hold whole vectors and steps");
   static_assert(kTile % kStepK == 0 && kStreamCols % kPad == 0, "tiles hold whole steps");
   static_assert(kScoreStride * sizeof(T) / 16 % 2 == 1, "row stride must be an odd multiple of 16 bytes");
 };
 
-// ---- the plan: everything a kernel needs, computed once on the host ----------------------------------------------------
+// ---- the plan: everything a kernel needs, computed once on the host
+// ----------------------------------------------------
 
 enum Pass : int { kForward, kFused, kDq, kDkv, kTable };
 
 struct Plan {
   WindowAttentionParams p;
   WindowAxis axis_y, axis_x;
-  int32_t queries, keys, key_w;        // tokens of a window, and of its halo'd keys; width of the latter
-  int32_t slot_rows, slots;            // rows of a tile that one window takes; windows of a tile
+  int32_t queries, keys, key_w;  // tokens of a window, and of its halo'd keys; width of the latter
+  int32_t slot_rows, slots;  // rows of a tile that one window takes; windows of a tile
   int32_t q_tiles, k_tiles;
   int32_t table_w, table_size;
   int64_t windows, windows_per_map, tiles;  // tiles = groups of `slots` windows
-  int32_t walks;                            // CTAs that share the tiles of one head and tile position
-  int32_t cols, col_chunks;                 // output columns of a CTA; CTAs that share them
+  int32_t walks;  // CTAs that share the tiles of one head and tile position
+  int32_t cols, col_chunks;  // output columns of a CTA; CTAs that share them
   int32_t d_pad, dv_pad;
-  int32_t d_cols, dv_cols;                  // columns of an operand in shared memory at a time
-  bool resident;                            // whole rows are
+  int32_t d_cols, dv_cols;  // columns of an operand in shared memory at a time
+  bool resident;  // whole rows are
   bool table_in_shared;
   bool q_vec, k_vec, v_vec, grad_vec, pad_k_vec, pad_v_vec, out_vec, dqkv_vec;  // 16-byte accesses are aligned
-  int32_t partial_range;                    // floats of one table partial
-  int32_t small_partials, small_stride;     // partial rows per head: d + dv + {sum of dS s outside, sum of dS s}
-  float* table_partials;                    // [h, walks, q_tiles, k_tiles, partial_range]
-  float* small_sums;                        // [h, small_partials, small_stride]
+  int32_t partial_range;  // floats of one table partial
+  int32_t small_partials, small_stride;  // partial rows per head: d + dv + {sum of dS s outside, sum of dS s}
+  float* table_partials;  // [h, walks, q_tiles, k_tiles, partial_range]
+  float* small_sums;  // [h, small_partials, small_stride]
   // Byte offsets in shared memory.
   int32_t s_q, s_k, s_v, s_g, s_p, s_ds, s_stage, s_q_token, s_k_token, s_k_meta, s_rows, s_pad, s_table, shared_bytes;
 };
@@ -98,7 +101,8 @@ EFFVIT_HD void table_range(const Plan& g, int32_t qt, int32_t kt, int32_t& first
   count = query_table_offset(g, q_end - 1) - key_table_offset(g, kt * kTile) + 1 - first;
 }
 
-// ---- what a CTA works with -------------------------------------------------------------------------------------------
+// ---- what a CTA works with
+// -------------------------------------------------------------------------------------------
 
 using Int4 = Vec<int, 4>;  // a token: b, y, x, metadata
 
@@ -120,35 +124,65 @@ struct Rows {
 template <class T>
 EFFVIT_DEVICE Rows<T> q_rows(const Plan& g, int head) {
   const auto& p = g.p;
-  return {static_cast<const T*>(p.q) + head * p.q_stride_h, p.q_stride_b, p.q_stride_y, p.q_stride_x,
-          static_cast<int>(p.d), g.q_vec, nullptr, false};
+  return {static_cast<const T*>(p.q) + head * p.q_stride_h,
+          p.q_stride_b,
+          p.q_stride_y,
+          p.q_stride_x,
+          static_cast<int>(p.d),
+          g.q_vec,
+          nullptr,
+          false};
 }
 template <class T>
 EFFVIT_DEVICE Rows<T> k_rows(const Plan& g, int head) {
   const auto& p = g.p;
   const T* pad = p.pad_k == nullptr ? nullptr : static_cast<const T*>(p.pad_k) + head * p.d;
-  return {static_cast<const T*>(p.k) + head * p.k_stride_h, p.k_stride_b, p.k_stride_y, p.k_stride_x,
-          static_cast<int>(p.d), g.k_vec, pad, g.pad_k_vec};
+  return {static_cast<const T*>(p.k) + head * p.k_stride_h,
+          p.k_stride_b,
+          p.k_stride_y,
+          p.k_stride_x,
+          static_cast<int>(p.d),
+          g.k_vec,
+          pad,
+          g.pad_k_vec};
 }
 template <class T>
 EFFVIT_DEVICE Rows<T> v_rows(const Plan& g, int head) {
   const auto& p = g.p;
   const T* pad = p.pad_v == nullptr ? nullptr : static_cast<const T*>(p.pad_v) + head * p.dv;
-  return {static_cast<const T*>(p.v) + head * p.v_stride_h, p.v_stride_b, p.v_stride_y, p.v_stride_x,
-          static_cast<int>(p.dv), g.v_vec, pad, g.pad_v_vec};
+  return {static_cast<const T*>(p.v) + head * p.v_stride_h,
+          p.v_stride_b,
+          p.v_stride_y,
+          p.v_stride_x,
+          static_cast<int>(p.dv),
+          g.v_vec,
+          pad,
+          g.pad_v_vec};
 }
 template <class T>
 EFFVIT_DEVICE Rows<T> grad_rows(const Plan& g, int head) {
   const auto& p = g.p;
-  return {static_cast<const T*>(p.grad_out) + head * p.grad_out_stride_h, p.grad_out_stride_b, p.grad_out_stride_y,
-          p.grad_out_stride_x, static_cast<int>(p.dv), g.grad_vec, nullptr, false};
+  return {static_cast<const T*>(p.grad_out) + head * p.grad_out_stride_h,
+          p.grad_out_stride_b,
+          p.grad_out_stride_y,
+          p.grad_out_stride_x,
+          static_cast<int>(p.dv),
+          g.grad_vec,
+          nullptr,
+          false};
 }
 template <class T>
 EFFVIT_DEVICE Rows<T> out_rows(const Plan& g, int head) {
   const auto& p = g.p;
   const int64_t x = p.h * p.dv;
-  return {static_cast<const T*>(p.out) + head * p.dv, p.H * p.W * x, p.W * x, x, static_cast<int>(p.dv), g.out_vec,
-          nullptr, false};
+  return {static_cast<const T*>(p.out) + head * p.dv,
+          p.H * p.W * x,
+          p.W * x,
+          x,
+          static_cast<int>(p.dv),
+          g.out_vec,
+          nullptr,
+          false};
 }
 
 EFFVIT_DEVICE float load_small(const void* p, int64_t i, DType type) {
@@ -224,7 +258,8 @@ struct Cta {
 };
 constexpr int kRowBytes = (6 * kTile + kWarps * kTile + kWarps) * 4;
 
-// ---- tokens ------------------------------------------------------------------------------------------------------------
+// ---- tokens
+// ------------------------------------------------------------------------------------------------------------
 
 struct WindowId {
   int b, y, x;
@@ -268,7 +303,8 @@ EFFVIT_DEVICE WindowId slot_window(const Cta<T, kInShared>& c, int64_t tile, int
   return window_id(c.g, tile * c.g.slots + row / c.g.slot_rows);
 }
 
-// The first 64 threads place the queries, the others the keys. Returns whether this thread placed a key outside the map.
+// The first 64 threads place the queries, the others the keys. Returns whether this thread placed a key outside the
+// map.
 template <class T, bool kInShared>
 EFFVIT_DEVICE bool place_tokens(const Cta<T, kInShared>& c, int64_t tile, int qt, int kt, bool with_queries) {
   const int thread = prim::thread_id(), row = thread % kTile;
@@ -284,18 +320,20 @@ EFFVIT_DEVICE bool place_tokens(const Cta<T, kInShared>& c, int64_t tile, int qt
   return (token.v[3] & kOutside) != 0 && token.v[1] != kNowhere;
 }
 
-// ---- loads -------------------------------------------------------------------------------------------------------------
+// ---- loads
+// -------------------------------------------------------------------------------------------------------------
 
 EFFVIT_DEVICE float magnitude(float x) { return x < 0.f ? -x : x; }
 
 // Columns [first, first + cols) of 64 rows; zeros beyond the tensor's columns and where there is no token. With `norm`
 // every row is multiplied by |norm|, synchronously; else 16-byte copies are left in flight where alignment allows.
 template <class T>
-EFFVIT_DEVICE void load_rows(const Shared<T>& to, int stride, const Rows<T>& from, const Shared<Int4>& tokens, int first,
-                             int cols, bool normalise, const Shared<float>& norm) {
+EFFVIT_DEVICE void load_rows(const Shared<T>& to, int stride, const Rows<T>& from, const Shared<Int4>& tokens,
+                             int first, int cols, bool normalise, const Shared<float>& norm) {
   constexpr int kVec = Traits<T>::kVec;
   using V = Vec<T, kVec>;
   const int chunks = cols / kVec;
+  EFFVIT_NO_UNROLL
   for (int i = prim::thread_id(); i < kTile * chunks; i += kThreads) {
     const int row = i / chunks, col = (i - row * chunks) * kVec;
     const Int4 token = tokens.load(row);
@@ -335,6 +373,7 @@ EFFVIT_DEVICE float row_dot(const Rows<T>& x, const Rows<T>& y, const Int4& toke
   if (inside || (token.v[1] == -1 && x.pad != nullptr)) {
     const T *a = inside ? x.at(token) : x.pad, *b = inside ? y.at(token) : y.pad;
     const bool vec = inside ? x.vec && y.vec : x.pad_vec && y.pad_vec;
+    EFFVIT_NO_UNROLL
     for (int col = prim::thread_id() % 2 * kVec; col < x.cols; col += 2 * kVec) {
       if (vec && col + kVec <= x.cols) {
         const V u = prim::load_global_vec<V>(a + col), w = prim::load_global_vec<V>(b + col);
@@ -377,8 +416,9 @@ EFFVIT_DEVICE void row_statistics(const Cta<T, kInShared>& c) {
 
 static EFFVIT_NOINLINE float table_entry(const Plan& g, int head, int i) {
   const int y = i / g.table_w;
-  return load_small(g.p.bias_table, head * g.p.bias_stride_h + y * g.p.bias_stride_y +
-                    (i - y * g.table_w) * g.p.bias_stride_x, g.p.bias_dtype);
+  return load_small(g.p.bias_table,
+                    head * g.p.bias_stride_h + y * g.p.bias_stride_y + (i - y * g.table_w) * g.p.bias_stride_x,
+                    g.p.bias_dtype);
 }
 
 template <class T, bool kInShared>
@@ -387,7 +427,8 @@ EFFVIT_DEVICE void load_table(const Cta<T, kInShared>& c) {
   for (int i = prim::thread_id(); i < c.g.table_size; i += kThreads) c.table.store(i, table_entry(c.g, c.head, i));
 }
 
-// ---- operands of the matrix products -----------------------------------------------------------------------------------
+// ---- operands of the matrix products
+// -----------------------------------------------------------------------------------
 
 enum Operand : int { kQ, kK, kV, kGrad };
 
@@ -432,6 +473,7 @@ EFFVIT_DEVICE void normalise_rows(const Cta<T, kInShared>& c, const Shared<T>& x
   if (!c.resident()) return;
   const int row = prim::thread_id() / 2;
   const float r = magnitude(norm.load(row));
+  EFFVIT_NO_UNROLL
   for (int col = prim::thread_id() % 2 * kVec; col < c.g.d_pad; col += 2 * kVec) {
     V y = x.template load_vec<V>(row * c.stride_d() + col);
     EFFVIT_UNROLL
@@ -449,6 +491,7 @@ EFFVIT_DEVICE void warp_product(float (&acc)[kN][4], const Shared<T>& a, int a_s
   if constexpr (Traits<T>::kTensorCores) {
     static_assert(kN % 2 == 0, "B is loaded for two n-tiles at a time");
     const int low = lane % 8, half = lane / 8 % 2 * 8, quarter = lane / 16 * 8;
+    EFFVIT_NO_UNROLL
     for (int k = 0; k < depth; k += 16) {
       uint32_t af[4];
       if constexpr (kATransposed) {
@@ -474,6 +517,7 @@ EFFVIT_DEVICE void warp_product(float (&acc)[kN][4], const Shared<T>& a, int a_s
     using V4 = Vec<float, 4>;
     using V2 = Vec<float, 2>;
     const int row = m0 + lane / 4, col = n0 + lane % 4 * 2;
+    EFFVIT_NO_UNROLL
     for (int k = 0; k < depth; k += 4) {
       V4 a0, a1;
       if constexpr (kATransposed) {
@@ -558,11 +602,12 @@ EFFVIT_DEVICE void store_pair(const Shared<T>& to, int i, float low, float high)
 
 // Writes this warp's 16 rows of a tile. `to` points at the first column of token (0, 0, 0).
 template <class T>
-EFFVIT_DEVICE void store_rows(const Plan& g, const Shared<T>& from, int stride, int row0, const Shared<Int4>& tokens, T* to,
-                              int64_t row_elements, int cols, bool aligned) {
+EFFVIT_DEVICE void store_rows(const Plan& g, const Shared<T>& from, int stride, int row0, const Shared<Int4>& tokens,
+                              T* to, int64_t row_elements, int cols, bool aligned) {
   constexpr int kVec = Traits<T>::kVec;
   using V = Vec<T, kVec>;
   const int chunks = (cols + kVec - 1) / kVec;
+  EFFVIT_NO_UNROLL
   for (int i = prim::lane_id(); i < 16 * chunks; i += prim::kWarpSize) {
     const int row = row0 + i / chunks, col = i % chunks * kVec;
     const Int4 token = tokens.load(row);
@@ -576,7 +621,8 @@ EFFVIT_DEVICE void store_rows(const Plan& g, const Shared<T>& from, int stride, 
   }
 }
 
-// ---- scores ------------------------------------------------------------------------------------------------------------
+// ---- scores
+// ------------------------------------------------------------------------------------------------------------
 
 // Keys of key tile kt, rounded up to n-tiles or to steps of a product.
 EFFVIT_DEVICE int tile_length(int tokens, int tile, int multiple) {
@@ -598,6 +644,7 @@ EFFVIT_DEVICE float logit(const Cta<T, kInShared>& c, float raw, int q_meta, int
 template <class T, bool kInShared>
 EFFVIT_DEVICE void query_times_key(const Cta<T, kInShared>& c, float (&s)[kNTiles][4], int n_tiles) {
   clear(s);
+  EFFVIT_NO_UNROLL
   for (int first = 0; first < c.g.d_pad; first += c.g.d_cols) {
     const int cols = min_of(c.g.d_cols, c.g.d_pad - first);
     stream_operand(c, kQ, first, cols);
@@ -617,7 +664,8 @@ EFFVIT_DEVICE void query_times_key(const Cta<T, kInShared>& c, float (&s)[kNTile
   }
 }
 
-// ---- forward -----------------------------------------------------------------------------------------------------------
+// ---- forward
+// -----------------------------------------------------------------------------------------------------------
 
 // Splits the CTA index: walk slowest, head fastest, so that concurrent CTAs read the heads of the same windows.
 struct Position {
@@ -638,7 +686,8 @@ EFFVIT_DEVICE Position cta_position(const Plan& g, int q_tiles, int k_tiles) {
 }
 
 template <class T, int kCols, bool kInShared>
-EFFVIT_KERNEL(kThreads, 2) window_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
+EFFVIT_KERNEL(kThreads, 2)
+window_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
   using Tr = Traits<T>;
   constexpr int kOutTiles = kCols / 8;
   constexpr int kOutStride = kCols + Tr::kSkew;
@@ -649,6 +698,7 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan
   const int cols = min_of(kCols, g.dv_pad - first_col);
   load_table(c);
 
+  EFFVIT_NO_UNROLL
   for (int64_t tile = at.walk; tile < g.tiles; tile += g.walks) {
     prim::sync_threads();  // the previous tile's readers
     place_tokens(c, tile, at.q_tile, 0, true);
@@ -658,6 +708,7 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan
     float o[kOutTiles][4], row_max[2], row_sum[2] = {0.f, 0.f};
     row_max[0] = row_max[1] = prim::bit_cast<float>(0xff800000u);
     clear(o);
+    EFFVIT_NO_UNROLL
     for (int kt = 0; kt < g.k_tiles; ++kt) {
       if (kt > 0) {
         prim::sync_threads();
@@ -726,7 +777,6 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan
       if constexpr (Tr::kTensorCores) {
         register_product<T, kOutTiles>(o, s, c.v, c.stride_v(), c.key_base, depth, cols / 8);
       } else {
-        prim::sync_warp();  // the previous key tile's P
         EFFVIT_UNROLL
         for (int n = 0; n < kNTiles; ++n) {
           if (n < n_tiles) {
@@ -735,12 +785,11 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan
           }
         }
         prim::sync_warp();
-        warp_product<T, kOutTiles, false, true>(o, c.p, Tr::kScoreStride, c.warp_row, 0, c.v, c.stride_v(), 0, c.key_base,
-                                                depth, cols / 8);
+        warp_product<T, kOutTiles, false, true>(o, c.p, Tr::kScoreStride, c.warp_row, 0, c.v, c.stride_v(), 0,
+                                                c.key_base, depth, cols / 8);
       }
     }
 
-    prim::sync_threads();  // the last readers of q
     EFFVIT_UNROLL
     for (int r = 0; r < 2; ++r) {
       const float sum = prim::warp_sum<4>(row_sum[r]);
@@ -760,13 +809,14 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan
   }
 }
 
-// ---- backward ----------------------------------------------------------------------------------------------------------
+// ---- backward
+// ----------------------------------------------------------------------------------------------------------
 
 // Sums over the keys of this lane's two rows; complete after a sum over the four lanes of a row.
 struct RowSums {
-  float dot[2] = {0.f, 0.f};          // dS s
-  float p_outside[2] = {0.f, 0.f};    // over keys outside the map: P,
-  float ds_outside[2] = {0.f, 0.f};   // dS
+  float dot[2] = {0.f, 0.f};  // dS s
+  float p_outside[2] = {0.f, 0.f};  // over keys outside the map: P,
+  float ds_outside[2] = {0.f, 0.f};  // dS
   float dot_outside[2] = {0.f, 0.f};  // and dS s
 };
 
@@ -801,8 +851,8 @@ EFFVIT_DEVICE float column_dot(const Cta<T, kInShared>& c, int row) {
 
 // s = P and dp = dS from the raw products q k and grad_out v.
 template <bool kColumnDot, class T, bool kInShared>
-EFFVIT_DEVICE void score_gradients(const Cta<T, kInShared>& c, float (&s)[kNTiles][4], float (&dp)[kNTiles][4], RowSums& sums,
-                                   int n_tiles) {
+EFFVIT_DEVICE void score_gradients(const Cta<T, kInShared>& c, float (&s)[kNTiles][4], float (&dp)[kNTiles][4],
+                                   RowSums& sums, int n_tiles) {
   const int q_meta[2] = {c.q_token.load(c.row).v[3], c.q_token.load(c.row + 8).v[3]};
   const float lse[2] = {c.row_lse.load(c.row), c.row_lse.load(c.row + 8)};
   const float delta[2] = {c.row_delta.load(c.row), c.row_delta.load(c.row + 8)};
@@ -838,6 +888,7 @@ EFFVIT_DEVICE void score_gradients(const Cta<T, kInShared>& c, float (&s)[kNTile
 template <class T, bool kInShared>
 EFFVIT_DEVICE void grad_times_value(const Cta<T, kInShared>& c, float (&dp)[kNTiles][4], int n_tiles) {
   clear(dp);
+  EFFVIT_NO_UNROLL
   for (int first = 0; first < c.g.dv_pad; first += c.g.dv_cols) {
     const int cols = min_of(c.g.dv_cols, c.g.dv_pad - first);
     stream_operand(c, kGrad, first, cols);
@@ -847,16 +898,15 @@ EFFVIT_DEVICE void grad_times_value(const Cta<T, kInShared>& c, float (&dp)[kNTi
   }
 }
 
-// This warp's 16 rows of P or dS, zero beyond n_tiles as far as a product may read.
+// This warp's 16 rows of P or dS: also the columns without keys, which are zero, for a product may read them.
 template <class T, bool kInShared>
-EFFVIT_DEVICE void store_scores(const Cta<T, kInShared>& c, const Shared<T>& to, const float (&x)[kNTiles][4], int n_tiles) {
+EFFVIT_DEVICE void store_scores(const Cta<T, kInShared>& c, const Shared<T>& to, const float (&x)[kNTiles][4]) {
   EFFVIT_UNROLL
   for (int n = 0; n < kNTiles; ++n) {
     if (n * 8 < c.g.slot_rows) {
       const int i = c.row * Traits<T>::kScoreStride + c.key_base + n * 8 + c.column;
-      const bool real = n < n_tiles;
-      store_pair(to, i, real ? x[n][0] : 0.f, real ? x[n][1] : 0.f);
-      store_pair(to, i + 8 * Traits<T>::kScoreStride, real ? x[n][2] : 0.f, real ? x[n][3] : 0.f);
+      store_pair(to, i, x[n][0], x[n][1]);
+      store_pair(to, i + 8 * Traits<T>::kScoreStride, x[n][2], x[n][3]);
     }
   }
 }
@@ -899,6 +949,7 @@ EFFVIT_DEVICE void add_outside(const Shared<float>& sums, const Shared<float>& w
                                int cols) {
   for (int col = prim::thread_id(); col < cols; col += kThreads) {
     float sum = sums.load(col);
+    EFFVIT_NO_UNROLL
     for (int row = 0; row < kTile; ++row) sum += weight.load(row) * prim::to_float(x.load(row * stride + col));
     sums.store(col, sum);
   }
@@ -920,11 +971,13 @@ EFFVIT_DEVICE void accumulate_outside(const Cta<T, kInShared>& c, RowSums& sums,
   prim::sync_threads();
   const Plan& g = c.g;
   const Shared<float> k_sums(g.s_pad, g.d_pad), v_sums(g.s_pad + 4 * g.d_pad, g.dv_pad);
+  EFFVIT_NO_UNROLL
   for (int first = 0; first < g.d_pad; first += g.d_cols) {
     const int cols = min_of(g.d_cols, g.d_pad - first);
     stream_operand(c, kQ, first, cols);
     add_outside(k_sums.from(first), c.row_ds, c.q, c.stride_d(), cols);
   }
+  EFFVIT_NO_UNROLL
   for (int first = 0; first < g.dv_pad; first += g.dv_cols) {
     const int cols = min_of(g.dv_cols, g.dv_pad - first);
     stream_operand(c, kGrad, first, cols);
@@ -986,8 +1039,7 @@ EFFVIT_DEVICE void store_table_partial(const Cta<T, kInShared>& c, const Positio
   for (int n = 0; n < kNTiles; ++n) {
     if (n * 8 < g.slot_rows) {
       EFFVIT_UNROLL
-      for (int e = 0; e < 4; ++e)
-        all.store((c.row + e / 2 * 8) * kStride + n * 8 + c.column + e % 2, sum[n][e]);
+      for (int e = 0; e < 4; ++e) all.store((c.row + e / 2 * 8) * kStride + n * 8 + c.column + e % 2, sum[n][e]);
     }
   }
   prim::sync_threads();
@@ -996,9 +1048,10 @@ EFFVIT_DEVICE void store_table_partial(const Cta<T, kInShared>& c, const Positio
   const int halo_y = g.axis_y.halo, halo_x = g.axis_x.halo, window_w = g.axis_x.window;
   const int key_h = g.axis_y.window + 2 * halo_y;
   const int rows = min_of(kTile, g.queries - at.q_tile * kTile);
-  float* const to = g.table_partials +
-                    (((static_cast<int64_t>(c.head) * g.walks + at.walk) * g.q_tiles + at.q_tile) * g.k_tiles + at.k_tile) *
-                        g.partial_range;
+  float* const to =
+      g.table_partials +
+      (((static_cast<int64_t>(c.head) * g.walks + at.walk) * g.q_tiles + at.q_tile) * g.k_tiles + at.k_tile) *
+          g.partial_range;
   for (int entry = prim::thread_id(); entry < count; entry += kThreads) {
     const int iy = (first + entry) / g.table_w, ix = first + entry - iy * g.table_w;
     const int dy = iy - (g.axis_y.window - 1 + halo_y), dx = ix - (window_w - 1 + halo_x);  // q - k
@@ -1018,7 +1071,8 @@ EFFVIT_DEVICE void store_table_partial(const Cta<T, kInShared>& c, const Positio
 
 // Windows of up to 64 tokens without halo: all gradients in one pass.
 template <class T, bool kInShared>
-EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_fused_kernel(EFFVIT_GRID_CONSTANT Plan g) {
+EFFVIT_KERNEL(kThreads, 2)
+window_attention_bwd_fused_kernel(EFFVIT_GRID_CONSTANT Plan g) {
   using Tr = Traits<T>;
   constexpr int kBlockTiles = kOutCols / 8;
   const Position at = cta_position(g, 1, 1);
@@ -1031,6 +1085,7 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_fused_kernel(EFFVIT_GRID_CONSTAN
   load_table(c);
   clear_outside(c);
 
+  EFFVIT_NO_UNROLL
   for (int64_t tile = at.walk; tile < g.tiles; tile += g.walks) {
     prim::sync_threads();  // the previous tile's readers
     const bool outside = place_tokens(c, tile, 0, 0, true);
@@ -1057,8 +1112,8 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_fused_kernel(EFFVIT_GRID_CONSTAN
     grad_times_value(c, dp, n_tiles);
     RowSums sums;
     score_gradients<true>(c, s, dp, sums, n_tiles);
-    store_scores(c, c.p, s, n_tiles);
-    store_scores(c, c.ds, dp, n_tiles);
+    store_scores(c, c.p, s);
+    store_scores(c, c.ds, dp);
     if (with_table) {
       EFFVIT_UNROLL
       for (int n = 0; n < kNTiles; ++n) {
@@ -1079,14 +1134,16 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_fused_kernel(EFFVIT_GRID_CONSTAN
     prim::sync_threads();  // P, dS and column_dot of all warps
 
     constexpr float kNone[2] = {0.f, 0.f};
+    EFFVIT_NO_UNROLL
     for (int first = 0; first < g.dv_pad; first += g.dv_cols) {
       const int cols = min_of(g.dv_cols, g.dv_pad - first);
       stream_operand(c, kGrad, first, cols);
+      EFFVIT_NO_UNROLL
       for (int col = 0; col < cols; col += kOutCols) {
         float acc[kBlockTiles][4];
         clear(acc);
-        warp_product<T, kBlockTiles, true, true>(acc, c.p, Tr::kScoreStride, c.warp_row, c.key_base, c.grad, c.stride_v(),
-                                                 col, c.key_base, depth, (cols - col) / 8);
+        warp_product<T, kBlockTiles, true, true>(acc, c.p, Tr::kScoreStride, c.warp_row, c.key_base, c.grad,
+                                                 c.stride_v(), col, c.key_base, depth, (cols - col) / 8);
         const int left = min_of(kOutCols, static_cast<int>(dv) - first - col);
         store_gradient(c, acc, 1.f, false, kNone, kNone, c.grad, 0, 0, false, c.k_token, dv_first + first + col, left);
       }
@@ -1094,10 +1151,12 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_fused_kernel(EFFVIT_GRID_CONSTAN
     const float q_norm[2] = {c.cosine ? c.q_norm.load(c.row) : 0.f, c.cosine ? c.q_norm.load(c.row + 8) : 0.f};
     const float k_norm[2] = {c.cosine ? c.k_norm.load(c.row) : 0.f, c.cosine ? c.k_norm.load(c.row + 8) : 0.f};
     const float k_dot[2] = {c.cosine ? column_dot(c, c.row) : 0.f, c.cosine ? column_dot(c, c.row + 8) : 0.f};
+    EFFVIT_NO_UNROLL
     for (int first = 0; first < g.d_pad; first += g.d_cols) {
       const int cols = min_of(g.d_cols, g.d_pad - first);
       stream_operand(c, kQ, first, cols, c.cosine);
       stream_operand(c, kK, first, cols, c.cosine);
+      EFFVIT_NO_UNROLL
       for (int col = 0; col < cols; col += kOutCols) {
         const int left = min_of(kOutCols, static_cast<int>(d) - first - col);
         float acc[kBlockTiles][4];
@@ -1107,8 +1166,8 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_fused_kernel(EFFVIT_GRID_CONSTAN
         store_gradient(c, acc, c.scale, c.cosine, k_norm, k_dot, c.k, c.stride_d(), col, true, c.k_token,
                        dk_first + first + col, left);
         clear(acc);
-        warp_product<T, kBlockTiles, false, true>(acc, c.ds, Tr::kScoreStride, c.warp_row, c.key_base, c.k, c.stride_d(),
-                                                  col, c.key_base, depth, (cols - col) / 8);
+        warp_product<T, kBlockTiles, false, true>(acc, c.ds, Tr::kScoreStride, c.warp_row, c.key_base, c.k,
+                                                  c.stride_d(), col, c.key_base, depth, (cols - col) / 8);
         store_gradient(c, acc, c.scale, c.cosine, q_norm, q_dot, c.q, c.stride_d(), col, true, c.q_token,
                        c.head * d + first + col, left);
       }
@@ -1120,7 +1179,8 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_fused_kernel(EFFVIT_GRID_CONSTAN
 
 // dq, and the sums for pad_k, pad_v and logit_scale: a CTA owns a query tile and kCols columns, and walks the keys.
 template <class T, int kCols, bool kInShared>
-EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_dq_kernel(EFFVIT_GRID_CONSTANT Plan g) {
+EFFVIT_KERNEL(kThreads, 2)
+window_attention_bwd_dq_kernel(EFFVIT_GRID_CONSTANT Plan g) {
   using Tr = Traits<T>;
   constexpr int kOutTiles = kCols / 8, kBlockTiles = kOutCols / 8;
   static_assert(kStreamCols % kCols == 0 && kCols % kOutCols == 0, "a chunk of columns lies in one streamed piece");
@@ -1134,6 +1194,7 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_dq_kernel(EFFVIT_GRID_CONSTANT P
   load_table(c);
   clear_outside(c);
 
+  EFFVIT_NO_UNROLL
   for (int64_t tile = at.walk; tile < g.tiles; tile += g.walks) {
     prim::sync_threads();  // the previous tile's readers
     place_tokens(c, tile, at.q_tile, 0, true);
@@ -1150,6 +1211,7 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_dq_kernel(EFFVIT_GRID_CONSTANT P
     float dq[kOutTiles][4];
     clear(dq);
     RowSums sums;
+    EFFVIT_NO_UNROLL
     for (int kt = 0; kt < g.k_tiles; ++kt) {
       if (kt > 0) {
         prim::sync_threads();
@@ -1172,8 +1234,7 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_dq_kernel(EFFVIT_GRID_CONSTANT P
       query_times_key(c, s, n_tiles);
       grad_times_value(c, dp, n_tiles);
       score_gradients<false>(c, s, dp, sums, n_tiles);
-      prim::sync_warp();  // the previous key tile's dS
-      store_scores(c, c.ds, dp, n_tiles);
+      store_scores(c, c.ds, dp);
       prim::sync_warp();
       if (c.cosine) {
         prim::sync_threads();  // the readers of the rows as they are
@@ -1198,8 +1259,8 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_dq_kernel(EFFVIT_GRID_CONSTANT P
           EFFVIT_UNROLL
           for (int e = 0; e < 4; ++e) part[n][e] = dq[block * kBlockTiles + n][e];
         }
-        store_gradient(c, part, c.scale, c.cosine, q_norm, q_dot, c.q, c.stride_d(), in_piece + block * kOutCols,
-                       false, c.q_token, c.head * g.p.d + first_col + block * kOutCols, left);
+        store_gradient(c, part, c.scale, c.cosine, q_norm, q_dot, c.q, c.stride_d(), in_piece + block * kOutCols, false,
+                       c.q_token, c.head * g.p.d + first_col + block * kOutCols, left);
       }
     }
     if (pads) {
@@ -1210,7 +1271,8 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_dq_kernel(EFFVIT_GRID_CONSTANT P
   if (at.chunk == 0) store_small_sums(c, at.walk * g.q_tiles + at.q_tile, dot, dot_outside);
 }
 
-// The keys of a home window's tile as the query window `by`, `bx` blocks further sees them: out of its halo means masked.
+// The keys of a home window's tile as the query window `by`, `bx` blocks further sees them: out of its halo means
+// masked.
 template <class T, bool kInShared>
 EFFVIT_DEVICE void place_reached_keys(const Cta<T, kInShared>& c, int kt, int by, int bx) {
   const Plan& g = c.g;
@@ -1232,7 +1294,8 @@ EFFVIT_DEVICE void place_reached_keys(const Cta<T, kInShared>& c, int kt, int by
 
 // dk and dv: a CTA owns a key tile without halo and kCols columns of each, and walks the query windows that reach it.
 template <class T, int kCols, bool kInShared>
-EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_dkv_kernel(EFFVIT_GRID_CONSTANT Plan g) {
+EFFVIT_KERNEL(kThreads, 2)
+window_attention_bwd_dkv_kernel(EFFVIT_GRID_CONSTANT Plan g) {
   using Tr = Traits<T>;
   constexpr int kOutTiles = kCols / 8, kBlockTiles = kOutCols / 8;
   static_assert(kStreamCols % kCols == 0 && kCols % kOutCols == 0, "a chunk of columns lies in one streamed piece");
@@ -1248,6 +1311,7 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_dkv_kernel(EFFVIT_GRID_CONSTANT 
   const int reach_x = (g.axis_x.halo + g.axis_x.window - 1) / g.axis_x.window;
   load_table(c);
 
+  EFFVIT_NO_UNROLL
   for (int64_t tile = at.walk; tile < g.tiles; tile += g.walks) {
     prim::sync_threads();  // the previous tile's readers
     if (prim::thread_id() < kTile) {
@@ -1267,8 +1331,11 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_dkv_kernel(EFFVIT_GRID_CONSTANT 
     float dk[kOutTiles][4], dv_acc[kOutTiles][4];
     clear(dk);
     clear(dv_acc);
+    EFFVIT_NO_UNROLL
     for (int by = -reach_y; by <= reach_y; ++by) {
+      EFFVIT_NO_UNROLL
       for (int bx = -reach_x; bx <= reach_x; ++bx) {
+        EFFVIT_NO_UNROLL
         for (int qt = 0; qt < g.q_tiles; ++qt) {
           prim::sync_threads();  // the previous query tile's readers
           if (qt == 0) place_reached_keys(c, at.k_tile, by, bx);
@@ -1298,8 +1365,8 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_dkv_kernel(EFFVIT_GRID_CONSTANT 
           grad_times_value(c, dp, n_tiles);
           RowSums sums;
           score_gradients<true>(c, s, dp, sums, n_tiles);
-          store_scores(c, c.p, s, n_tiles);
-          store_scores(c, c.ds, dp, n_tiles);
+          store_scores(c, c.p, s);
+          store_scores(c, c.ds, dp);
           if (c.cosine) {
             prim::sync_threads();  // the readers of the rows as they are
             normalise_rows(c, c.q, c.q_norm);
@@ -1313,8 +1380,8 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_dkv_kernel(EFFVIT_GRID_CONSTANT 
           }
           if (k_cols > 0) {
             stream_operand(c, kQ, piece, k_piece, c.cosine);
-            warp_product<T, kOutTiles, true, true>(dk, c.ds, Tr::kScoreStride, c.warp_row, c.key_base, c.q, c.stride_d(),
-                                                   in_piece, c.key_base, depth, k_cols / 8);
+            warp_product<T, kOutTiles, true, true>(dk, c.ds, Tr::kScoreStride, c.warp_row, c.key_base, c.q,
+                                                   c.stride_d(), in_piece, c.key_base, depth, k_cols / 8);
           }
         }
       }
@@ -1333,29 +1400,31 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_dkv_kernel(EFFVIT_GRID_CONSTANT 
         for (int e = 0; e < 4; ++e) part[n][e] = dv_acc[block * kBlockTiles + n][e];
       }
       if (col < dv)
-        store_gradient(c, part, 1.f, false, kNone, kNone, c.k, 0, 0, false, c.k_token, 2 * g.p.h * d + c.head * dv + col,
-                       min_of(kOutCols, static_cast<int>(dv) - col));
+        store_gradient(c, part, 1.f, false, kNone, kNone, c.k, 0, 0, false, c.k_token,
+                       2 * g.p.h * d + c.head * dv + col, min_of(kOutCols, static_cast<int>(dv) - col));
       EFFVIT_UNROLL
       for (int n = 0; n < kBlockTiles; ++n) {
         EFFVIT_UNROLL
         for (int e = 0; e < 4; ++e) part[n][e] = dk[block * kBlockTiles + n][e];
       }
       if (col < d)
-        store_gradient(c, part, c.scale, c.cosine, k_norm, k_dot, c.k, c.stride_d(), in_piece + block * kOutCols,
-                       false, c.k_token, g.p.h * d + c.head * d + col, min_of(kOutCols, static_cast<int>(d) - col));
+        store_gradient(c, part, c.scale, c.cosine, k_norm, k_dot, c.k, c.stride_d(), in_piece + block * kOutCols, false,
+                       c.k_token, g.p.h * d + c.head * d + col, min_of(kOutCols, static_cast<int>(d) - col));
     }
   }
 }
 
 // The table's partial sums: a CTA owns a query tile and a key tile.
 template <class T, bool kInShared>
-EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_table_kernel(EFFVIT_GRID_CONSTANT Plan g) {
+EFFVIT_KERNEL(kThreads, 2)
+window_attention_bwd_table_kernel(EFFVIT_GRID_CONSTANT Plan g) {
   const Position at = cta_position(g, g.q_tiles, g.k_tiles);
   const Cta<T, kInShared> c(g, at.head);
   const int n_tiles = tile_length(g.keys, at.k_tile, 8) / 8;
   float ds_sum[kNTiles][4];
   clear(ds_sum);
   load_table(c);
+  EFFVIT_NO_UNROLL
   for (int64_t tile = at.walk; tile < g.tiles; tile += g.walks) {
     prim::sync_threads();  // the previous tile's readers
     place_tokens(c, tile, at.q_tile, at.k_tile, true);
@@ -1401,15 +1470,17 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_reduce_table_kernel(EFFVIT_GRID_
   const int entry = static_cast<int>(prim::cta_id() - head * ctas_per_head) * kReduceEntries + prim::lane_id();
   float total = 0.f;
   if (entry < g.table_size) {
+    EFFVIT_NO_UNROLL
     for (int qt = 0; qt < g.q_tiles; ++qt) {
+      EFFVIT_NO_UNROLL
       for (int kt = 0; kt < g.k_tiles; ++kt) {
         int first, count;
         table_range(g, qt, kt, first, count);
         if (entry < first || entry >= first + count) continue;
         for (int walk = prim::warp_id(); walk < g.walks; walk += kWarps)
-          total += prim::load_global(
-              static_cast<const float*>(g.table_partials) +
-              (((head * g.walks + walk) * g.q_tiles + qt) * g.k_tiles + kt) * g.partial_range + entry - first);
+          total += prim::load_global(static_cast<const float*>(g.table_partials) +
+                                     (((head * g.walks + walk) * g.q_tiles + qt) * g.k_tiles + kt) * g.partial_range +
+                                     entry - first);
       }
     }
   }
@@ -1423,7 +1494,8 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_reduce_table_kernel(EFFVIT_GRID_
 
 // dpad_k, dpad_v and dlogit_scale: a CTA owns a head.
 template <class T>
-EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_reduce_small_kernel(EFFVIT_GRID_CONSTANT Plan g) {
+EFFVIT_KERNEL(kThreads, 2)
+window_attention_bwd_reduce_small_kernel(EFFVIT_GRID_CONSTANT Plan g) {
   const int head = static_cast<int>(prim::cta_id());
   const int d = static_cast<int>(g.p.d), dv = static_cast<int>(g.p.dv);
   const bool cosine = g.p.logit_scale != nullptr;
@@ -1450,7 +1522,8 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_reduce_small_kernel(EFFVIT_GRID_
         const float unit = prim::to_float(prim::load_global(pad + i)) / norm;
         y = norm < kNormEps ? y / kNormEps : (y - unit * dot) / norm;
       }
-      prim::store_global(static_cast<T*>(g.p.dpad_k) + static_cast<int64_t>(head) * d + i, prim::from_float<T>(y * scale));
+      prim::store_global(static_cast<T*>(g.p.dpad_k) + static_cast<int64_t>(head) * d + i,
+                         prim::from_float<T>(y * scale));
     }
     for (int i = prim::thread_id(); i < dv; i += kThreads)
       prim::store_global(static_cast<T*>(g.p.dpad_v) + static_cast<int64_t>(head) * dv + i,
@@ -1462,7 +1535,8 @@ EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_reduce_small_kernel(EFFVIT_GRID_
   }
 }
 
-// ---- plan and launch ---------------------------------------------------------------------------------------------------
+// ---- plan and launch
+// ---------------------------------------------------------------------------------------------------
 
 struct AllTypes {
   static constexpr bool kFloat32 = true, kBFloat16 = true, kFloat16 = true;
@@ -1491,9 +1565,7 @@ inline bool aligned16(const void* p, int64_t bytes_per_element, std::initializer
   return ok;
 }
 
-inline bool fits_fused(const Plan& g) {
-  return g.keys <= kTile && g.axis_y.halo == 0 && g.axis_x.halo == 0;
-}
+inline bool fits_fused(const Plan& g) { return g.keys <= kTile && g.axis_y.halo == 0 && g.axis_x.halo == 0; }
 
 // Sizes that do not depend on the pass.
 template <class T>
@@ -1521,8 +1593,9 @@ Plan base_plan(const WindowAttentionParams& p) {
   g.q_vec = aligned16(p.q, size, {p.q_stride_b, p.q_stride_y, p.q_stride_x, p.q_stride_h});
   g.k_vec = aligned16(p.k, size, {p.k_stride_b, p.k_stride_y, p.k_stride_x, p.k_stride_h});
   g.v_vec = aligned16(p.v, size, {p.v_stride_b, p.v_stride_y, p.v_stride_x, p.v_stride_h});
-  g.grad_vec = p.grad_out != nullptr && aligned16(p.grad_out, size, {p.grad_out_stride_b, p.grad_out_stride_y,
-                                                                     p.grad_out_stride_x, p.grad_out_stride_h});
+  g.grad_vec =
+      p.grad_out != nullptr &&
+      aligned16(p.grad_out, size, {p.grad_out_stride_b, p.grad_out_stride_y, p.grad_out_stride_x, p.grad_out_stride_h});
   g.pad_k_vec = aligned16(p.pad_k, size, {p.d});
   g.pad_v_vec = aligned16(p.pad_v, size, {p.dv});
   g.out_vec = aligned16(p.out, size, {p.dv});
@@ -1530,8 +1603,8 @@ Plan base_plan(const WindowAttentionParams& p) {
   return g;
 }
 
-// Shared memory of a pass. Whole rows of q, k, v and grad_out stay there if they fit; else pieces of kStreamCols columns
-// are loaded when they are needed, q and grad_out (k and v) in one buffer.
+// Shared memory of a pass. Whole rows of q, k, v and grad_out stay there if they fit; else pieces of kStreamCols
+// columns are loaded when they are needed, q and grad_out (k and v) in one buffer.
 template <class T>
 void plan_shared(Plan& g, Pass pass, int cols) {
   using Tr = Traits<T>;
@@ -1609,7 +1682,9 @@ Plan pass_plan(const WindowAttentionParams& p, Pass pass, int cols) {
   g.walks = plan_walks(g, positions);
   g.small_partials = pass == kDq ? g.walks * g.q_tiles : g.walks;
   g.small_stride = static_cast<int32_t>(p.d + p.dv + 2);
+  EFFVIT_NO_UNROLL
   for (int qt = 0; qt < g.q_tiles; ++qt) {
+    EFFVIT_NO_UNROLL
     for (int kt = 0; kt < g.k_tiles; ++kt) {
       int32_t first, count;
       table_range(g, qt, kt, first, count);
@@ -1656,8 +1731,9 @@ size_t plan_workspace(const WindowAttentionParams& p, void* workspace, Plan& tab
     small = pass_plan<T>(p, kDq);
   }
   const bool small_used = p.pad_k != nullptr || p.logit_scale != nullptr;
-  const int64_t table_floats = p.bias_table == nullptr ? 0 : p.h * table.walks * table.q_tiles * table.k_tiles *
-                                                                 static_cast<int64_t>(table.partial_range);
+  const int64_t table_floats = p.bias_table == nullptr ? 0
+                                                       : p.h * table.walks * table.q_tiles * table.k_tiles *
+                                                             static_cast<int64_t>(table.partial_range);
   const int64_t small_floats = small_used ? p.h * static_cast<int64_t>(small.small_partials) * small.small_stride : 0;
   auto* const floats = static_cast<float*>(workspace);
   table.table_partials = small.table_partials = floats;
@@ -1740,8 +1816,8 @@ cudaError_t launch_window_attention_bwd(const WindowAttentionParams& p, void* wo
     cudaError_t status = cudaSuccess;
     if (fits_fused(table)) {
       status = dispatch_plan<kFused>(table, [&](auto, auto shared) {
-        return EFFVIT_LAUNCH((window_attention_bwd_fused_kernel<T, decltype(shared)::value>), grid_size(table, 1), kThreads,
-                             table.shared_bytes, stream, table);
+        return EFFVIT_LAUNCH((window_attention_bwd_fused_kernel<T, decltype(shared)::value>), grid_size(table, 1),
+                             kThreads, table.shared_bytes, stream, table);
       });
     } else {
       status = dispatch_plan<kDq>(small, [&](auto cols, auto shared) {

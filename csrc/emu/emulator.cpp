@@ -1,4 +1,5 @@
-// The CPU emulator of the CUDA primitives: fibers, warp collectives, barriers, cp.async, memory checks, launch counters.
+// The CPU emulator of the CUDA primitives: fibers, warp collectives, barriers, cp.async, memory checks, launch
+// counters.
 #include "emulator.h"
 
 #include <sys/mman.h>
@@ -91,8 +92,8 @@ struct Fiber {
 };
 
 struct Warp {
-  uint32_t ready = 0;          // by position in `order`
-  uint8_t order[kWarpSize];    // position -> lane
+  uint32_t ready = 0;  // by position in `order`
+  uint8_t order[kWarpSize];  // position -> lane
   uint8_t position[kWarpSize];
   int arrived = 0;
   void* args[kWarpSize];
@@ -114,7 +115,7 @@ Warp warps[kMaxWarps];
 uint8_t warp_order[kMaxWarps], warp_position[kMaxWarps];
 int warp_count = 0;
 int at_barrier = 0, done = 0;
-bool barrier_or = false;      // of the threads that arrived
+bool barrier_or = false;  // of the threads that arrived
 bool barrier_result = false;  // of the last released barrier
 Context scheduler;
 std::exception_ptr error;
@@ -152,10 +153,14 @@ void reorder() {
 
 const char* op_name(Op op) {
   switch (op) {
-    case Op::kShuffle: return "shuffle";
-    case Op::kLdmatrix: return "ldmatrix";
-    case Op::kMma: return "mma";
-    case Op::kSyncWarp: return "syncwarp";
+    case Op::kShuffle:
+      return "shuffle";
+    case Op::kLdmatrix:
+      return "ldmatrix";
+    case Op::kMma:
+      return "mma";
+    case Op::kSyncWarp:
+      return "syncwarp";
   }
   return "?";
 }
@@ -339,8 +344,8 @@ void fail(const std::string& what) { throw std::runtime_error("emulator: " + wha
 
 void fail_shared_bounds(uint64_t offset, uint32_t bytes) {
   fail("shared memory access of " + std::to_string(bytes) + " bytes at offset " +
-       std::to_string(static_cast<int64_t>(offset)) + " is outside the array or the " +
-       std::to_string(g.shared_bytes) + " bytes of the CTA");
+       std::to_string(static_cast<int64_t>(offset)) + " is outside the array or the " + std::to_string(g.shared_bytes) +
+       " bytes of the CTA");
 }
 
 void fail_shared_alignment(uint64_t offset, uint32_t bytes) {
@@ -394,8 +399,7 @@ void note_write(uint64_t offset, uint32_t bytes, uint32_t align, bool in_flight)
   for (uint32_t n = (bytes + 1) / 2; n-- != 0; ++cell) {
     if (cell->write_epoch == g.epoch && !ordered_in_warp(cell->writer, cell->write_sync))
       fail_shared_race(static_cast<uint64_t>(cell - g.granules) * 2, "overwrites what was written by", cell->writer);
-    if (cell->read_epoch == g.epoch &&
-        (cell->read_warp != g.warp || !ordered_in_warp(cell->reader, cell->read_sync)))
+    if (cell->read_epoch == g.epoch && (cell->read_warp != g.warp || !ordered_in_warp(cell->reader, cell->read_sync)))
       fail_shared_race(static_cast<uint64_t>(cell - g.granules) * 2, "overwrites what is read by", cell->reader);
     cell->write_epoch = in_flight ? 0 : g.epoch;
     cell->write_sync = g.warp_sync[g.warp];
@@ -582,7 +586,8 @@ void launch(const char* name, int64_t ctas, int threads, int64_t shared_bytes, c
   std::string text(name);
   while (!text.empty() && (text[0] == '(' || text[0] == ' ')) text.erase(0, 1);
   text = text.substr(0, text.find_first_of("<() "));
-  if (ctas < 1 || ctas > 0x7fffffff) throw std::runtime_error("emulator: " + text + ": grid of " + std::to_string(ctas));
+  if (ctas < 1 || ctas > 0x7fffffff)
+    throw std::runtime_error("emulator: " + text + ": grid of " + std::to_string(ctas));
   if (threads < 1 || threads > kMaxThreads || threads % kWarpSize != 0)
     throw std::runtime_error("emulator: " + text + ": CTA of " + std::to_string(threads) + " threads");
   if (shared_bytes < 0 || shared_bytes > 227 * 1024)

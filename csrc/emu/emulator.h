@@ -19,9 +19,9 @@ constexpr int kMaxThreads = 1024;
 // Shared memory is tracked in granules of two bytes, the smallest element the kernels store.
 struct Granule {
   uint32_t write_epoch, read_epoch;  // CTA barrier epoch of the last write and read; 0: never
-  uint32_t write_sync, read_sync;    // the warp's __syncwarp count at that time
-  uint16_t writer, reader;           // thread, kMany for several lanes of one warp
-  uint16_t read_warp, pad;           // warp, kMany for several
+  uint32_t write_sync, read_sync;  // the warp's __syncwarp count at that time
+  uint16_t writer, reader;  // thread, kMany for several lanes of one warp
+  uint16_t read_warp, pad;  // warp, kMany for several
 };
 constexpr uint16_t kMany = 0xffff;
 
@@ -30,7 +30,7 @@ struct State {
   Granule* granules = nullptr;
   uint32_t shared_bytes = 0;
   uint32_t epoch = 1, first_epoch = 1;  // first_epoch: of this CTA
-  uint32_t thread = 0, warp = 0;        // the running one
+  uint32_t thread = 0, warp = 0;  // the running one
   uint32_t threads = 0;
   uint32_t warp_sync[kMaxThreads / kWarpSize] = {};
   int64_t cta = 0, ctas = 0;

@@ -55,6 +55,7 @@
 #define EFFVIT_KERNEL_NAME(op) EFFVIT_CONCAT(op, EFFVIT_ISA_NAME)
 
 #include <type_traits>
+#include <utility>
 
 #include EFFVIT_KERNEL_DECLARATIONS
 

@@ -40,8 +40,9 @@ class Shared {
 #if defined(EFFVIT_EMU)
   Shared() = default;
   Shared(int byte_offset, int count) : offset_(byte_offset), count_(count) {
-    if (byte_offset < 0 || count < 0 || byte_offset + static_cast<int64_t>(count) * static_cast<int>(sizeof(T)) >
-        static_cast<int64_t>(emu::g.shared_bytes))
+    if (byte_offset < 0 || count < 0 ||
+        byte_offset + static_cast<int64_t>(count) * static_cast<int>(sizeof(T)) >
+            static_cast<int64_t>(emu::g.shared_bytes))
       emu::fail("a shared array of " + std::to_string(count) + " elements exceeds the shared memory of the CTA");
   }
   T load(int i) const { return load_vec<T>(i); }
@@ -65,8 +66,8 @@ class Shared {
 
  private:
   uint64_t at(int i, size_t bytes) const {
-    if (i < 0 || i * static_cast<int64_t>(sizeof(T)) + static_cast<int64_t>(bytes) >
-        count_ * static_cast<int64_t>(sizeof(T)))
+    if (i < 0 ||
+        i * static_cast<int64_t>(sizeof(T)) + static_cast<int64_t>(bytes) > count_ * static_cast<int64_t>(sizeof(T)))
       emu::fail_shared_bounds(static_cast<uint64_t>(offset_ + i * static_cast<int64_t>(sizeof(T))),
                               static_cast<uint32_t>(bytes));
     return static_cast<uint64_t>(offset_) + static_cast<uint64_t>(i) * sizeof(T);
@@ -157,8 +158,7 @@ EFFVIT_DEVICE void store_global_vec(T* p, V x) {
 // Copies `bytes` (0 to 16) and fills the rest of the 16 with zeros. Both addresses are multiples of 16.
 template <class T>
 EFFVIT_DEVICE void cp_async16(const Shared<T>& s, int i, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(s.address(i)), "l"(global), "r"(bytes)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(s.address(i)), "l"(global), "r"(bytes) : "memory");
 }
 EFFVIT_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroupsLeft>  // makes this thread's copies visible to itself: a barrier must follow before others read

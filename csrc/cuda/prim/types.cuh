@@ -14,6 +14,7 @@
 #define EFFVIT_KERNEL(threads, min_ctas) void
 #define EFFVIT_GRID_CONSTANT const
 #define EFFVIT_UNROLL
+#define EFFVIT_NO_UNROLL
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
@@ -25,6 +26,7 @@ inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaS
 #define EFFVIT_KERNEL(threads, min_ctas) __global__ void __launch_bounds__(threads, min_ctas)
 #define EFFVIT_GRID_CONSTANT const __grid_constant__
 #define EFFVIT_UNROLL _Pragma("unroll")
+#define EFFVIT_NO_UNROLL _Pragma("unroll 1")
 #else
 #error "compile with nvcc, or with -DEFFVIT_EMU against csrc/emu"
 #endif

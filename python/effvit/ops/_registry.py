@@ -182,10 +182,14 @@ def vmap_by_folding(name: str, foldable: Sequence[int]) -> None:
                     a = args[i].movedim(in_dims[i], 0) if in_dims[i] is not None else args[i].expand(n, *args[i].shape)
                     moved[i] = a.reshape(n * a.shape[1], *a.shape[2:])
             outs = overload(*moved, **kwargs)
+            if isinstance(outs, torch.Tensor):
+                return outs.reshape(n, outs.shape[0] // n, *outs.shape[1:]), 0
             return tuple(o.reshape(n, o.shape[0] // n, *o.shape[1:]) for o in outs), (0,) * len(outs)
         rows = []
         for j in range(n):
             rows.append(overload(*(a.select(in_dims[i], j) if i in mapped else a for i, a in enumerate(args)), **kwargs))
+        if isinstance(rows[0], torch.Tensor):
+            return torch.stack(rows), 0
         outs = tuple(torch.stack(column) for column in zip(*rows, strict=True))
         return outs, (0,) * len(outs)
 

@@ -43,7 +43,8 @@ def _peak_of(call):
     _reset_peak()
     result = call()
     peak = _status("VmHWM") - before
-    return peak, sum(t.untyped_storage().nbytes() for t in result)
+    results = result if isinstance(result, tuple) else (result,)
+    return peak, sum(t.untyped_storage().nbytes() for t in results)
 
 
 def _backward_arguments(spec, args, kwargs):
@@ -65,7 +66,9 @@ def peak(spec, threads, dtypes):
     with torch.no_grad():
         # Threads, code pages and dispatch tables exist before the measurement; scratch of the large call does not.
         args, kwargs = spec.good_input()
-        args = tuple(None if a is None else torch.cat([a] * 64) if i < 3 else a for i, a in enumerate(args))
+        batched = {name for name, dims in spec.dynamic_dims.items() if 0 in dims}
+        named = zip(spec.tensors, args, strict=False)
+        args = tuple(torch.cat([a] * 64) if a is not None and name in batched else a for name, a in named)
         for dtype in dtypes:
             small = tuple(None if a is None else a.to(dtype) for a in args)
             for _ in range(3):

@@ -1,4 +1,4 @@
-"""Loads libeffvit_emu.so: the CUDA kernels compiled for the CPU emulator, as ``torch.ops.effvit_emu.<op>`` on CPU tensors.
+"""Loads libeffvit_emu.so: the CUDA kernels in the CPU emulator, as ``torch.ops.effvit_emu.<op>`` on CPU tensors.
 
 The emulator runs one thread as one fiber and checks every access; see csrc/emu. For tests at small shapes.
 """
