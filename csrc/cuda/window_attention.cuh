@@ -54,8 +54,7 @@ struct Traits {
   static_assert(kScoreStride * sizeof(T) / 16 % 2 == 1, "row stride must be an odd multiple of 16 bytes");
 };
 
-// ---- the plan: everything a kernel needs, computed once on the host
-// ----------------------------------------------------
+// ---- the plan: everything a kernel needs, computed once on the host ----
 
 enum Pass : int { kForward, kFused, kDq, kDkv, kTable };
 
@@ -101,8 +100,7 @@ EFFVIT_HD void table_range(const Plan& g, int32_t qt, int32_t kt, int32_t& first
   count = query_table_offset(g, q_end - 1) - key_table_offset(g, kt * kTile) + 1 - first;
 }
 
-// ---- what a CTA works with
-// -------------------------------------------------------------------------------------------
+// ---- what a CTA works with ----
 
 using Int4 = Vec<int, 4>;  // a token: b, y, x, metadata
 
@@ -258,8 +256,7 @@ struct Cta {
 };
 constexpr int kRowBytes = (6 * kTile + kWarps * kTile + kWarps) * 4;
 
-// ---- tokens
-// ------------------------------------------------------------------------------------------------------------
+// ---- tokens ----
 
 struct WindowId {
   int b, y, x;
@@ -320,8 +317,7 @@ EFFVIT_DEVICE bool place_tokens(const Cta<T, kInShared>& c, int64_t tile, int qt
   return (token.v[3] & kOutside) != 0 && token.v[1] != kNowhere;
 }
 
-// ---- loads
-// -------------------------------------------------------------------------------------------------------------
+// ---- loads ----
 
 EFFVIT_DEVICE float magnitude(float x) { return x < 0.f ? -x : x; }
 
@@ -427,8 +423,7 @@ EFFVIT_DEVICE void load_table(const Cta<T, kInShared>& c) {
   for (int i = prim::thread_id(); i < c.g.table_size; i += kThreads) c.table.store(i, table_entry(c.g, c.head, i));
 }
 
-// ---- operands of the matrix products
-// -----------------------------------------------------------------------------------
+// ---- operands of the matrix products ----
 
 enum Operand : int { kQ, kK, kV, kGrad };
 
@@ -621,8 +616,7 @@ EFFVIT_DEVICE void store_rows(const Plan& g, const Shared<T>& from, int stride, 
   }
 }
 
-// ---- scores
-// ------------------------------------------------------------------------------------------------------------
+// ---- scores ----
 
 // Keys of key tile kt, rounded up to n-tiles or to steps of a product.
 EFFVIT_DEVICE int tile_length(int tokens, int tile, int multiple) {
@@ -664,8 +658,7 @@ EFFVIT_DEVICE void query_times_key(const Cta<T, kInShared>& c, float (&s)[kNTile
   }
 }
 
-// ---- forward
-// -----------------------------------------------------------------------------------------------------------
+// ---- forward ----
 
 // Splits the CTA index: walk slowest, head fastest, so that concurrent CTAs read the heads of the same windows.
 struct Position {
@@ -809,8 +802,7 @@ window_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
   }
 }
 
-// ---- backward
-// ----------------------------------------------------------------------------------------------------------
+// ---- backward ----
 
 // Sums over the keys of this lane's two rows; complete after a sum over the four lanes of a row.
 struct RowSums {
@@ -1462,7 +1454,7 @@ window_attention_bwd_table_kernel(EFFVIT_GRID_CONSTANT Plan g) {
 
 // dbias_table: 32 entries per CTA; four threads share an entry's partial sums, in a fixed order.
 constexpr int kReduceEntries = kThreads / kWarps;
-template <class Index>  // a template, so that several translation units may hold it
+template <class Index>  // a template only so that several translation units may hold it
 EFFVIT_KERNEL(kThreads, 2) window_attention_bwd_reduce_table_kernel(EFFVIT_GRID_CONSTANT Plan g) {
   const Shared<float> sums(0, kThreads);
   const Index ctas_per_head = ceil_div(g.table_size, kReduceEntries);
@@ -1535,8 +1527,7 @@ window_attention_bwd_reduce_small_kernel(EFFVIT_GRID_CONSTANT Plan g) {
   }
 }
 
-// ---- plan and launch
-// ---------------------------------------------------------------------------------------------------
+// ---- plan and launch ----
 
 struct AllTypes {
   static constexpr bool kFloat32 = true, kBFloat16 = true, kFloat16 = true;
@@ -1682,9 +1673,7 @@ Plan pass_plan(const WindowAttentionParams& p, Pass pass, int cols) {
   g.walks = plan_walks(g, positions);
   g.small_partials = pass == kDq ? g.walks * g.q_tiles : g.walks;
   g.small_stride = static_cast<int32_t>(p.d + p.dv + 2);
-  EFFVIT_NO_UNROLL
   for (int qt = 0; qt < g.q_tiles; ++qt) {
-    EFFVIT_NO_UNROLL
     for (int kt = 0; kt < g.k_tiles; ++kt) {
       int32_t first, count;
       table_range(g, qt, kt, first, count);

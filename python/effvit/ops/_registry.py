@@ -108,14 +108,15 @@ def check_shape(op: str, name: str, t: torch.Tensor, dims: str, expected: Sequen
 
 
 def is_int(x: object) -> bool:
-    return isinstance(x, (numbers.Integral, torch.SymInt)) and not isinstance(x, bool)
+    return type(x) is int or (isinstance(x, (numbers.Integral, torch.SymInt)) and not isinstance(x, bool))
 
 
 def as_finite(op: str, name: str, x: object) -> float:
     """A finite real number -> a float."""
-    if isinstance(x, bool) or not isinstance(x, (numbers.Real, torch.SymFloat, torch.SymInt)):
-        raise type_error(op, name, "a real number", type(x).__name__)
-    x = float(x)  # a SymFloat is specialised, as in as_pair
+    if type(x) is not float:
+        if isinstance(x, bool) or not isinstance(x, (numbers.Real, torch.SymFloat, torch.SymInt)):
+            raise type_error(op, name, "a real number", type(x).__name__)
+        x = float(x)  # a SymFloat is specialised, as in as_pair
     if not math.isfinite(x):
         raise value_error(op, name, "finite", x)
     return x
@@ -123,13 +124,16 @@ def as_finite(op: str, name: str, x: object) -> float:
 
 def as_pair(op: str, name: str, x: object, low: int) -> list[int]:
     """An int or two ints, each at least `low` -> a list of two."""
-    pair = [x, x] if is_int(x) else list(x) if isinstance(x, (tuple, list, torch.Size)) else None
-    if pair is None or not all(is_int(i) for i in pair):
-        raise type_error(op, name, "an int or 2 integers", repr(x))
-    if len(pair) != 2:
-        raise value_error(op, name, "an int or 2 integers", repr(x))
-    pair = [int(i) for i in pair]  # a SymInt is specialised: the geometry is part of the program
-    if not all(low <= i <= 1 << 15 for i in pair):
+    if type(x) is int:
+        pair = [x, x]
+    else:
+        pair = [x, x] if is_int(x) else list(x) if isinstance(x, (tuple, list, torch.Size)) else [x]
+        if not all(is_int(i) for i in pair):
+            raise type_error(op, name, "an int or 2 integers", repr(x))
+        if len(pair) != 2:
+            raise value_error(op, name, "an int or 2 integers", repr(x))
+        pair = [int(i) for i in pair]  # a SymInt is specialised: the geometry is part of the program
+    if not (low <= pair[0] <= 1 << 15 and low <= pair[1] <= 1 << 15):
         raise value_error(op, name, f"between {low} and {1 << 15}", pair)
     return pair
 
