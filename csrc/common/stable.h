@@ -1,7 +1,8 @@
 // The only file that includes torch: the LibTorch stable ABI, argument checks, the thread pool, streams, EFFVIT_IMPL.
 //
 // A library is compiled with EFFVIT_NAMESPACE (effvit, or effvit_emu for the emulator) and EFFVIT_DISPATCH_KEY (CPU or
-// CUDA). Only symbols of torch >= 2.11's stable ABI may be used: one binary serves every torch and Python from there on.
+// CUDA). Only symbols of torch >= 2.11's stable ABI may be used: one binary serves every torch and Python from there
+// on.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -56,16 +57,26 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
 
 inline const char* dtype_name(ScalarType t) {
   switch (t) {
-    case ScalarType::Float: return "torch.float32";
-    case ScalarType::Double: return "torch.float64";
-    case ScalarType::Half: return "torch.float16";
-    case ScalarType::BFloat16: return "torch.bfloat16";
-    case ScalarType::Int: return "torch.int32";
-    case ScalarType::Long: return "torch.int64";
-    case ScalarType::Char: return "torch.int8";
-    case ScalarType::Byte: return "torch.uint8";
-    case ScalarType::Bool: return "torch.bool";
-    default: return torch::headeronly::toString(t);
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    case ScalarType::Char:
+      return "torch.int8";
+    case ScalarType::Byte:
+      return "torch.uint8";
+    case ScalarType::Bool:
+      return "torch.bool";
+    default:
+      return torch::headeronly::toString(t);
   }
 }
 
@@ -164,9 +175,9 @@ namespace abi {
 // schema says `int` and the C++ function takes a double, and hands over garbage.
 template <class T>
 struct Spelling;
-#define EFFVIT_SPELL(T, text) \
-  template <>                 \
-  struct Spelling<T> {        \
+#define EFFVIT_SPELL(T, text)                 \
+  template <>                                 \
+  struct Spelling<T> {                        \
     static std::string get() { return text; } \
   };
 EFFVIT_SPELL(Tensor, "Tensor")
@@ -189,8 +200,8 @@ struct Spelling<std::tuple<T...>> {
 
 template <class R, class... A>
 std::string signature(const char* op, R (*)(A...)) {
-  return std::string(op) +
-         Spelling<std::tuple<std::remove_cv_t<std::remove_reference_t<A>>...>>::get() + " -> " + Spelling<R>::get();
+  return std::string(op) + Spelling<std::tuple<std::remove_cv_t<std::remove_reference_t<A>>...>>::get() + " -> " +
+         Spelling<R>::get();
 }
 
 std::string& registry();  // one line per op; defined once per library by EFFVIT_DEFINE_ABI
@@ -203,15 +214,15 @@ struct Entry {
 }  // namespace effvit
 
 // Defines the C symbol `effvit_abi_signatures` of this library. Once per library.
-#define EFFVIT_DEFINE_ABI()                                                                         \
-  namespace effvit::abi {                                                                           \
-  std::string& registry() {                                                                         \
-    static std::string lines;                                                                       \
-    return lines;                                                                                   \
-  }                                                                                                 \
-  }                                                                                                 \
-  extern "C" __attribute__((visibility("default"))) const char* effvit_abi_signatures() {           \
-    return effvit::abi::registry().c_str();                                                         \
+#define EFFVIT_DEFINE_ABI()                                                               \
+  namespace effvit::abi {                                                                 \
+  std::string& registry() {                                                               \
+    static std::string lines;                                                             \
+    return lines;                                                                         \
+  }                                                                                       \
+  }                                                                                       \
+  extern "C" __attribute__((visibility("default"))) const char* effvit_abi_signatures() { \
+    return effvit::abi::registry().c_str();                                               \
   }
 
 // Registers fn as the kernel of effvit::op on this library's device.

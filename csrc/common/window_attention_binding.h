@@ -28,14 +28,15 @@ inline std::pair<int32_t, int32_t> check_pair(const char* op, const char* name, 
 struct WindowAttentionCall {
   WindowAttentionParams p;
   OptionalTensor logit_scale, pad_k, pad_v;  // contiguous copies where the caller's were not
-  bool empty = false;                        // nothing to compute
+  bool empty = false;  // nothing to compute
 };
 
-inline WindowAttentionCall window_attention_call(
-    const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& bias_table,
-    const OptionalTensor& logit_scale, const OptionalTensor& pad_k, const OptionalTensor& pad_v,
-    const std::vector<int64_t>& window, const std::vector<int64_t>& shift, const std::vector<int64_t>& dilation,
-    const std::vector<int64_t>& halo, std::optional<double> scale, double mask_value, bool roll_before_pad) {
+inline WindowAttentionCall window_attention_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                                                 const OptionalTensor& bias_table, const OptionalTensor& logit_scale,
+                                                 const OptionalTensor& pad_k, const OptionalTensor& pad_v,
+                                                 const std::vector<int64_t>& window, const std::vector<int64_t>& shift,
+                                                 const std::vector<int64_t>& dilation, const std::vector<int64_t>& halo,
+                                                 std::optional<double> scale, double mask_value, bool roll_before_pad) {
   using namespace window_attention_detail;
   WindowAttentionCall call;
   WindowAttentionParams& p = call.p;
@@ -92,8 +93,8 @@ inline WindowAttentionCall window_attention_call(
     check_shape(op, "logit_scale", *logit_scale, "[h]", {p.h});
     p.logit_scale_dtype = to_dtype(logit_scale->scalar_type());
   }
-  check(pad_k.has_value() == pad_v.has_value(), op, pad_k ? "pad_v" : "pad_k",
-        " must be given together with ", pad_k ? "pad_k" : "pad_v", ", got None");
+  check(pad_k.has_value() == pad_v.has_value(), op, pad_k ? "pad_v" : "pad_k", " must be given together with ",
+        pad_k ? "pad_k" : "pad_v", ", got None");
   if (pad_k) {
     for (auto [name, t] : {std::pair<const char*, const Tensor*>{"pad_k", &*pad_k}, {"pad_v", &*pad_v}}) {
       check_dtype(op, name, *t, q.scalar_type(), "q");
@@ -166,8 +167,8 @@ inline WindowAttentionGrads window_attention_backward_call(const char* op, Windo
   const ScalarType dtype = q.scalar_type();
   const std::vector<int64_t> none{0};
   Tensor dqkv = empty(q, {p.B, p.H, p.W, p.h * (2 * p.d + p.dv)}, dtype);
-  Tensor dbias = bias_table ? empty(q, shape_of(*bias_table), bias_table->scalar_type())
-                            : empty(q, none, ScalarType::Float);
+  Tensor dbias =
+      bias_table ? empty(q, shape_of(*bias_table), bias_table->scalar_type()) : empty(q, none, ScalarType::Float);
   Tensor dlogit = logit_scale ? empty(q, {p.h}, logit_scale->scalar_type()) : empty(q, none, ScalarType::Float);
   Tensor dpad_k = empty(q, p.pad_k ? std::vector<int64_t>{p.h, p.d} : none, dtype);
   Tensor dpad_v = empty(q, p.pad_v ? std::vector<int64_t>{p.h, p.dv} : none, dtype);

@@ -32,14 +32,20 @@ inline const WindowAttentionKernel& window_attention_kernel() {
   static const WindowAttentionKernel* const table[kIsaCount] = {
       window_attention_generic(),
 #if defined(__x86_64__)
-      window_attention_avx2(), window_attention_avx512(), window_attention_amx(),
+      window_attention_avx2(),
+      window_attention_avx512(),
+      window_attention_amx(),
 #else
-      nullptr, nullptr, nullptr,
+      nullptr,
+      nullptr,
+      nullptr,
 #endif
 #if defined(EFFVIT_TEST_ISAS)
-      window_attention_avx512_emulated(), window_attention_amx_emulated(),
+      window_attention_avx512_emulated(),
+      window_attention_amx_emulated(),
 #else
-      nullptr, nullptr,
+      nullptr,
+      nullptr,
 #endif
   };
   return select(table);

@@ -33,16 +33,24 @@ constexpr int64_t kAheadBytes = 128 << 10;  // fetched ahead at once; well withi
 
 EFFVIT_INLINE float load_scalar(const void* p, DType t, int64_t i) {
   switch (t) {
-    case DType::kFloat32: return static_cast<const float*>(p)[i];
-    case DType::kBFloat16: return to_float(static_cast<const BFloat16*>(p)[i]);
-    default: return to_float(static_cast<const Float16*>(p)[i]);
+    case DType::kFloat32:
+      return static_cast<const float*>(p)[i];
+    case DType::kBFloat16:
+      return to_float(static_cast<const BFloat16*>(p)[i]);
+    default:
+      return to_float(static_cast<const Float16*>(p)[i]);
   }
 }
 EFFVIT_INLINE void store_scalar(void* p, DType t, int64_t i, float x) {
   switch (t) {
-    case DType::kFloat32: static_cast<float*>(p)[i] = x; break;
-    case DType::kBFloat16: static_cast<BFloat16*>(p)[i] = from_float<BFloat16>(x); break;
-    default: static_cast<Float16*>(p)[i] = from_float<Float16>(x);
+    case DType::kFloat32:
+      static_cast<float*>(p)[i] = x;
+      break;
+    case DType::kBFloat16:
+      static_cast<BFloat16*>(p)[i] = from_float<BFloat16>(x);
+      break;
+    default:
+      static_cast<Float16*>(p)[i] = from_float<Float16>(x);
   }
 }
 
@@ -61,16 +69,16 @@ EFFVIT_INLINE vf log(vf x) {
 
 struct Geometry {
   WindowAxis y, x;
-  int key_w;             // keys in a row of the window, halo included
+  int key_w;  // keys in a row of the window, halo included
   int table_h, table_w;  // sides of the bias table
-  int64_t windows;       // per image
+  int64_t windows;  // per image
   int tile_tokens;
-  int q_tile_rows, k_tile_rows;    // rows of the window (of its keys) in one tile
-  int q_tile_max, k_tile_max;      // tokens in one tile at most
-  int dp, dvp;                     // head dims rounded up to whole vectors
-  int dk32, dv32;                  // and to the depth of a tile product
-  int ld;                          // row stride of a logits block: room for one vector of overrun
-  bool single;                     // a window is one tile, without halo
+  int q_tile_rows, k_tile_rows;  // rows of the window (of its keys) in one tile
+  int q_tile_max, k_tile_max;  // tokens in one tile at most
+  int dp, dvp;  // head dims rounded up to whole vectors
+  int dk32, dv32;  // and to the depth of a tile product
+  int ld;  // row stride of a logits block: room for one vector of overrun
+  bool single;  // a window is one tile, without halo
   bool cosine, has_pad;
 
   explicit Geometry(const Params& p)
@@ -122,9 +130,9 @@ struct Run {
 // Queries of one tile: the tokens of the window that are on the map.
 struct Queries {
   int n = 0;
-  int64_t* position = nullptr;    // flat index into [B, H, W]
+  int64_t* position = nullptr;  // flat index into [B, H, W]
   int64_t* lse_offset = nullptr;  // into lse, of head 0
-  int64_t* offset = nullptr;      // into q
+  int64_t* offset = nullptr;  // into q
   int64_t* grad_offset = nullptr;
   int32_t* table = nullptr;  // offset into the flipped bias table
   int32_t* label = nullptr;  // shift region
@@ -142,7 +150,7 @@ struct Queries {
 // Keys of one tile: the tokens on the map, and with pad_k those outside of it too (position -1).
 struct Keys {
   int n = 0, padded = 0, runs = 0, longest_run = 0, pads = 0;
-  bool mixed = false;           // more than one shift region among the keys
+  bool mixed = false;  // more than one shift region among the keys
   int64_t* position = nullptr;  // flat index into [B, H, W], -1 for a pad
   int64_t* k_offset = nullptr;
   int64_t* v_offset = nullptr;
@@ -243,8 +251,8 @@ class FlippedTable {
     if (head_[slot] != head) {
       for (int y = 0; y < g.table_h; ++y) {
         for (int x = 0; x < g.table_w; ++x) {
-          t[entries_ - 1 - (y * g.table_w + x)] =
-              load_scalar(p.bias_table, p.bias_dtype, head * p.bias_stride_h + y * p.bias_stride_y + x * p.bias_stride_x);
+          t[entries_ - 1 - (y * g.table_w + x)] = load_scalar(
+              p.bias_table, p.bias_dtype, head * p.bias_stride_h + y * p.bias_stride_y + x * p.bias_stride_x);
         }
       }
       for (int64_t i = entries_; i < stride_; ++i) t[i] = 0.f;  // what the last run's vector reads past its end
@@ -327,8 +335,8 @@ EFFVIT_INLINE const T* row_or_pad(const void* base, const void* pad, int64_t off
                       : static_cast<const T*>(base) + offset + head * head_stride;
 }
 
-// Token lists of two windows: the one at work and the one after it, whose rows are fetched meanwhile. A window's rows lie
-// far apart, which the hardware prefetchers do not follow.
+// Token lists of two windows: the one at work and the one after it, whose rows are fetched meanwhile. A window's rows
+// lie far apart, which the hardware prefetchers do not follow.
 struct Tokens {
   Queries queries;
   Keys keys;
@@ -743,7 +751,7 @@ struct Forward {
 // and the temperature.
 struct Partials {
   int64_t table, table_stride, pad_k, pad_v, stride;  // offsets and size, in floats
-  int64_t chunks, groups;                             // of windows, of heads
+  int64_t chunks, groups;  // of windows, of heads
 
   Partials(const Params& p, const Geometry& g) {
     table = p.bias_table ? int64_t{g.table_h} * g.table_w : 0;
@@ -773,8 +781,8 @@ struct Backward {
   float *q, *q_norm, *grad_out, *delta, *lse, *k, *k_norm, *kt, *v, *vt, *prob, *dlogit, *dq, *dk, *dv;
   float *own_k, *own_v, *pad_unit, *pad_prob, *pad_dlogit;
   // Tiles: the operands of the five products in bfloat16.
-  BFloat16 *q16 = nullptr, *q16_rows = nullptr, *do16 = nullptr, *do16_rows = nullptr, *kt16 = nullptr,
-           *vt16 = nullptr, *k16_rows = nullptr, *row16 = nullptr, *ds16 = nullptr, *pt16 = nullptr, *dst16 = nullptr;
+  BFloat16 *q16 = nullptr, *q16_rows = nullptr, *do16 = nullptr, *do16_rows = nullptr, *kt16 = nullptr, *vt16 = nullptr,
+           *k16_rows = nullptr, *row16 = nullptr, *ds16 = nullptr, *pt16 = nullptr, *dst16 = nullptr;
   float *row_scale = nullptr, *column_scale = nullptr, *bias = nullptr;
   // Of the current head and chunk; null where the argument was not given.
   float *sum_table = nullptr, *sum_pad_k = nullptr, *sum_pad_v = nullptr, *sum_tau = nullptr;
@@ -1334,9 +1342,14 @@ int64_t forward_units(const Params& p) {
 void forward(const Params& p, int64_t begin, int64_t end) {
   const Geometry g(p);
   switch (p.dtype) {
-    case DType::kFloat32: run_pass<Forward, float>(p, g, begin, end); break;
-    case DType::kBFloat16: run_pass<Forward, BFloat16>(p, g, begin, end); break;
-    default: run_pass<Forward, Float16>(p, g, begin, end);
+    case DType::kFloat32:
+      run_pass<Forward, float>(p, g, begin, end);
+      break;
+    case DType::kBFloat16:
+      run_pass<Forward, BFloat16>(p, g, begin, end);
+      break;
+    default:
+      run_pass<Forward, Float16>(p, g, begin, end);
   }
 }
 
@@ -1355,18 +1368,28 @@ int64_t backward_partials(const Params& p) {
 void backward(const Params& p, float* partials, int64_t begin, int64_t end) {
   const Geometry g(p);
   switch (p.dtype) {
-    case DType::kFloat32: run_pass<Backward, float>(p, g, partials, begin, end); break;
-    case DType::kBFloat16: run_pass<Backward, BFloat16>(p, g, partials, begin, end); break;
-    default: run_pass<Backward, Float16>(p, g, partials, begin, end);
+    case DType::kFloat32:
+      run_pass<Backward, float>(p, g, partials, begin, end);
+      break;
+    case DType::kBFloat16:
+      run_pass<Backward, BFloat16>(p, g, partials, begin, end);
+      break;
+    default:
+      run_pass<Backward, Float16>(p, g, partials, begin, end);
   }
 }
 
 void backward_reduce(const Params& p, const float* partials) {
   const Geometry g(p);
   switch (p.dtype) {
-    case DType::kFloat32: reduce<float>(p, g, partials); break;
-    case DType::kBFloat16: reduce<BFloat16>(p, g, partials); break;
-    default: reduce<Float16>(p, g, partials);
+    case DType::kFloat32:
+      reduce<float>(p, g, partials);
+      break;
+    case DType::kBFloat16:
+      reduce<BFloat16>(p, g, partials);
+      break;
+    default:
+      reduce<Float16>(p, g, partials);
   }
 }
 

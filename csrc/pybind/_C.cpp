@@ -97,7 +97,8 @@ bool amx_permission() {
 
 // Seconds of each of `repeats` runs of `inner` calls, divided by `inner`, after `warmup` calls.
 std::vector<double> time_calls(const py::function& call, int repeats, int inner, int warmup) {
-  if (repeats < 1 || inner < 1 || warmup < 0) throw std::invalid_argument("repeats and inner must be >= 1, warmup >= 0");
+  if (repeats < 1 || inner < 1 || warmup < 0)
+    throw std::invalid_argument("repeats and inner must be >= 1, warmup >= 0");
   for (int i = 0; i < warmup; ++i) call();
   std::vector<double> seconds;
   seconds.reserve(static_cast<size_t>(repeats));
@@ -134,8 +135,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features, "Instruction sets that the CPU has and the system saves the registers of.");
   m.def("cpu_brand", &cpu_brand, "Name of the CPU.");
   m.def("amx_permission", &amx_permission, "Whether this process has been granted AMX tile data.");
-  m.def("time_calls", &time_calls, py::arg("call"), py::arg("repeats") = 20, py::arg("inner") = 1, py::arg("warmup") = 3,
-        "Seconds per call of each repeat.");
+  m.def("time_calls", &time_calls, py::arg("call"), py::arg("repeats") = 20, py::arg("inner") = 1,
+        py::arg("warmup") = 3, "Seconds per call of each repeat.");
   m.def("copy_bandwidth", &copy_bandwidth, py::arg("bytes"), py::arg("repeats") = 5,
-        "Best read + write bytes per second of memcpy on the calling thread.", py::call_guard<py::gil_scoped_release>());
+        "Best read + write bytes per second of memcpy on the calling thread.",
+        py::call_guard<py::gil_scoped_release>());
 }

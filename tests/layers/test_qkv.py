@@ -39,9 +39,9 @@ USES = {
     "one twice": lambda q, k, v: (q * q.flip(1) + k + v.exp()).sum(),
     "operator": lambda q, k, v: window_attention(q, k, v, window=3, shift=1)[0].square().sum(),
     "operator, q twice": lambda q, k, v: (window_attention(q, k, v, window=3)[0].square() + q * v).sum(),
-    "operator twice": lambda q, k, v: (window_attention(q, k, v, window=3)[0] * window_attention(k, q, v, window=2)[0])
-    .sin()
-    .sum(),
+    "operator twice": lambda q, k, v: (
+        (window_attention(q, k, v, window=3)[0] * window_attention(k, q, v, window=2)[0]).sin().sum()
+    ),
     "operator, v = q": lambda q, k, v: (window_attention(q, k, q, window=3)[0] * v).sum(),
     "operator, reordered": lambda q, k, v: window_attention(v, k, q, window=3)[0].square().sum(),
 }

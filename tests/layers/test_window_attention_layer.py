@@ -280,9 +280,7 @@ def test_set_input_size_like_timm(feat, window, always):
 
 
 def test_drop_path():
-    block = randomise(
-        SwinTransformerBlock(24, (8, 8), 3, window_size=4, drop_path=0.5, proj_drop=0.1, device="cpu")
-    )
+    block = randomise(SwinTransformerBlock(24, (8, 8), 3, window_size=4, drop_path=0.5, proj_drop=0.1, device="cpu"))
     x = torch.randn(64, 8, 8, 24)
     torch.manual_seed(0)
     kept = (block(x) != x).flatten(1).any(1).float().mean().item()

@@ -61,15 +61,21 @@ bool amx_permitted() {
 bool available(Isa isa) {
   static const Features f = detect();
   switch (isa) {
-    case Isa::kGeneric: return true;
-    case Isa::kAvx2: return f.avx2;
-    case Isa::kAvx512: return f.avx512;
-    case Isa::kAmx: return f.amx_bf16 && amx_permitted();
+    case Isa::kGeneric:
+      return true;
+    case Isa::kAvx2:
+      return f.avx2;
+    case Isa::kAvx512:
+      return f.avx512;
+    case Isa::kAmx:
+      return f.amx_bf16 && amx_permitted();
 #if defined(EFFVIT_TEST_ISAS)
     case Isa::kAvx512Emulated:
-    case Isa::kAmxEmulated: return f.avx2;
+    case Isa::kAmxEmulated:
+      return f.avx2;
 #endif
-    default: return false;
+    default:
+      return false;
   }
 }
 #else
@@ -140,9 +146,7 @@ EFFVIT_EXPORT int effvit_cpu_set_isa(const char* name) {
   return 0;
 }
 
-EFFVIT_EXPORT const char* effvit_cpu_isa() {
-  return effvit::cpu::kNames[static_cast<int>(effvit::cpu::current_isa())];
-}
+EFFVIT_EXPORT const char* effvit_cpu_isa() { return effvit::cpu::kNames[static_cast<int>(effvit::cpu::current_isa())]; }
 
 // Comma separated, in the order of the Isa enum.
 EFFVIT_EXPORT const char* effvit_cpu_available_isas() {

@@ -15,8 +15,8 @@ Isa current_isa();
 // 64-byte aligned scratch of the calling thread, at least `bytes` long. Kept for the next call, contents undefined.
 void* thread_scratch(size_t bytes);
 
-// Picks the current ISA's entry from a table indexed by Isa. An ISA is only ever chosen where the build has it, so there
-// is no fallback here that a test could mistake for the kernel it asked for.
+// Picks the current ISA's entry from a table indexed by Isa. An ISA is only ever chosen where the build has it, so
+// there is no fallback here that a test could mistake for the kernel it asked for.
 template <class Kernel>
 const Kernel& select(const Kernel* const (&table)[kIsaCount]) {
   return *table[static_cast<int>(current_isa())];

@@ -18,12 +18,11 @@ inline TileState& tile_state() {
   return state;
 }
 #define EFFVIT_TILE_ZERO(t) std::memset(tile_state().rows[t], 0, 1024)
-#define EFFVIT_TILE_LOAD(t, p, bytes)                                                        \
-  for (int r_ = 0; r_ < 16; ++r_)                                                            \
+#define EFFVIT_TILE_LOAD(t, p, bytes) \
+  for (int r_ = 0; r_ < 16; ++r_)     \
   std::memcpy(tile_state().rows[t][r_], reinterpret_cast<const char*>(p) + r_ * (bytes), 64)
-#define EFFVIT_TILE_STORE(t, p, bytes)                                                 \
-  for (int r_ = 0; r_ < 16; ++r_)                                                      \
-  std::memcpy(reinterpret_cast<char*>(p) + r_ * (bytes), tile_state().rows[t][r_], 64)
+#define EFFVIT_TILE_STORE(t, p, bytes) \
+  for (int r_ = 0; r_ < 16; ++r_) std::memcpy(reinterpret_cast<char*>(p) + r_ * (bytes), tile_state().rows[t][r_], 64)
 #define EFFVIT_TILE_DOT(c, a, b) emulated_dot(c, a, b)
 inline void emulated_dot(int c, int a, int b) {
   TileState& s = tile_state();
@@ -193,7 +192,8 @@ EFFVIT_INLINE void pack_rows(BFloat16* dst, int64_t ldb, int k, int n, const Row
 }
 
 // dst[c][r] = src[r][c] in bfloat16 from float32: r < rows (a multiple of 16), c < cols (a multiple of 16).
-EFFVIT_INLINE void transpose_to_bfloat16(BFloat16* dst, int64_t ldd, const float* src, int64_t lds, int rows, int cols) {
+EFFVIT_INLINE void transpose_to_bfloat16(BFloat16* dst, int64_t ldd, const float* src, int64_t lds, int rows,
+                                         int cols) {
   for (int r = 0; r < rows; r += kLanes) {
     for (int c = 0; c < cols; c += kLanes) {
       vf t[kLanes];

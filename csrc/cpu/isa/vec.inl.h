@@ -136,7 +136,7 @@ EFFVIT_INLINE float to_float(Float16 x) {
 #else
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   uint32_t u = (magnitude << 13) + 0x38000000u;  // rebias the exponent
-  if (magnitude >= 0x7c00u) u += 0x38000000u;    // inf, nan
+  if (magnitude >= 0x7c00u) u += 0x38000000u;  // inf, nan
   float f;
   if (magnitude < 0x0400u) {  // subnormal: magnitude * 2^-24
     f = static_cast<float>(magnitude) * 5.9604644775390625e-08f;
@@ -172,7 +172,7 @@ EFFVIT_INLINE Float16 from_float<Float16>(float x) {
   u &= 0x7fffffffu;
   if (u > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
   if (u >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to infinity
-  if (u < 0x38800000u) {                                                // subnormal result: adding 0.5 aligns it
+  if (u < 0x38800000u) {  // subnormal result: adding 0.5 aligns it
     float f;
     std::memcpy(&f, &u, 4);
     f += 0.5f;
@@ -394,10 +394,18 @@ inline __attribute__((noinline)) void gemm_rows(int n, int k, A a, B b, float* c
   for (; blocks > 0; --blocks) {
     const int width = (vectors + blocks - 1) / blocks;
     switch (width) {
-      case 1: gemm_tile<MR, 1>(k, a, b, c, ldc, accumulate); break;
-      case 2: gemm_tile<MR, 2>(k, a, b, c, ldc, accumulate); break;
-      case 3: gemm_tile<MR, 3>(k, a, b, c, ldc, accumulate); break;
-      default: gemm_tile<MR, 4>(k, a, b, c, ldc, accumulate); break;
+      case 1:
+        gemm_tile<MR, 1>(k, a, b, c, ldc, accumulate);
+        break;
+      case 2:
+        gemm_tile<MR, 2>(k, a, b, c, ldc, accumulate);
+        break;
+      case 3:
+        gemm_tile<MR, 3>(k, a, b, c, ldc, accumulate);
+        break;
+      default:
+        gemm_tile<MR, 4>(k, a, b, c, ldc, accumulate);
+        break;
     }
     vectors -= width;
     c += width * kLanes;

@@ -152,9 +152,7 @@ class WindowAttention(WindowAttentionForward, nn.Module):
         head_dim = head_dim or dim // num_heads
         self.scale = head_dim**-0.5
         wh, ww = self.window_size
-        self.relative_position_bias_table = nn.Parameter(
-            torch.empty((2 * wh - 1) * (2 * ww - 1), num_heads, **factory)
-        )
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * wh - 1) * (2 * ww - 1), num_heads, **factory))
         self.qkv = nn.Linear(dim, 3 * head_dim * num_heads, bias=qkv_bias, **factory)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(head_dim * num_heads, dim, **factory)

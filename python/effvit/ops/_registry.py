@@ -191,7 +191,9 @@ def vmap_by_folding(name: str, foldable: Sequence[int]) -> None:
             return tuple(o.reshape(n, o.shape[0] // n, *o.shape[1:]) for o in outs), (0,) * len(outs)
         rows = []
         for j in range(n):
-            rows.append(overload(*(a.select(in_dims[i], j) if i in mapped else a for i, a in enumerate(args)), **kwargs))
+            rows.append(
+                overload(*(a.select(in_dims[i], j) if i in mapped else a for i, a in enumerate(args)), **kwargs)
+            )
         if isinstance(rows[0], torch.Tensor):
             return torch.stack(rows), 0
         outs = tuple(torch.stack(column) for column in zip(*rows, strict=True))

@@ -51,7 +51,9 @@ def _validate(
         raise R.value_error(op, "shift", f"in [0, window) for window {window}", shift)
     for w, e, d in zip(window, halo, dilation, strict=True):
         if (w + 2 * e) * d > 1 << 24:
-            raise R.value_error(op, "dilation", f"such that (window + 2*halo) * dilation is at most {1 << 24}", dilation)
+            raise R.value_error(
+                op, "dilation", f"such that (window + 2*halo) * dilation is at most {1 << 24}", dilation
+            )
     mask_value = R.as_finite(op, "mask_value", mask_value)
     if scale is not None:
         scale = R.as_finite(op, "scale", scale)
@@ -79,10 +81,10 @@ def _validate(
             R.check_tensor(op, name, pad)
             R.check_like(op, name, pad, "q", q)
             R.check_shape(op, name, pad, "[h, d]" if name == "pad_k" else "[h, dv]", [h, e])
-    return dict(
-        window=window, shift=shift, dilation=dilation, halo=halo, scale=scale, mask_value=mask_value,
-        roll_before_pad=roll_before_pad,
-    )  # fmt: skip
+    return {
+        "window": window, "shift": shift, "dilation": dilation, "halo": halo, "scale": scale,
+        "mask_value": mask_value, "roll_before_pad": roll_before_pad,
+    }  # fmt: skip
 
 
 def _validate_forward(*args, **kwargs):
@@ -226,7 +228,7 @@ def _no_double_backward(ctx, *grads):
 torch.library.register_autograd(f"effvit::{NAME}_backward", _no_double_backward, lib=R.LIBRARY)
 
 
-# ---- autocast, vmap, sharding ----------------------------------------------------------------------------------------
+# ---- autocast, vmap, sharding --------------------------------------------------------------------------------------
 
 
 def _autocast(dtype, q, k, v, bias_table=None, logit_scale=None, pad_k=None, pad_v=None):
@@ -278,7 +280,7 @@ if torch.distributed.is_available():
     _register_sharding()
 
 
-# ---- the public function -----------------------------------------------------------------------------------------------
+# ---- the public function -------------------------------------------------------------------------------------------
 
 
 def window_attention(

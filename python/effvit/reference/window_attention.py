@@ -47,16 +47,16 @@ def window_attention(
     q, k, v, bias_table=None, logit_scale=None, pad_k=None, pad_v=None,
     *, window, shift=(0, 0), dilation=(1, 1), halo=(0, 0), scale=None, mask_value=-100.0, roll_before_pad=False,
 ):  # fmt: skip
-    """q, k [B, H, W, h, d], v [B, H, W, h, dv] -> out [B, H, W, h, dv], lse [B, h, H, W]. See effvit.ops.window_attention."""
+    """q, k [B, H, W, h, d], v [B, H, W, h, dv] -> out [B, H, W, h, dv], lse [B, h, H, W].
+
+    The arguments are those of effvit.ops.window_attention, with pairs where it takes ints too.
+    """
     B, H, W, h, d = q.shape
     dv = v.shape[-1]
     dev = q.device
     (wh, ww), (hh, hw) = window, halo
     kh, kw = wh + 2 * hh, ww + 2 * hw
-    layouts = [
-        axis_layout(*axis, roll_before_pad)
-        for axis in zip((H, W), window, shift, dilation, halo, strict=True)
-    ]
+    layouts = [axis_layout(*axis, roll_before_pad) for axis in zip((H, W), window, shift, dilation, halo, strict=True)]
 
     def flat(y, x):  # [ny, a], [nx, b] -> [ny*nx, a*b] flat map positions, -1 outside
         y, x = y[:, None, :, None], x[None, :, None, :]

@@ -10,9 +10,9 @@ Both must hold. m is the magnitude: per component, the sum of the absolute value
 to the coarsest floating dtype among result and inputs: intermediate products may be rounded to it once. A component
 smaller than eps times the largest one is measured as if it were that large.
 
-A yardstick is one sample of a rounding error. Where PyTorch has several ways to compute the formula (eager and SDPA, say),
-a list of them may be given: the largest error counts. A yardstick that is not finite earns no allowance. NaN never passes. Where the truth overflows the result's dtype, the
-result must be the infinity of the same sign.
+A yardstick is one sample of a rounding error. Where PyTorch has several ways to compute the formula (eager and SDPA,
+say), a list of them may be given: the largest error counts. A yardstick that is not finite earns no allowance. NaN
+never passes. Where the truth overflows the result's dtype, the result must be the infinity of the same sign.
 """
 
 from dataclasses import dataclass
