@@ -71,9 +71,10 @@ def run(model, x, gradients):
 
 
 def magnitudes(model, x, gradients, exact):
-    """Sums of absolute terms of every parameter gradient, as the rule asks; largest entries where there is no formula.
+    """What parameter gradients are measured against: their largest entry, or the sum of their absolute terms.
 
-    The gradient of a linear layer's weight is a sum over tokens, often of terms much larger than itself.
+    The gradient of a linear layer's weight is a sum over tokens, often of terms much larger than itself. The terms are
+    products of activations that carry errors of their own, relative to the largest: hence never less than that.
     """
     found = {name: truth.abs().max().expand_as(truth) for name, truth in exact.items() if name != "output"}
     if gradients:
@@ -87,8 +88,8 @@ def magnitudes(model, x, gradients, exact):
 
             def backward(module, grad_input, grad_output, name=name):
                 g = grad_output[0].flatten(0, -2).abs()
-                found[f"{name}.weight"] = g.T @ inputs[name]
-                found[f"{name}.bias"] = g.sum(0)
+                terms = {f"{name}.weight": g.T @ inputs[name], f"{name}.bias": g.sum(0)}
+                found.update({key: torch.maximum(found[key], m) for key, m in terms.items() if key in found})
 
             handles += [module.register_forward_hook(forward), module.register_full_backward_hook(backward)]
         run(model, x, True)
