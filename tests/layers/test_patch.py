@@ -1,5 +1,6 @@
 """effvit.patch on whole timm models: agreement, exact reversal, and everything else a user does to a model."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -70,32 +71,52 @@ def run(model, x, gradients):
     return {"output": y.detach(), **found}
 
 
-def magnitudes(model, x, gradients, exact):
+@contextlib.contextmanager
+def linear_tokens(model, found):
+    """While it lasts, found[name] = (tokens, their gradients), both [tokens, channels], of every linear layer."""
+    inputs, handles = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+
+            def forward(module, args, out, name=name):
+                inputs[name] = args[0].detach().flatten(0, -2)
+
+            def backward(module, grad_input, grad_output, name=name):
+                found[name] = (inputs[name], grad_output[0].detach().flatten(0, -2))
+
+            handles += [module.register_forward_hook(forward), module.register_full_backward_hook(backward)]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def magnitudes(model, x, exact):
     """What parameter gradients are measured against: their largest entry, or the sum of their absolute terms.
 
     The gradient of a linear layer's weight is a sum over tokens, often of terms much larger than itself. The terms are
     products of activations that carry errors of their own, relative to the largest: hence never less than that.
     """
     found = {name: truth.abs().max().expand_as(truth) for name, truth in exact.items() if name != "output"}
-    if gradients:
-        inputs, handles = {}, []
-        for name, module in model.named_modules():
-            if not isinstance(module, torch.nn.Linear):
-                continue
-
-            def forward(module, args, out, name=name):
-                inputs[name] = args[0].detach().flatten(0, -2).abs()
-
-            def backward(module, grad_input, grad_output, name=name):
-                g = grad_output[0].flatten(0, -2).abs()
-                terms = {f"{name}.weight": g.T @ inputs[name], f"{name}.bias": g.sum(0)}
-                found.update({key: torch.maximum(found[key], m) for key, m in terms.items() if key in found})
-
-            handles += [module.register_forward_hook(forward), module.register_full_backward_hook(backward)]
+    tokens = {}
+    with linear_tokens(model, tokens):
         run(model, x, True)
-        for handle in handles:
-            handle.remove()
+    for layer, (x, g) in tokens.items():
+        for name, m in ((f"{layer}.weight", g.abs().T @ x.abs()), (f"{layer}.bias", g.abs().sum(0))):
+            if name in found:
+                found[name] = torch.maximum(found[name], m)
     return {"output": None, **found}
+
+
+def in_other_orders(model, x, before):
+    """The weight gradients of linear layers, summed over the tokens in two other orders, as PyTorch is free to do.
+
+    Padding changes the number of tokens and with it the order in which the unpatched model sums them.
+    """
+    tokens = {}
+    with linear_tokens(model, tokens):
+        run(model, x, True)
+    orders = (lambda t: t.flip(0), lambda t: torch.cat([t[0::2], t[1::2]]))
+    return [before | {f"{name}.weight": order(g).T @ order(x) for name, (x, g) in tokens.items()} for order in orders]
 
 
 def on_sdpa(model):
@@ -110,7 +131,10 @@ def check_patched(model, x, gradients=True, exact=None):
     """Runs model before and after effvit.patch; both against the model in float64. Leaves it patched."""
     before = [run(model, x, gradients), run(on_sdpa(copy.deepcopy(model)), x, gradients)]
     exact = run(copy.deepcopy(model).double(), x.double(), gradients) if exact is None else exact
-    magnitude = magnitudes(copy.deepcopy(model).double(), x.double(), gradients, exact)
+    magnitude = {"output": None}
+    if gradients:
+        magnitude = magnitudes(copy.deepcopy(model).double(), x.double(), exact)
+        before += in_other_orders(copy.deepcopy(model), x, before[0])
     report = effvit.patch(model, verify=False, verbose=False)
     with Record() as calls:
         after = run(model, x, gradients)

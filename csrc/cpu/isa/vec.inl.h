@@ -360,13 +360,14 @@ struct DenseB {  // b[t * ld + column]
   EFFVIT_INLINE const float* operator()(int t) const { return data + t * ld; }
   EFFVIT_INLINE DenseB columns_from(int c) const { return {data + c, ld}; }
 };
+// What C holds already (a bias, say) is added last: its magnitude then enters one rounding instead of k.
 template <int MR, int NV, class A, class B>
 EFFVIT_INLINE void gemm_tile(int k, A a, B b, float* c, int64_t ldc, bool accumulate) {
   vf acc[MR][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[r][j] = accumulate ? load(c + r * ldc + j * kLanes) : vf{};
+    for (int j = 0; j < NV; ++j) acc[r][j] = vf{};
   }
   for (int t = 0; t < k; ++t) {
     const float* row = b(t);
@@ -383,7 +384,10 @@ EFFVIT_INLINE void gemm_tile(int k, A a, B b, float* c, int64_t ldc, bool accumu
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) store(c + r * ldc + j * kLanes, acc[r][j]);
+    for (int j = 0; j < NV; ++j) {
+      float* to = c + r * ldc + j * kLanes;
+      store(to, accumulate ? load(to) + acc[r][j] : acc[r][j]);
+    }
   }
 }
 
