@@ -27,8 +27,9 @@ constexpr bool kTiles = false;
 #endif
 template <class T>
 constexpr int kBlockRows = kTiles<T> ? 32 : kRows;  // query rows that the forward holds at once
-constexpr int64_t kTableCacheBytes = 512 << 10;
-constexpr int64_t kPartialBytes = 1 << 20;
+// Together with the tiles' scratch these keep a thread below 2 MiB at any size.
+constexpr int64_t kTableCacheBytes = 256 << 10;
+constexpr int64_t kPartialBytes = 512 << 10;
 constexpr int64_t kAheadBytes = 128 << 10;  // fetched ahead at once; well within any L2
 
 EFFVIT_INLINE float load_scalar(const void* p, DType t, int64_t i) {
@@ -93,7 +94,7 @@ struct Geometry {
     dk32 = round_up(static_cast<int>(p.d), 32);
     dv32 = round_up(static_cast<int>(p.dv), 32);
     const int widest = dp > dvp ? dp : dvp;
-    tile_tokens = widest <= 128 ? kTileTokens : std::max(16, kTileTokens * 128 / widest);
+    tile_tokens = widest <= 64 ? kTileTokens : std::max(16, kTileTokens * 64 / widest);
     const int key_h = p.window_h + 2 * p.halo_h;
     q_tile_rows = std::min(p.window_h, std::max(1, tile_tokens / p.window_w));
     k_tile_rows = std::min(key_h, std::max(1, tile_tokens / key_w));
@@ -432,8 +433,10 @@ struct Forward {
     tables.allocate(scratch, p, g);
     q = scratch.take<float>(int64_t{g.q_tile_max} * g.dp);
     k = scratch.take<float>(int64_t{g.k_tile_max} * g.dp);
-    kt = scratch.take<float>(int64_t{g.dp} * round_up(g.k_tile_max, kLanes));
-    v = scratch.take<float>(int64_t{g.k_tile_max} * g.dvp);
+    if constexpr (!kTiles<T>) {
+      kt = scratch.take<float>(int64_t{g.dp} * round_up(g.k_tile_max, kLanes));
+      v = scratch.take<float>(int64_t{g.k_tile_max} * g.dvp);
+    }
     s = scratch.take<float>(int64_t{std::max(2 * kRows, kBlockRows<T>)} * g.ld);
     o = scratch.take<float>(int64_t{g.single ? kBlockRows<T> : round_up(g.q_tile_max, kBlockRows<T>)} * g.dvp);
     top = scratch.take<float>(g.q_tile_max + kLanes);
@@ -448,7 +451,7 @@ struct Forward {
       row16 = scratch.take<BFloat16>(nk * std::max(g.dk32, g.dvp));
       row_scale = scratch.take<float>(g.q_tile_max);
       column_scale = scratch.take<float>(nk);
-      bias = scratch.take<float>(g.ld);
+      bias = scratch.take<float>(int64_t{32} * g.ld);
     }
   }
 
@@ -648,15 +651,19 @@ struct Forward {
     for (int r = 0; r < queries.n; r += 32) {
       const int rows = std::min(32, queries.n - r), rows16 = round_up(rows, 16);
       prefetch();
+      for (int i = 0; i < rows; ++i) {  // well before they are read as whole vectors, see rows_of_tile
+        init_logits(bias + int64_t{i} * g.ld, keys, table ? table + queries.table[r + i] : nullptr,
+                    queries.label[r + i], p.mask_value);
+      }
       tile_gemm(rows16, keys.padded, g.dk32, q16 + int64_t{r} * g.dk32, g.dk32, kt16, 2 * keys.padded, s, g.ld, false);
       for (int i = 0; i < rows; ++i) {
         float* row = s + int64_t{i} * g.ld;
-        init_logits(bias, keys, table ? table + queries.table[r + i] : nullptr, queries.label[r + i], p.mask_value);
+        const float* row_bias = bias + int64_t{i} * g.ld;
         const vf factor = set1(row_scale[r + i]);
         vf m = set1(first ? kLowest : top[r + i]);
         for (int j = 0; j < keys.padded; j += kLanes) {
           const vf scale = g.cosine ? factor * load(column_scale + j) : factor;
-          const vf x = fma(load(row + j), scale, load(bias + j));
+          const vf x = fma(load(row + j), scale, load(row_bias + j));
           store(row + j, x);
           m = max(m, x);
         }
@@ -800,9 +807,11 @@ struct Backward {
     lse = scratch.take<float>(nq);
     k = scratch.take<float>(nk * g.dp);
     k_norm = scratch.take<float>(nk + 1);
-    kt = scratch.take<float>(g.dp * nk_padded);
-    v = scratch.take<float>(nk * g.dvp);
-    vt = scratch.take<float>(g.dvp * nk_padded);
+    if constexpr (!kTiles<T>) {
+      kt = scratch.take<float>(g.dp * nk_padded);
+      v = scratch.take<float>(nk * g.dvp);
+      vt = scratch.take<float>(g.dvp * nk_padded);
+    }
     prob = scratch.take<float>(int64_t{kSubRows} * g.ld);
     dlogit = scratch.take<float>(int64_t{kSubRows} * g.ld);
     dq = scratch.take<float>(round_up(g.q_tile_max, kSubRows) * int64_t{g.dp});
@@ -823,7 +832,7 @@ struct Backward {
       dst16 = scratch.take<BFloat16>(kSubRows * nk32);
       row_scale = scratch.take<float>(nq);
       column_scale = scratch.take<float>(nk32);
-      bias = scratch.take<float>(g.ld);
+      bias = scratch.take<float>(int64_t{kSubRows} * g.ld);
     }
     pad_unit = scratch.take<float>(g.dp);
     pad_prob = scratch.take<float>(kSubRows);
@@ -931,17 +940,21 @@ struct Backward {
 
   void recompute_rows_16(int r, int rows, const float* table) {
     const int rows16 = round_up(rows, 16);
+    for (int i = 0; i < rows; ++i) {
+      init_logits(bias + int64_t{i} * g.ld, keys, table ? table + queries.table[r + i] : nullptr, queries.label[r + i],
+                  p.mask_value);
+    }
     tile_gemm(rows16, keys.padded, g.dk32, q16 + int64_t{r} * g.dk32, g.dk32, kt16, 2 * keys.padded, prob, g.ld, false);
     tile_gemm(rows16, keys.padded, g.dv32, do16 + int64_t{r} * g.dv32, g.dv32, vt16, 2 * keys.padded, dlogit, g.ld,
               false);
     for (int i = 0; i < rows; ++i) {
       if (i % kRows == 0) prefetch();
-      init_logits(bias, keys, table ? table + queries.table[r + i] : nullptr, queries.label[r + i], p.mask_value);
       const vf factor = set1(row_scale[r + i]);
       float* row = prob + int64_t{i} * g.ld;
+      const float* row_bias = bias + int64_t{i} * g.ld;
       for (int j = 0; j < keys.padded; j += kLanes) {
         const vf scale = g.cosine ? factor * load(column_scale + j) : factor;
-        store(row + j, fma(load(row + j), scale, load(bias + j)));
+        store(row + j, fma(load(row + j), scale, load(row_bias + j)));
       }
       softmax_backward<1>(row, dlogit + int64_t{i} * g.ld, r + i);
     }
