@@ -384,7 +384,7 @@ EFFVIT_INLINE void prefetch_heads(const void* base, int64_t offset, int64_t head
 }
 
 // The (window, group of heads) after the one at work. Its tokens are fetched a few at a time, all heads of a token
-// together, so that memory is read in runs of kilobytes: reading it head by head as the units need it was 20 % slower.
+// together, so that memory is read in runs of kilobytes: see "Where the time goes" in csrc/README.md.
 struct Ahead {
   const Tokens* tokens = nullptr;
   int64_t head = 0, heads = 0;
@@ -786,7 +786,7 @@ struct Backward {
   Ahead ahead;
   FlippedTable tables;
   float *q, *q_norm, *grad_out, *delta, *lse, *k, *k_norm, *kt, *v, *vt, *prob, *dlogit, *dq, *dk, *dv;
-  float *own_k, *own_v, *pad_unit, *pad_prob, *pad_dlogit;
+  float *own_k, *own_v;
   // Tiles: the operands of the five products in bfloat16.
   BFloat16 *q16 = nullptr, *q16_rows = nullptr, *do16 = nullptr, *do16_rows = nullptr, *kt16 = nullptr, *vt16 = nullptr,
            *k16_rows = nullptr, *row16 = nullptr, *ds16 = nullptr, *pt16 = nullptr, *dst16 = nullptr;
@@ -834,9 +834,6 @@ struct Backward {
       column_scale = scratch.take<float>(nk32);
       bias = scratch.take<float>(int64_t{kSubRows} * g.ld);
     }
-    pad_unit = scratch.take<float>(g.dp);
-    pad_prob = scratch.take<float>(kSubRows);
-    pad_dlogit = scratch.take<float>(kSubRows);
     own_k = own_v = nullptr;
     if (!g.single) {
       own_k = scratch.take<float>(nq * g.dp);

@@ -34,18 +34,6 @@ EFFVIT_INLINE vf set1(float x) {
 #endif
 }
 
-EFFVIT_INLINE vi set1i(int32_t x) {
-#if defined(EFFVIT_HAS_AVX512)
-  return (vi)_mm512_set1_epi32(x);
-#elif defined(EFFVIT_HAS_AVX2)
-  return (vi)_mm256_set1_epi32(x);
-#else
-  vi v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x;
-  return v;
-#endif
-}
-
 // a*b + c; one rounding where the ISA has it (-ffp-contract=fast).
 EFFVIT_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 
