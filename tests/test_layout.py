@@ -6,28 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from layout import LAYERS, WAIVERS
 
 from effvit.ops._registry import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 OP_NAMES = [name for name, op in OPS.items() if op.backward_of is None]
-LAYERS = {
-    "public function": "python/effvit/ops/{op}.py",
-    "reference": "python/effvit/reference/{op}.py",
-    "samples": "python/effvit/testing/{op}.py",
-    "params": "csrc/common/{op}_params.h",
-    "cpu binding": "csrc/cpu/{op}.cpp",
-    "cpu kernel": "csrc/cpu/{op}_kernel.inl.h",
-    "cuda kernel": "csrc/cuda/{op}.cuh",
-    "cuda binding": "csrc/cuda/{op}.cu",
-    "triton": "triton_kernels/{op}.py",
-    "test": "tests/ops/test_{op}.py",
-    "benchmark": "benchmarks/bench_{op}.py",
-}
-# (op, layer): why the op does without this file.
-WAIVERS: dict[tuple[str, str], str] = {}
 # Files of these folders that belong to no op.
-SHARED = {"__init__", "_registry", "_common", "abi"}
+SHARED = {"__init__", "_registry", "_common", "abi", "common"}
 
 
 def sources(*suffixes):

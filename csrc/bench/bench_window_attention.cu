@@ -22,6 +22,7 @@ namespace {
 
 using namespace effvit;
 using namespace effvit::cuda;
+using namespace effvit::cuda::window_attention_impl;
 
 void require(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;

@@ -19,6 +19,8 @@
 #include <tuple>
 #include <vector>
 
+#include "dtype.h"
+
 namespace effvit {
 
 using torch::headeronly::ScalarType;
@@ -80,6 +82,11 @@ inline const char* dtype_name(ScalarType t) {
   }
 }
 
+// Of a tensor that check_float_dtype has let through.
+inline DType to_dtype(ScalarType t) {
+  return t == ScalarType::Float ? DType::kFloat32 : t == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
+}
+
 inline bool is_float_dtype(ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half;
 }
@@ -101,8 +108,9 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return ta == tb && a.get_device_index() == b.get_device_index();
 }
 
-inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  check(same_device(t, like), op, name, " must be on the device of q, got another device");
+inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like,
+                         const char* like_name = "q") {
+  check(same_device(t, like), op, name, " must be on the device of ", like_name, ", got another device");
 }
 
 inline void check_shape(const char* op, const char* name, const Tensor& t, const char* dims,

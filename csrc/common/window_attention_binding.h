@@ -9,10 +9,6 @@
 namespace effvit {
 namespace window_attention_detail {
 
-inline DType to_dtype(ScalarType t) {
-  return t == ScalarType::Float ? DType::kFloat32 : t == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
-}
-
 inline std::pair<int32_t, int32_t> check_pair(const char* op, const char* name, const std::vector<int64_t>& v,
                                               int64_t low) {
   check(v.size() == 2, op, name, " must be 2 integers, got ", v);

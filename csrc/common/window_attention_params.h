@@ -1,11 +1,8 @@
 // Sizes and strides of window_attention, by name. Plain data: no torch, no CUDA; passed by value to every kernel.
 #pragma once
-#include <cstdint>
+#include "dtype.h"
 
 namespace effvit {
-
-// Element types of q, k, v, out and of the small parameter tensors.
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct WindowAttentionParams {
   // Inputs. A null pointer means that the argument was not given. All strides are in elements.
@@ -54,12 +51,6 @@ struct WindowAxis {
   int32_t size, window, shift, dilation, halo, extent, padded, windows;
   bool roll_before_pad;
 };
-
-#if defined(__CUDACC__)
-#define EFFVIT_HD __host__ __device__ __forceinline__
-#else
-#define EFFVIT_HD inline
-#endif
 
 EFFVIT_HD WindowAxis make_window_axis(int64_t size, int32_t window, int32_t shift, int32_t dilation, int32_t halo,
                                       bool roll_before_pad) {

@@ -19,36 +19,6 @@ struct WindowAttentionKernel {
   void (*backward_reduce)(const WindowAttentionParams& p, const float* partials);
 };
 
-#define EFFVIT_DECLARE(isa) const WindowAttentionKernel* window_attention_##isa();
-EFFVIT_DECLARE(generic)
-EFFVIT_X86_KERNELS(EFFVIT_DECLARE)
-#if defined(EFFVIT_TEST_ISAS)
-EFFVIT_DECLARE(avx512_emulated)
-EFFVIT_DECLARE(amx_emulated)
-#endif
-#undef EFFVIT_DECLARE
-
-inline const WindowAttentionKernel& window_attention_kernel() {
-  static const WindowAttentionKernel* const table[kIsaCount] = {
-      window_attention_generic(),
-#if defined(__x86_64__)
-      window_attention_avx2(),
-      window_attention_avx512(),
-      window_attention_amx(),
-#else
-      nullptr,
-      nullptr,
-      nullptr,
-#endif
-#if defined(EFFVIT_TEST_ISAS)
-      window_attention_avx512_emulated(),
-      window_attention_amx_emulated(),
-#else
-      nullptr,
-      nullptr,
-#endif
-  };
-  return select(table);
-}
+EFFVIT_DECLARE_KERNEL(WindowAttentionKernel, window_attention)
 
 }  // namespace effvit::cpu

@@ -32,29 +32,6 @@ constexpr int64_t kTableCacheBytes = 256 << 10;
 constexpr int64_t kPartialBytes = 512 << 10;
 constexpr int64_t kAheadBytes = 128 << 10;  // fetched ahead at once; well within any L2
 
-EFFVIT_INLINE float load_scalar(const void* p, DType t, int64_t i) {
-  switch (t) {
-    case DType::kFloat32:
-      return static_cast<const float*>(p)[i];
-    case DType::kBFloat16:
-      return to_float(static_cast<const BFloat16*>(p)[i]);
-    default:
-      return to_float(static_cast<const Float16*>(p)[i]);
-  }
-}
-EFFVIT_INLINE void store_scalar(void* p, DType t, int64_t i, float x) {
-  switch (t) {
-    case DType::kFloat32:
-      static_cast<float*>(p)[i] = x;
-      break;
-    case DType::kBFloat16:
-      static_cast<BFloat16*>(p)[i] = from_float<BFloat16>(x);
-      break;
-    default:
-      static_cast<Float16*>(p)[i] = from_float<Float16>(x);
-  }
-}
-
 // Natural logarithm of normal positive numbers: exponent plus 2 atanh((m-1)/(m+1)), m in [sqrt(1/2), sqrt(2)).
 EFFVIT_INLINE vf log(vf x) {
   const vi bits = float_to_bits(x);
@@ -1351,16 +1328,7 @@ int64_t forward_units(const Params& p) {
 
 void forward(const Params& p, int64_t begin, int64_t end) {
   const Geometry g(p);
-  switch (p.dtype) {
-    case DType::kFloat32:
-      run_pass<Forward, float>(p, g, begin, end);
-      break;
-    case DType::kBFloat16:
-      run_pass<Forward, BFloat16>(p, g, begin, end);
-      break;
-    default:
-      run_pass<Forward, Float16>(p, g, begin, end);
-  }
+  dispatch_dtype(p.dtype, [&](auto type) { run_pass<Forward, decltype(type)>(p, g, begin, end); });
 }
 
 int64_t backward_units(const Params& p) {
@@ -1377,30 +1345,12 @@ int64_t backward_partials(const Params& p) {
 
 void backward(const Params& p, float* partials, int64_t begin, int64_t end) {
   const Geometry g(p);
-  switch (p.dtype) {
-    case DType::kFloat32:
-      run_pass<Backward, float>(p, g, partials, begin, end);
-      break;
-    case DType::kBFloat16:
-      run_pass<Backward, BFloat16>(p, g, partials, begin, end);
-      break;
-    default:
-      run_pass<Backward, Float16>(p, g, partials, begin, end);
-  }
+  dispatch_dtype(p.dtype, [&](auto type) { run_pass<Backward, decltype(type)>(p, g, partials, begin, end); });
 }
 
 void backward_reduce(const Params& p, const float* partials) {
   const Geometry g(p);
-  switch (p.dtype) {
-    case DType::kFloat32:
-      reduce<float>(p, g, partials);
-      break;
-    case DType::kBFloat16:
-      reduce<BFloat16>(p, g, partials);
-      break;
-    default:
-      reduce<Float16>(p, g, partials);
-  }
+  dispatch_dtype(p.dtype, [&](auto type) { reduce<decltype(type)>(p, g, partials); });
 }
 
 }  // namespace window_attention_impl

@@ -2,13 +2,10 @@
 #include "window_attention.cuh"
 
 #include "../common/window_attention_binding.h"
+#include "binding.h"
 
 namespace effvit {
 namespace {
-
-void check_launch(const char* op, cudaError_t error) {
-  check(error == cudaSuccess, op, "kernel launch failed: ", cudaGetErrorString(error));
-}
 
 std::tuple<Tensor, Tensor> window_attention(Tensor q, Tensor k, Tensor v, OptionalTensor bias_table,
                                             OptionalTensor logit_scale, OptionalTensor pad_k, OptionalTensor pad_v,

@@ -14,10 +14,11 @@
 // exact.
 #pragma once
 #include "../common/window_attention_params.h"
-#include "prim/launch.cuh"
+#include "common.cuh"
 
 namespace effvit {
 namespace cuda {
+namespace window_attention_impl {
 
 using prim::Shared;
 using prim::Vec;
@@ -89,10 +90,6 @@ EFFVIT_HD int32_t key_table_offset(const Plan& g, int32_t j) {
   const int32_t y = j / g.key_w;
   return y * g.table_w + j - y * g.key_w;
 }
-EFFVIT_HD int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
-EFFVIT_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-EFFVIT_HD int32_t round_up(int64_t a, int32_t b) { return static_cast<int32_t>(ceil_div(a, b)) * b; }
-
 // The table entries that pairs of query tile qt and key tile kt can reach: [first, first + count).
 EFFVIT_HD void table_range(const Plan& g, int32_t qt, int32_t kt, int32_t& first, int32_t& count) {
   const int32_t q_end = min_of(g.queries, (qt + 1) * kTile), k_end = min_of(g.keys, (kt + 1) * kTile);
@@ -181,21 +178,6 @@ EFFVIT_DEVICE Rows<T> out_rows(const Plan& g, int head) {
           g.out_vec,
           nullptr,
           false};
-}
-
-EFFVIT_DEVICE float load_small(const void* p, int64_t i, DType type) {
-  if (type == DType::kFloat32) return prim::load_global(static_cast<const float*>(p) + i);
-  if (type == DType::kBFloat16) return prim::to_float(prim::load_global(static_cast<const prim::bfloat16*>(p) + i));
-  return prim::to_float(prim::load_global(static_cast<const prim::float16*>(p) + i));
-}
-EFFVIT_DEVICE void store_small(void* p, int64_t i, DType type, float x) {
-  if (type == DType::kFloat32) {
-    prim::store_global(static_cast<float*>(p) + i, x);
-  } else if (type == DType::kBFloat16) {
-    prim::store_global(static_cast<prim::bfloat16*>(p) + i, prim::from_float<prim::bfloat16>(x));
-  } else {
-    prim::store_global(static_cast<prim::float16*>(p) + i, prim::from_float<prim::float16>(x));
-  }
 }
 
 // Natural-log scale of one head's logits.
@@ -1529,33 +1511,6 @@ window_attention_bwd_reduce_small_kernel(EFFVIT_GRID_CONSTANT Plan g) {
 
 // ---- plan and launch ----
 
-struct AllTypes {
-  static constexpr bool kFloat32 = true, kBFloat16 = true, kFloat16 = true;
-};
-
-// Calls f with a value of the element type; Types says for which ones kernels are compiled.
-template <class Types, class F>
-cudaError_t dispatch_dtype(DType type, const F& f) {
-  if constexpr (Types::kFloat32) {
-    if (type == DType::kFloat32) return f(float{});
-  }
-  if constexpr (Types::kBFloat16) {
-    if (type == DType::kBFloat16) return f(prim::bfloat16{});
-  }
-  if constexpr (Types::kFloat16) {
-    if (type == DType::kFloat16) return f(prim::float16{});
-  }
-  return static_cast<cudaError_t>(1);  // cudaErrorInvalidValue
-}
-
-inline int64_t element_bytes(DType type) { return type == DType::kFloat32 ? 4 : 2; }
-
-inline bool aligned16(const void* p, int64_t bytes_per_element, std::initializer_list<int64_t> strides) {
-  bool ok = reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  for (const int64_t s : strides) ok = ok && s * bytes_per_element % 16 == 0;
-  return ok;
-}
-
 inline bool fits_fused(const Plan& g) { return g.keys <= kTile && g.axis_y.halo == 0 && g.axis_x.halo == 0; }
 
 // Sizes that do not depend on the pass.
@@ -1748,11 +1703,13 @@ inline void register_inputs(prim::GlobalRanges& ranges, const WindowAttentionPar
   ranges.read(p.pad_v, static_cast<uint64_t>(p.h * p.dv * element_bytes(p.dtype)));
 }
 
+}  // namespace window_attention_impl
 }  // namespace cuda
 
 template <class Types = cuda::AllTypes>
 cudaError_t launch_window_attention_fwd(const WindowAttentionParams& p, cudaStream_t stream) {
   using namespace cuda;
+  using namespace cuda::window_attention_impl;
   if (p.B * p.H * p.W * p.h == 0) return cudaSuccess;
   prim::GlobalRanges ranges;
   register_inputs(ranges, p);
@@ -1774,6 +1731,7 @@ cudaError_t launch_window_attention_fwd(const WindowAttentionParams& p, cudaStre
 template <class Types = cuda::AllTypes>
 size_t window_attention_bwd_workspace_bytes(const WindowAttentionParams& p) {
   using namespace cuda;
+  using namespace cuda::window_attention_impl;
   if (p.B * p.H * p.W * p.h == 0) return 0;
   size_t bytes = 0;
   (void)dispatch_dtype<Types>(p.dtype, [&](auto type) {
@@ -1787,6 +1745,7 @@ size_t window_attention_bwd_workspace_bytes(const WindowAttentionParams& p) {
 template <class Types = cuda::AllTypes>
 cudaError_t launch_window_attention_bwd(const WindowAttentionParams& p, void* workspace, cudaStream_t stream) {
   using namespace cuda;
+  using namespace cuda::window_attention_impl;
   if (p.B * p.H * p.W * p.h == 0) return cudaSuccess;
   prim::GlobalRanges ranges;
   register_inputs(ranges, p);

@@ -11,6 +11,7 @@
 #include <immintrin.h>
 #endif
 
+#include "../../common/dtype.h"
 #include "isa.h"
 
 #if defined(EFFVIT_ISA_AVX2) || defined(EFFVIT_ISA_AVX512_EMULATED) || defined(EFFVIT_ISA_AMX_EMULATED)

@@ -256,6 +256,43 @@ EFFVIT_INLINE void axpy(float* dst, float factor, const float* src, int n) {
   for (int i = 0; i < n; i += kLanes) store(dst + i, fma(set1(factor), load(src + i), load(dst + i)));
 }
 
+// Element i of a small tensor in whatever dtype it has.
+EFFVIT_INLINE float load_scalar(const void* p, DType t, int64_t i) {
+  switch (t) {
+    case DType::kFloat32:
+      return static_cast<const float*>(p)[i];
+    case DType::kBFloat16:
+      return to_float(static_cast<const BFloat16*>(p)[i]);
+    default:
+      return to_float(static_cast<const Float16*>(p)[i]);
+  }
+}
+EFFVIT_INLINE void store_scalar(void* p, DType t, int64_t i, float x) {
+  switch (t) {
+    case DType::kFloat32:
+      static_cast<float*>(p)[i] = x;
+      break;
+    case DType::kBFloat16:
+      static_cast<BFloat16*>(p)[i] = from_float<BFloat16>(x);
+      break;
+    default:
+      static_cast<Float16*>(p)[i] = from_float<Float16>(x);
+  }
+}
+
+// Calls f with a value of the element type.
+template <class F>
+EFFVIT_INLINE void dispatch_dtype(DType type, const F& f) {
+  switch (type) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    default:
+      return f(Float16{});
+  }
+}
+
 // ---- transposes ----------------------------------------------------------------------------------------------------
 
 // kLanes x kLanes in registers.

@@ -1,0 +1,17 @@
+// Element types as plain data, and the marker of functions that run on the host and on a GPU. No torch, no CUDA.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define EFFVIT_HD __host__ __device__ __forceinline__
+#else
+#define EFFVIT_HD inline
+#endif
+
+namespace effvit {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+EFFVIT_HD int64_t element_bytes(DType type) { return type == DType::kFloat32 ? 4 : 2; }
+
+}  // namespace effvit

@@ -1,0 +1,19 @@
+"""Which files make up an operator, and which operators do without one: the layout and ABI tests go by it."""
+
+LAYERS = {
+    "public function": "python/effvit/ops/{op}.py",
+    "reference": "python/effvit/reference/{op}.py",
+    "samples": "python/effvit/testing/{op}.py",
+    "params": "csrc/common/{op}_params.h",
+    "binding checks": "csrc/common/{op}_binding.h",
+    "cpu entry points": "csrc/cpu/{op}.h",
+    "cpu binding": "csrc/cpu/{op}.cpp",
+    "cpu kernel": "csrc/cpu/{op}_kernel.inl.h",
+    "cuda kernel": "csrc/cuda/{op}.cuh",
+    "cuda binding": "csrc/cuda/{op}.cu",
+    "triton": "triton_kernels/{op}.py",
+    "test": "tests/ops/test_{op}.py",
+    "benchmark": "benchmarks/bench_{op}.py",
+}
+# (op, layer): why the op does without this file.
+WAIVERS: dict[tuple[str, str], str] = {}
