@@ -5,6 +5,7 @@
 #   OUT=results benchmarks/gpu.sh            run all stages
 #   OUT=results benchmarks/gpu.sh build test only these, in their order
 #   benchmarks/gpu.sh --dry-run              print the commands
+#   OPS="linear_attention" ...               only these operators (default: all)
 #
 # Stages: build test sanitize bench micro profile. A stage that fails or runs out of time does not stop the next; the
 # exit code is the number of those that did not pass. LIMIT=seconds changes the total (default 530).
@@ -24,6 +25,7 @@ WANTED=" ${*:-$ALL_STAGES} "
 for name in $WANTED; do
   [[ " $ALL_STAGES " == *" $name "* ]] || { echo "unknown stage $name; stages: $ALL_STAGES" >&2; exit 64; }
 done
+OPS=${OPS:-$(cd benchmarks && ls bench_*.py | sed 's/^bench_//; s/\.py$//')}
 START=$SECONDS
 FAILED=0
 SUMMARY=()
@@ -51,24 +53,30 @@ run() {  # prints a command, and runs it unless this is a dry run
   if ((DRY)); then return 0; fi
   "$@"
 }
-export DRY OUT WORK PYTHON PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=4
+export DRY OUT WORK PYTHON OPS PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=4
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
 
 build() {
-  local arch failed=0
+  local arch op pid failed=0 pids=()
   arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
   arch=${arch:-90}
   if [[ $arch == 90 ]]; then arch=90a; fi
   run nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv,noheader
-  run nvcc -O3 -std=c++17 --expt-relaxed-constexpr -gencode "arch=compute_$arch,code=sm_$arch" -I csrc \
-    -o "$WORK/micro" csrc/bench/bench_window_attention.cu &
+  rm -f "$WORK"/micro_*
+  for op in $OPS; do
+    if [[ -f csrc/bench/bench_$op.cu ]]; then
+      run nvcc -O3 -std=c++17 --expt-relaxed-constexpr -gencode "arch=compute_$arch,code=sm_$arch" -I csrc \
+        -o "$WORK/micro_$op" "csrc/bench/bench_$op.cu" &
+      pids+=($!)
+    fi
+  done
   run env "EFFVIT_CMAKE_ARGS=-DEFFVIT_CUDA_ARCHS=$arch" \
     "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --disable-pip-version-check -e . || failed=1
-  wait $! || failed=1
+  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
   run "$PYTHON" -m effvit info || failed=1
-  run "$PYTHON" -c 'import sys; from effvit import _backends
-sys.exit(_backends.chosen("window_attention", "cuda").name != "cuda")' || failed=1
+  run "$PYTHON" -c 'import sys, effvit; from effvit import _backends; from effvit.ops._registry import OPS
+sys.exit([op for op in OPS if _backends.chosen(op, "cuda").name != "cuda"])' || failed=1
   return $failed
 }
 
@@ -78,12 +86,14 @@ tests() {  # every test on a CUDA device: C++ and Triton kernels, the primitives
 }
 
 sanitize() {  # the bare kernels under each tool, all four at once
-  local tool failed=0 pids=()
+  local tool micro failed=0 pids=()
   for tool in memcheck racecheck initcheck synccheck; do
     (
-      run timeout 75 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        "$WORK/micro" --batch 1 --calls 1 --filter "14x14" >"$WORK/$tool.txt" 2>&1
-      echo "$tool: exit $?" >>"$WORK/$tool.txt"
+      rc=0
+      for micro in "$WORK"/micro_*; do
+        run timeout 75 compute-sanitizer --tool "$tool" --error-exitcode 9 "$micro" --smoke || rc=$?
+      done >"$WORK/$tool.txt" 2>&1
+      echo "$tool: exit $rc" >>"$WORK/$tool.txt"
     ) &
     pids+=($!)
   done
@@ -101,21 +111,26 @@ sanitize_python() {  # every feature at small sizes, through PyTorch's own alloc
 }
 
 bench() {
-  run "$PYTHON" benchmarks/bench_window_attention.py --device cuda --budget 0.4 --csv "$OUT/results.csv"
-}
-
-bench_swin() {
-  run "$PYTHON" benchmarks/bench_swin.py --device cuda --budget 1 --csv "$OUT/results.csv"
+  local op failed=0
+  for op in $OPS; do
+    run "$PYTHON" "benchmarks/bench_$op.py" --device cuda --budget 0.4 --csv "$OUT/results.csv" || failed=1
+  done
+  return $failed
 }
 
 micro() {
-  run "$WORK/micro" | tee "$OUT/micro.txt"
+  local micro
+  for micro in "$WORK"/micro_*; do run "$micro"; done | tee "$OUT/micro.txt"
 }
 
 profile() {  # hardware counters of the kernels themselves; the clocks stay as they are
-  run ncu --clock-control none --csv --log-file "$OUT/ncu.csv" -k regex:window_attention --launch-count 12 \
-    --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy --section LaunchStats \
-    --section WarpStateStats "$WORK/micro" --batch 64 --calls 1 --filter "56x56 h3 shift 3"
+  local micro
+  for micro in "$WORK"/micro_*; do
+    run ncu --clock-control none --csv --log-file "$WORK/ncu.csv" -k "regex:${micro##*/micro_}" --launch-count 12 \
+      --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy --section LaunchStats \
+      --section WarpStateStats "$micro" --profile
+    cat "$WORK/ncu.csv" >>"$OUT/ncu.csv"
+  done
 }
 
 stage build 200 build
@@ -124,7 +139,6 @@ stage sanitize-kernels 80 sanitize
 stage bench-op 180 bench
 stage micro 30 micro
 stage profile 60 profile
-stage bench-swin 60 bench_swin
 stage sanitize-python 60 sanitize_python
 
 # ---- summary --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 
 import effvit
 from effvit import _backends
+from effvit.ops._registry import OPS
 from effvit.testing import torchvision_schemas
 
 torchvision_schemas()
@@ -24,10 +25,8 @@ def pytest_configure(config):
 
 
 def pytest_report_header(config):
-    kernels = ", ".join(f"{d}: {_backends.chosen('window_attention', d).name}" for d in ("cpu", "cuda"))
-    return (
-        f"effvit {effvit.__version__}, torch {torch.__version__}, ISAs {_backends.isas()}, window_attention {kernels}"
-    )
+    kernels = {device: sorted({_backends.chosen(op, device).name for op in OPS}) for device in ("cpu", "cuda")}
+    return f"effvit {effvit.__version__}, torch {torch.__version__}, ISAs {_backends.isas()}, kernels {kernels}"
 
 
 def pytest_collection_modifyitems(items):

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from layout import LAYERS, WAIVERS
 
 from effvit.ops._registry import OPS
+from layout import LAYERS, WAIVERS
 
 ROOT = Path(__file__).resolve().parent.parent
 OP_NAMES = [name for name, op in OPS.items() if op.backward_of is None]

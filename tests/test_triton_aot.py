@@ -2,9 +2,13 @@
 
 A module of effvit.triton_kernels takes part by exposing ``aot_signatures()``, which yields (name, kernel, signature,
 constexprs, attrs, options) of representative launches. A kernel that none of them launches fails the test.
+
+While working on one op, `python tests/test_triton_aot.py <op> ...` compiles its kernels only and prints the table.
 """
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -38,7 +42,7 @@ KNOWN_SPILLS = {
 WORKERS = 2
 
 
-def compile_share(worker):
+def compile_share(worker, workers, only=()):
     """Worker process: compiles its share and prints one JSON line per compilation. The interpreter must be off here."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -46,7 +50,7 @@ def compile_share(worker):
 
     tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
     jobs, seen, declared = [], set(), set()
-    for module in kernel_modules():
+    for module in kernel_modules(only):
         for name, value in vars(module).items():
             if isinstance(value, triton.runtime.JITFunction) and value.fn.__module__ == module.__name__:
                 assert name.startswith("_") or name.endswith("_kernel"), (
@@ -64,7 +68,7 @@ def compile_share(worker):
                 jobs.append((target, *launch))
     if worker == 0:
         print(json.dumps({"declared": sorted(declared)}))
-    for target, name, kernel, signature, constexprs, attrs, options in jobs[worker::WORKERS]:
+    for target, name, kernel, signature, constexprs, attrs, options in jobs[worker::workers]:
         source = ASTSource(kernel, signature, constexprs, attrs)
         compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
         report = {"target": target, "launch": name, "kernel": kernel.__name__, "shared": compiled.metadata.shared}
@@ -84,9 +88,19 @@ def compile_share(worker):
         print(json.dumps(report), flush=True)
 
 
-def kernel_modules():
+def kernel_modules(only=()):
     package = importlib.import_module("effvit.triton_kernels")
-    return [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    names = only or [m.name for m in pkgutil.iter_modules(package.__path__)]
+    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+
+
+def table(reports):
+    header = f"{'target':8s}{'launch':32s}{'kernel':48s}registers spills shared\n"
+    rows = (
+        f"{r['target']:8s}{r['launch']:32s}{r['kernel']:48s}{r['registers']:9d} {r['spills']:6d} {r['shared']:6d}\n"
+        for r in sorted(reports, key=lambda r: (r["kernel"], r["target"], r["launch"]))
+    )
+    return header + "".join(rows)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +109,9 @@ def compilations():
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, os.path.abspath(__file__)]
     workers = [
-        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(i), str(WORKERS)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for i in range(WORKERS)
     ]
     lines = []
@@ -105,12 +121,7 @@ def compilations():
         lines += [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
     (declared,) = [line["declared"] for line in lines if "declared" in line]
     reports = [line for line in lines if "declared" not in line]
-    header = f"{'target':8s}{'launch':28s}{'kernel':40s}registers spills shared\n"
-    rows = (
-        f"{r['target']:8s}{r['launch']:28s}{r['kernel']:40s}{r['registers']:9d} {r['spills']:6d} {r['shared']:6d}\n"
-        for r in sorted(reports, key=lambda r: (r["kernel"], r["target"], r["launch"]))
-    )
-    print("\n" + header + "".join(rows))
+    print("\n" + table(reports))
     return declared, reports
 
 
@@ -136,4 +147,10 @@ def test_no_register_spills(compilations):
 
 
 if __name__ == "__main__":
-    compile_share(int(sys.argv[1]))
+    if sys.argv[1].isdigit():
+        compile_share(int(sys.argv[1]), int(sys.argv[2]))
+    else:  # by hand
+        os.environ["TRITON_INTERPRET"] = "0"
+        with contextlib.redirect_stdout(io.StringIO()) as lines:
+            compile_share(0, 1, sys.argv[1:])
+        print(table(json.loads(line) for line in lines.getvalue().splitlines()[1:]))
