@@ -132,6 +132,30 @@ class OpSuite:
             found = torch.autograd.grad(result, list(inputs.values()), all_grads[used], materialize_grads=True)
             oracle.check_gradients(dict(zip(inputs, found, strict=True)))
 
+    def test_emulator_in_other_orders(self, framework_sample):
+        """Threads, warps and CTAs in other orders give the same bits: where a barrier is missing they do not."""
+        from effvit.testing import emulator
+
+        spec = self.spec
+        found = [b for b in backends(spec.name) if b.name == "emu"]
+        if not found or "small" not in framework_sample.tags:
+            pytest.skip("only small samples are emulated" if found else "no emulator library with this op")
+        args, kwargs = framework_sample.build()
+
+        def run(seed):
+            with emulator.seeded(seed):
+                outputs = as_tuple(found[0].forward(*args, **kwargs))
+                if spec.backward_call is None:
+                    return outputs
+                grads = random_output_grads(spec, framework_sample, torch.float32, outputs)
+                bargs, bkwargs = spec.backward_call(args, kwargs, outputs, grads)
+                return *outputs, *as_tuple(found[0].backward(*bargs, **bkwargs))
+
+        natural = run(0)
+        for seed in (1, 2):
+            for i, (result, expected) in enumerate(zip(run(seed), natural, strict=True)):
+                assert_bitwise_equal(result, expected, name=f"result {i} with seed {seed}")
+
     def test_magnitude_bounds_truth(self, any_sample):
         """What errors are measured against is at least as large as the truth, and finite."""
         oracle = sample_oracle(self.spec.name, any_sample.name, torch.float32)
