@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything there is to do on a machine with an NVIDIA GPU, in one command and at most nine minutes: build, test,
-# sanitise, benchmark, profile. No network, no change of GPU settings; results go to $OUT (at most 8 files).
+# sanitise, benchmark, profile. No network, no change of GPU settings; results go to $OUT.
 #
 #   OUT=results benchmarks/gpu.sh            run all stages
 #   OUT=results benchmarks/gpu.sh build test only these, in their order
@@ -147,7 +147,7 @@ joined=$(IFS=,; echo "${SUMMARY[*]}")
 printf '{"failed": %d, "seconds": %d, "stages": [%s]}\n' "$FAILED" $((SECONDS - START)) "$joined" >"$OUT/summary.json"
 if [[ -s $OUT/results.csv ]]; then
   "$PYTHON" benchmarks/table.py --results "$OUT/results.csv" >"$OUT/table.md" 2>>"$LOG" && cat "$OUT/table.md"
-  "$PYTHON" benchmarks/plot.py --results "$OUT/results.csv" --output "$OUT/plot.png" >>"$LOG" 2>&1
+  "$PYTHON" benchmarks/plot.py --results "$OUT/results.csv" --folder "$OUT" >>"$LOG" 2>&1
 fi
 for file in "$OUT"/*; do  # keep the end of anything too large to bring home
   if [[ -f $file && $(stat -c %s "$file") -gt 15000000 ]]; then

@@ -1,4 +1,4 @@
-"""Draws the ratios of the latest run in benchmarks/results/<device>.csv to a PNG beside it."""
+"""Draws the ratios of the latest runs in benchmarks/results/<device>.csv, one <device>-<op>.png beside it per op."""
 
 import argparse
 import pathlib
@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from results import FOLDER, describe, distinct, find, geometric_mean, groups, latest_run, ratios
+from results import FOLDER, describe, distinct, find, geometric_mean, groups, latest_run, measured_ops, ratios
 
 COLOURS = {"float32": "#3b6ea5", "bfloat16": "#d9822b", "float16": "#5a9367"}
 
@@ -49,18 +49,22 @@ def draw(op, results, path, run=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("op", nargs="?", default="window_attention")
+    parser.add_argument("op", nargs="*", help="default: every op with results for more than one shape")
     parser.add_argument("--results", default="cpu", help="results/<this>.csv, or a path (default cpu)")
     parser.add_argument("--run", help="a run's id instead of the latest")
-    parser.add_argument("--output", type=pathlib.Path, help="default benchmarks/results/<results>.png")
+    parser.add_argument("--folder", type=pathlib.Path, default=FOLDER, help="default benchmarks/results")
     options = parser.parse_args()
-    path = options.output or FOLDER / f"{pathlib.Path(options.results).stem}.png"
     try:
-        draw(options.op, options.results, path, options.run)
+        ops = options.op or [
+            op for op in measured_ops(options.results) if len(distinct(latest_run(op, options.results), "shape")) > 1
+        ]
+        for op in ops:
+            path = options.folder / f"{pathlib.Path(options.results).stem}-{op}.png"
+            draw(op, options.results, path, options.run)
+            print(path)
     except LookupError as error:
         print(error, file=sys.stderr)
         return 1
-    print(path)
     return 0
 
 

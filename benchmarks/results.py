@@ -7,15 +7,24 @@ import pathlib
 FOLDER = pathlib.Path(__file__).resolve().parent / "results"
 
 
-def latest_run(op, results="cpu", run=None):
-    """Rows of one run (the newest unless named) of `op` in results/<results>.csv; LookupError if there are none."""
+def _rows(results):
     path = pathlib.Path(results) if str(results).endswith(".csv") else FOLDER / f"{results}.csv"
     if not path.exists():
-        raise LookupError(f"no results in {path}: run benchmarks/bench_{op}.py first")
+        raise LookupError(f"no results in {path}: run benchmarks/bench_<op>.py first")
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["op"] == op and run in (None, row["run"])]
+        return list(csv.DictReader(file))
+
+
+def measured_ops(results="cpu"):
+    """Names of the operators in results/<results>.csv, in the order they first appear."""
+    return distinct(_rows(results), "op")
+
+
+def latest_run(op, results="cpu", run=None):
+    """Rows of one run (the newest unless named) of `op` in results/<results>.csv; LookupError if there are none."""
+    rows = [row for row in _rows(results) if row["op"] == op and run in (None, row["run"])]
     if not rows:
-        raise LookupError(f"no run of {op} in {path}: run benchmarks/bench_{op}.py first")
+        raise LookupError(f"no run of {op} in results {results}: run benchmarks/bench_{op}.py first")
     newest = max(row["run"] for row in rows)
     return [row for row in rows if row["run"] == newest]
 

@@ -9,7 +9,7 @@ import pathlib
 import re
 import sys
 
-from results import describe, distinct, find, geometric_mean, groups, latest_run, ratios
+from results import describe, distinct, find, geometric_mean, groups, latest_run, measured_ops, ratios
 
 MARKER = re.compile(r"(<!-- bench:(\w+)(?: ([\w.-]+))? -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
 
@@ -86,14 +86,15 @@ def rewrite(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("op", nargs="?", default="window_attention")
+    parser.add_argument("op", nargs="*", help="default: every op with results")
     parser.add_argument("--results", default="cpu", help="results/<this>.csv, or a path (default cpu)")
     parser.add_argument("--run", help="a run's id instead of the latest")
     parser.add_argument("--write", type=pathlib.Path, help="rewrite every marked table of this Markdown file")
     options = parser.parse_args()
     try:
         if options.write is None:
-            print(markdown(options.op, options.results, options.run), end="")
+            for op in options.op or measured_ops(options.results):
+                print(f"{op}\n\n{markdown(op, options.results, options.run)}")
             return 0
         count = rewrite(options.write)
     except LookupError as error:
