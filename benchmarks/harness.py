@@ -62,6 +62,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIRECTIONS = ("forward", "forward+backward")
 REFERENCE_DTYPE = torch.float64
+SLOW_S = 2.0  # a call beyond this is timed once, unless all are that slow
 
 FIELDS = (
     "run", "date", "commit", "device", "isa", "threads", "torch", "python", "timm", "effvit", "kernel",
@@ -80,6 +81,7 @@ class Case:
     ``(fn, {name: [tensors to differentiate]})``; the default is to differentiate the inputs in ``wrt``.
     ``reference`` is a builder that receives the inputs in float64. The contender named ``baseline`` is the plain
     formula in PyTorch, the yardstick of effvit's error. ``compiled`` names the one given to torch.compile as well.
+    A contender in ``unchecked`` computes something else at the same size: it is timed, not compared.
     """
 
     shape: str
@@ -91,8 +93,20 @@ class Case:
     wrt: tuple[str, ...] = ()
     baseline: str = "eager"
     compiled: str | None = "eager"
+    unchecked: tuple[str, ...] = ()
     memory: bool = False
     tags: tuple[str, ...] = field(default=("default",))  # default | extended | smoke
+
+
+def price_of(cost, shapes, **kwargs):
+    """The `cost` of a case: that of the op's calls, forward, or forward and backward, on tensors of these shapes."""
+
+    def price(direction, dtype):
+        args = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+        calls = [cost(args, kwargs, backward) for backward in (False, True)][: 1 if direction == "forward" else 2]
+        return Cost(sum(c.flops for c in calls), sum(c.bytes for c in calls))
+
+    return price
 
 
 # ---------------------------------------------------------------------------------------------------- calls
@@ -158,10 +172,10 @@ class CpuTimer:
         return call, self.mode
 
     def estimate(self, call):
-        call()
         start = time.perf_counter()
         call()
-        return time.perf_counter() - start
+        first = time.perf_counter() - start
+        return first if first > SLOW_S else self.burst(call, 1)[0]
 
     def burst(self, call, count):
         if count > 1:
@@ -242,8 +256,15 @@ def quantile(values, share):
 
 
 def time_interleaved(calls, timer, budget_s, min_rounds, max_rounds=40):
-    """Rounds in which every contender runs one burst; the order rotates, so none always follows the same neighbour."""
+    """Rounds in which every contender runs one burst; the order rotates, so none always follows the same neighbour.
+
+    A contender that takes seconds, and ten times as long as another, is not run again: its first call counts.
+    """
     estimates = {name: timer.estimate(call) for name, call in calls.items()}
+    fastest = min(estimates.values())
+    slow = {name: t for name, t in estimates.items() if t > max(SLOW_S, 10 * fastest)}
+    calls = {name: call for name, call in calls.items() if name not in slow}
+    estimates = {name: t for name, t in estimates.items() if name not in slow}
     small = min(estimates.values()) < getattr(timer, "graph_below_s", 0)
     prepared = {name: timer.prepare(call, small) for name, call in calls.items()}
     if small:
@@ -267,7 +288,7 @@ def time_interleaved(calls, timer, budget_s, min_rounds, max_rounds=40):
             quantile(s, 0.5), quantile(s, 0.2), quantile(s, 0.8), rounds, rounds * counts[name], prepared[name][1]
         )
         for name, s in samples.items()
-    }  # fmt: skip
+    } | {name: Timing(t, t, t, 1, 1, f"{timer.mode}, one call") for name, t in slow.items()}  # fmt: skip
 
 
 class Roofline:
@@ -435,7 +456,7 @@ def run_case(case, dtype, direction, device, timer, roofline, facts, options):
     wide_grad = None if grad_out is None else grad_out.to(REFERENCE_DTYPE)
     reference = Call(case.reference, widen(case, inputs, direction), case, direction, wide_grad)
     want, yardstick = reference.named(reference()), None
-    for name in list(calls):
+    for name in [n for n in calls if n not in case.unchecked]:
         try:
             got = calls[name].named(calls[name]())
         except Exception as error:
@@ -579,7 +600,7 @@ def print_rows(rows):
             print(f"  {row['contender']:<9} {row['status']}")
             continue
         line = f"  {row['contender']:<9} {float(row['median_ms']):9.3f} ms [{float(row['p20_ms']):.3f}, "
-        line += f"{float(row['p80_ms']):.3f}]  error {row['error']}"
+        line += f"{float(row['p80_ms']):.3f}]  error {row.get('error', '-')}"
         if "gb_per_s" in row:
             line += f"  {float(row['gb_per_s']):7.1f} GB/s  {float(row['tflop_per_s']):7.3f} TFLOP/s"
             line += f"  roofline {100 * float(row['roofline_share']):3.0f} %"

@@ -12,7 +12,7 @@ _load.load()
 
 
 def __getattr__(name):
-    if name in ("layers", "reference", "testing"):
+    if name in ("distributed", "layers", "reference", "testing"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")

@@ -117,7 +117,7 @@ def as_finite(op: str, name: str, x: object) -> float:
         if isinstance(x, bool) or not isinstance(x, (numbers.Real, torch.SymFloat, torch.SymInt)):
             raise type_error(op, name, "a real number", type(x).__name__)
         x = float(x)  # a SymFloat is specialised, as in as_pair
-    if not math.isfinite(x):
+    if not -math.inf < x < math.inf:  # a comparison can be traced, math.isfinite cannot
         raise value_error(op, name, "finite", x)
     return x
 
@@ -169,9 +169,10 @@ def register_autocast(name: str, cast: Callable) -> None:
         LIBRARY.impl(name, kernel, key)
 
 
-def vmap_by_folding(name: str, foldable: Sequence[int]) -> None:
+def vmap_by_folding(name: str, foldable: Sequence[int], unless_given: Sequence[int] = ()) -> None:
     """vmap rule: fold the mapped dimension into dim 0 when only `foldable` positions carry it, else loop over it.
 
+    It loops as well when an argument at one of the positions `unless_given` is given.
     Every output of the op must have the folded dimension first, as windowed, linear and gated attention do.
     """
     overload = getattr(torch.ops.effvit, name).default
@@ -179,7 +180,8 @@ def vmap_by_folding(name: str, foldable: Sequence[int]) -> None:
     def rule(info, in_dims, *args, **kwargs):
         mapped = [i for i, (d, a) in enumerate(zip(in_dims, args, strict=True)) if d is not None and a is not None]
         n = info.batch_size
-        if n > 0 and all(i in foldable for i in mapped):
+        alone = any(i < len(args) and args[i] is not None for i in unless_given)
+        if n > 0 and not alone and all(i in foldable for i in mapped):
             moved = list(args)
             for i in foldable:
                 if i < len(args) and args[i] is not None:
@@ -200,3 +202,14 @@ def vmap_by_folding(name: str, foldable: Sequence[int]) -> None:
         return outs, (0,) * len(outs)
 
     torch.library.register_vmap(f"effvit::{name}", rule, lib=LIBRARY)
+
+
+def shapes_depend_on(overload, *names: str) -> None:
+    """Tell DTensor which keyword arguments change the outputs' shapes: it caches what it knows of a call.
+
+    `register_sharding` keys that cache by tensors and int keyword arguments only; a bool must be named.
+    """
+    from torch.distributed.tensor import DTensor
+
+    info = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[overload]
+    info.static_kwargkey = sorted({*(info.static_kwargkey or ()), *names})

@@ -47,11 +47,13 @@ def _run(spec, args, kwargs, output_grads, dtype=None):
 
     def cast(t):
         t = t.detach()
-        return (t.to(dtype) if dtype is not None and t.is_floating_point() else t).requires_grad_(True)
+        if not t.is_floating_point():
+            return t
+        return (t if dtype is None else t.to(dtype)).requires_grad_(True)
 
     args = map_tensors(cast, args)
     outputs = as_tuple(spec.reference(*args, **kwargs))
-    inputs = named_tensors(spec, args)
+    inputs = {n: t for n, t in named_tensors(spec, args).items() if t.is_floating_point()}
     gradients = {}
     if output_grads is not None:
         pairs = [(o, g) for o, g in zip(outputs, output_grads, strict=True) if g is not None]
@@ -72,7 +74,7 @@ def oracle_of(spec, args, kwargs, output_grads):
     output_yardsticks, gradient_yardsticks = _run(spec, args, kwargs, output_grads, dtype)
     magnitudes = ({}, {})
     if spec.magnitudes is not None:
-        args64 = map_tensors(lambda t: t.detach().double(), args)
+        args64 = map_tensors(lambda t: t.detach().double() if t.is_floating_point() else t, args)
         grads64 = None if output_grads is None else tuple(None if g is None else g.double() for g in output_grads)
         magnitudes = spec.magnitudes(args64, kwargs, grads64, eps)
     return Oracle(

@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from effvit.testing._backends import has_native_kernel
 from effvit.testing._errors import assert_bitwise_equal
 from effvit.testing._oracle import oracle_of, random_output_grads
 from effvit.testing._spec import as_tuple, named_tensors
@@ -34,11 +35,13 @@ def check(spec, sample, dims, mesh):
     for name, result, e in zip(spec.outputs, results, expected, strict=True):
         if not isinstance(result, DTensor) or result.placements != (Shard(dims[name]),):
             raise AssertionError(f"{name} must be {Shard(dims[name])}, got {getattr(result, 'placements', result)}")
-        assert_bitwise_equal(result.to_local(), e.chunk(2, dims[name])[mesh.get_rank()], name=name)
+        if has_native_kernel(spec.name):  # the reference's matrix products may round otherwise at another batch size
+            assert_bitwise_equal(result.to_local(), e.chunk(2, dims[name])[mesh.get_rank()], name=name)
+    output_grads = random_output_grads(spec, sample, torch.float32, expected) if spec.backward_call else None
+    oracle = oracle_of(spec, args, kwargs, output_grads)
+    oracle.check_outputs([r.full_tensor() for r in results])
     if not spec.backward_call:
         return
-    output_grads = random_output_grads(spec, sample, torch.float32, expected)
-    oracle = oracle_of(spec, args, kwargs, output_grads)
     placed_grads = [
         distribute_tensor(g, mesh, [Shard(dims[n])]) for n, g in zip(spec.outputs, output_grads, strict=True)
     ]
