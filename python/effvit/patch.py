@@ -185,7 +185,9 @@ def _scan(model):
 
 
 def patch(model: torch.nn.Module, verify: bool = True, example=None, verbose: bool = True) -> Report:
-    """Replace the attention of `model`, in place, by effvit's operators. Now: Swin v1 blocks of timm.
+    """Replace the attention of `model`, in place, by effvit's operators.
+
+    Now: of timm, the blocks of Swin v1 and the linear attention of EfficientViT (MIT).
 
     Parameters, buffers and hooks stay the same objects, so a state_dict, an optimizer, DDP, deepcopy and pickle remain
     valid, before and after; `effvit.unpatch(model)` is the exact way back. Patch before torch.compile and before FSDP.
@@ -214,8 +216,8 @@ def patch(model: torch.nn.Module, verify: bool = True, example=None, verbose: bo
         kinds = collections.Counter((r.module, r.detail) for r in others)
         what = "; ".join(f"{n} x {module}: {detail}" for (module, detail), n in kinds.items()) or "no attention module"
         raise ValueError(
-            f"effvit.patch: model must contain a block that effvit replaces (timm Swin v1 SwinTransformerBlock), "
-            f"got {_class_name(model)} with {what}"
+            "effvit.patch: model must contain a block that effvit replaces (timm's Swin v1 SwinTransformerBlock, "
+            f"EfficientViT (MIT) LiteMLA), got {_class_name(model)} with {what}"
         )
     rows, wrong = [], []
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,125 @@
+"""MLLA: Mamba-like linear attention with rotary and local position encodings (RoPE, LePE), and its block."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ._ops import linear_attention
+from ._tokens import as_map, as_tokens, convolve, tokens_of
+from .swin_block import DropPath, Mlp
+from .window_attention import pair
+
+
+class RoPE(nn.Module):
+    """Rotary encoding of maps [..., *shape]: shape (H, W, C), C a multiple of 4, angles of both axes side by side.
+
+    Channels 2i and 2i+1 of a token are a complex number, turned by the angle in `rotations` [H, W, C/2, 2] (cosine,
+    sine; float32, in the state_dict as in the original).
+    """
+
+    def __init__(self, shape, base=10000, device=None):
+        super().__init__()
+        *sizes, channels = shape
+        count = channels // (2 * len(sizes))
+        if count < 1 or channels % count or 2 * len(sizes) * count != channels:
+            raise ValueError(
+                f"effvit::RoPE: shape must end in a multiple of {2 * len(sizes)} channels, got {tuple(shape)}"
+            )
+        theta = base ** -(torch.arange(count, device=device) / count)
+        positions = torch.meshgrid([torch.arange(n, device=device) for n in sizes], indexing="ij")
+        angles = torch.cat([p.unsqueeze(-1) * theta for p in positions], dim=-1)
+        self.register_buffer("rotations", torch.stack([angles.cos(), angles.sin()], dim=-1))
+
+    def forward(self, x):
+        """x [B, ..., C] -> the same, in float32 (float64 for float64)."""
+        x = x if x.dtype == torch.float64 else x.float()
+        pairs, rotations = x.unflatten(-1, (-1, 2)), self.rotations.to(x.dtype)
+        if not torch.compiler.is_compiling():
+            turned = torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(rotations)
+            return torch.view_as_real(turned).flatten(-2)
+        # The same product without complex numbers, which compilers do not fuse.
+        (re, im), (cos, sin) = pairs.unbind(-1), rotations.unbind(-1)
+        return torch.stack([re * cos - im * sin, re * sin + im * cos], dim=-1).flatten(-2)
+
+
+class MLLAttention(nn.Module):
+    """MLLA's linear attention, with the constructor and the state_dict of the original (there `LinearAttention`).
+
+    With phi = elu + 1 and n tokens: rope(phi(q)) (rope(phi(k))^T x / n) over phi(q) . mean phi(k) + 1e-6, plus a
+    depthwise 3x3 convolution of x (LePE). The values are the input itself. x: [B, H*W, C] or [B, H, W, C] with H, W =
+    input_resolution, which, unlike in the original, need not be equal.
+
+    Sources: Demystify Mamba in Vision (arXiv:2405.16605).
+    """
+
+    def __init__(self, dim, input_resolution, num_heads, qkv_bias=True, device=None, dtype=None, **kwargs):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.input_resolution = pair(input_resolution)
+        self.num_heads = num_heads
+        self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
+        self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.rope = RoPE((*self.input_resolution, dim), device=device)
+
+    def forward(self, x):
+        size = self.input_resolution
+        v = tokens_of(self, x, size)
+        features, roped = [], []
+        for t in self.qk(v).chunk(2, dim=-1):
+            phi = F.elu(t if t.dtype == torch.float64 else t.float()) + 1
+            turned = self.rope(phi.unflatten(1, size)).flatten(1, 2)
+            features.append(phi.to(t.dtype).unflatten(-1, (self.num_heads, -1)))
+            roped.append(turned.to(t.dtype).unflatten(-1, (self.num_heads, -1)))
+        values = v.to(roped[0].dtype).unflatten(-1, (self.num_heads, -1))
+        q, k = features
+        out = linear_attention(
+            *roped, values, q_den=q, k_den=k, feature_map="none", normalize="mean", eps=1e-6
+        )  # fmt: skip
+        return (out.flatten(2) + as_tokens(convolve(self.lepe, as_map(v, size)))).view(x.shape)
+
+    def extra_repr(self):
+        return f"dim={self.dim}, input_resolution={self.input_resolution}, num_heads={self.num_heads}"
+
+
+class MLLABlock(nn.Module):
+    """MLLA's block, with the original's constructor and state_dict: x [B, H*W, C] -> [B, H*W, C]."""
+
+    def __init__(
+        self, dim, input_resolution, num_heads, mlp_ratio=4.0, qkv_bias=True, drop=0.0, drop_path=0.0,
+        act_layer=nn.GELU, norm_layer=nn.LayerNorm, device=None, dtype=None, **kwargs,
+    ):  # fmt: skip
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.input_resolution = pair(input_resolution)
+        self.num_heads = num_heads
+        self.mlp_ratio = mlp_ratio
+        self.cpe1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.norm1 = norm_layer(dim, **factory)
+        self.in_proj = nn.Linear(dim, dim, **factory)
+        self.act_proj = nn.Linear(dim, dim, **factory)
+        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.act = nn.SiLU()
+        self.attn = MLLAttention(dim, self.input_resolution, num_heads, qkv_bias, **factory)
+        self.out_proj = nn.Linear(dim, dim, **factory)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.cpe2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.norm2 = norm_layer(dim, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, drop, **factory)
+
+    def _conv(self, conv, x):
+        return as_tokens(convolve(conv, as_map(x, self.input_resolution)))
+
+    def forward(self, x):
+        x = tokens_of(self, x, self.input_resolution)
+        x = x + self._conv(self.cpe1, x)
+        y = self.norm1(x)
+        gate = self.act(self.act_proj(y))
+        y = self.attn(self.act(self._conv(self.dwc, self.in_proj(y))))
+        x = x + self.drop_path(self.out_proj(y * gate))
+        x = x + self._conv(self.cpe2, x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def extra_repr(self):
+        return f"dim={self.dim}, input_resolution={self.input_resolution}, num_heads={self.num_heads}"

@@ -1,0 +1,158 @@
+"""SOFT's softmax-free attention and its normalised variant: Gaussian kernel, Newton pseudo-inverse, linear order."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ._ops import newton_pinv, rbf_gram
+
+
+def is_plain(linear):
+    """Whether a projection is its weight and bias and nothing more: no adapter, no hook."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
+    return type(linear) is nn.Linear and not hooked
+
+
+def linear_per_image(x, linear, channels):
+    """x [B, in, N] -> [B, out, N] (channels=1) or [B, N, out] (channels=2), contiguous: one GEMM per image."""
+    weight = linear.weight.expand(x.shape[0], -1, -1)
+    a, b = (weight, x) if channels == 1 else (x.mT, weight.mT)
+    if linear.bias is None:
+        return torch.bmm(a, b)
+    return torch.baddbmm(linear.bias[:, None] if channels == 1 else linear.bias, a, b)
+
+
+class SoftmaxFreeAttentionKernel(nn.Module):
+    """The attention of SOFT (arXiv:2110.11945) without its projections; arguments and state_dict of the original.
+
+    With q = Q / d^(1/4), landmarks t = GELU(LayerNorm(conv(q))) (kernel and stride `ratio`) and k(a, b) =
+    exp(-|a - b|^2 / 2)::
+
+        out = k(q, t) pinv(k(t, t)) k(t, q) V + depthwise conv of V
+
+    evaluated from the right, so that nothing larger than k(q, t) [N, m] exists. pinv is `max_iter` Newton steps on
+    k(t, t) + 0.01 I (`effvit.newton_pinv`), in float32 whatever the dtype: a ridge of 0.01 does not survive bfloat16.
+    Its backward is the closed form of the inverse, as in the original.
+
+    `ratio=1`: out = k(t, t) V + conv, t from a linear layer; the tokens may start with a class token, whose value is
+    added in the place of the convolution. A map that `ratio` does not divide gives floor(H/ratio) x floor(W/ratio)
+    landmarks. `kernel_method` is accepted and does nothing.
+    """
+
+    def __init__(self, dim, num_heads, ratio, use_conv, max_iter=20, kernel_method="cuda", device=None, dtype=None):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.head_dim = dim // num_heads
+        self.num_head = num_heads
+        self.ratio = ratio
+        self.max_iter = max_iter
+        d = self.head_dim
+        if ratio == 1:
+            self.Qlandmark_op = nn.Linear(d, d, bias=False, **factory)
+        else:
+            self.Qlandmark_op = nn.Conv2d(d, d, ratio, stride=ratio, bias=False, **factory)
+        self.Qnorm_act = nn.Sequential(nn.LayerNorm(d, **factory), nn.GELU())
+        self.use_conv = use_conv
+        if use_conv:
+            self.conv = nn.Conv2d(
+                num_heads, num_heads, use_conv, padding=use_conv // 2, bias=False, groups=num_heads, **factory
+            )
+
+    def forward(self, Q, V, H, W):
+        """Q, V [B, h, N, d] -> [B, h, N, d], N = H*W (with ratio 1 also H*W + 1)."""
+        q = Q.transpose(1, 2) * self.head_dim**-0.25  # [B, N, h, d]: as projections are laid out
+        t = self.landmarks(q, H, W)
+        if self.ratio == 1:
+            kernel = rbf_gram(t, t)
+            out = kernel.to(V.dtype) @ V
+        else:
+            kernel = rbf_gram(q, t.to(q.dtype))
+            inverse = self.inverse(t)
+            # autocast off: it would round the inverse to the low precision that it was computed above
+            with torch.autocast(q.device.type, enabled=False):
+                summary = kernel.mT @ V.to(kernel.dtype)
+                summary = (inverse @ summary.to(inverse.dtype)).to(kernel.dtype)
+                # The result in the layout of V, so that nothing is transposed on the way to the projection
+                out = kernel @ summary if V.stride(-1) == 1 else (summary.mT @ kernel.mT).mT
+        if self.use_conv:
+            out = out + self.convolve(V, H, W)
+        return out
+
+    def landmarks(self, q, H, W):
+        """q [B, N, h, d] -> [B, m, h, d]."""
+        if self.ratio == 1:
+            return self.Qnorm_act(self.Qlandmark_op(q))
+        r = self.ratio
+        h, w = H // r, W // r
+        # A convolution whose stride is its kernel is one GEMM on patches, [B, h, w, heads, r*r*d] x [r*r*d, d]
+        patches = q.unflatten(1, (H, W))[:, : h * r, : w * r].unflatten(2, (w, r)).unflatten(1, (h, r))
+        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(-3)
+        weight = self.Qlandmark_op.weight.permute(0, 2, 3, 1).flatten(1)
+        return self.Qnorm_act(F.linear(patches, weight)).flatten(1, 2)
+
+    def inverse(self, t):
+        """t [B, m, h, d] -> [B, h, m, m], float32 (float64 for float64)."""
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        with torch.autocast(t.device.type, enabled=False):
+            return newton_pinv(rbf_gram(t, t), iterations=self.max_iter)
+
+    def convolve(self, V, H, W):
+        """V [B, h, N, d] -> the same: one filter per head, on maps in the layout of V, channels first or last."""
+        first = V.shape[2] - H * W
+        maps = V[:, :, first:].mT.flatten(1, 2).unflatten(2, (H, W))
+        weight = self.conv.weight.repeat_interleave(self.head_dim, dim=0)
+        out = F.conv2d(maps, weight, padding=self.use_conv // 2, groups=weight.shape[0])
+        out = out.flatten(2).unflatten(1, (self.num_head, self.head_dim)).mT
+        return torch.cat([V[:, :, :first].to(out.dtype), out], dim=2) if first else out
+
+    def extra_repr(self):
+        return f"heads={self.num_head}, ratio={self.ratio}, max_iter={self.max_iter}"
+
+
+class SoftmaxFreeNormAttentionKernel(SoftmaxFreeAttentionKernel):
+    """The normalised variant (arXiv:2207.03341): D^-1/2 pinv(K) D^-1/2 in place of pinv(K), D the row sums of K.
+
+    K = k(t, t). The pseudo-inverse is SOFT's own (ridge 0.01, step 1.8 per matrix, closed-form gradient); the
+    original's code for this variant takes no ridge, one step for the whole batch, and the gradient of every iteration.
+    """
+
+    def inverse(self, t):
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        with torch.autocast(t.device.type, enabled=False):
+            kernel = rbf_gram(t, t)
+            d = kernel.sum(-1, keepdim=True).rsqrt()
+            return d * newton_pinv(kernel, iterations=self.max_iter) * d.mT
+
+
+class SoftmaxFreeAttention(nn.Module):
+    """SOFT's attention module, a drop-in for the original: same arguments, state_dict and `forward(X, H, W)`."""
+
+    kernel = SoftmaxFreeAttentionKernel
+
+    def __init__(self, dim, num_heads, ratio, conv_size, max_iter=20, kernel_method="cuda", device=None, dtype=None):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.head_dim = dim // num_heads
+        self.num_head = num_heads
+        inner = self.head_dim * num_heads
+        self.W_q = nn.Linear(dim, inner, **factory)
+        self.W_v = nn.Linear(dim, inner, **factory)
+        self.attn = self.kernel(dim, num_heads, ratio, conv_size, max_iter, kernel_method, **factory)
+        self.ff = nn.Linear(inner, dim, **factory)
+
+    def forward(self, X, H, W):
+        """X [B, N, dim] -> [B, N, dim], N = H*W."""
+        Q = self.W_q(X).unflatten(-1, (self.num_head, self.head_dim)).transpose(1, 2)
+        if torch.is_grad_enabled() or not (is_plain(self.W_v) and is_plain(self.ff)):
+            V = self.W_v(X).unflatten(-1, (self.num_head, self.head_dim)).transpose(1, 2)
+            return self.ff(self.attn(Q, V, H, W).transpose(1, 2).flatten(2))
+        # Values channels first, [B, h, d, N]: the wide depthwise convolution is faster there, its backward far slower
+        V = linear_per_image(X.mT, self.W_v, channels=1).unflatten(1, (self.num_head, self.head_dim)).mT
+        return linear_per_image(self.attn(Q, V, H, W).mT.flatten(1, 2), self.ff, channels=2)
+
+
+class SoftmaxFreeNormAttention(SoftmaxFreeAttention):
+    """SoftmaxFreeAttention with the normalised kernel (`SoftmaxFreeNormAttentionKernel`)."""
+
+    kernel = SoftmaxFreeNormAttentionKernel

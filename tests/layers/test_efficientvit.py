@@ -1,0 +1,187 @@
+"""effvit.layers.LiteMLA and the patched timm model against timm and against the formula."""
+
+import copy
+
+import pytest
+import timm
+import timm.models.efficientvit_mit as timm_efficientvit
+import torch
+from layer_suite import DTYPES, absolute_terms, check, check_everything_else, randomise, tokens, with_gradients
+from torch import nn
+
+import effvit
+from effvit.layers import LiteMLA
+from effvit.patch import VerificationError
+from effvit.testing._errors import assert_bitwise_equal, assert_close_to_truth
+
+
+def plain(m, x):
+    """The formula with the scores of all pairs: every group of 3*dim channels is q, k and v of a head."""
+    B, _, H, W = x.shape
+    qkv = m.qkv(x)
+    maps = torch.cat([qkv, *(aggregate(qkv) for aggregate in m.aggreg)], dim=1)
+    q, k, v = maps.reshape(B, -1, 3, m.dim, H * W).unbind(2)  # [B, heads, d, N]
+    scores = m.kernel_func(q).transpose(-1, -2) @ m.kernel_func(k)
+    scores = scores / (scores.sum(-1, keepdim=True) + m.eps)
+    return m.proj((v @ scores.transpose(-1, -2)).reshape(B, -1, H, W))
+
+
+def pair_of_modules(dtype=torch.float32, **kwargs):
+    kwargs = {"in_channels": 24, "out_channels": 20, **kwargs}
+    theirs, ours = randomise(timm_efficientvit.LiteMLA(**kwargs)).to(dtype), LiteMLA(**kwargs).to(dtype)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+VARIANTS = {
+    "plain": {},
+    "two scales, wide heads": {"scales": (3, 5), "dim": 12},
+    "one scale": {"scales": ()},
+    "heads": {"heads": 2, "dim": 5},
+    "biases, norms, activations": {
+        "use_bias": (True, False),
+        "norm_layer": nn.BatchNorm2d,
+        "act_layer": (nn.Hardswish, nn.ReLU),
+    },
+    "another feature map": {"kernel_func": nn.ReLU6, "eps": 1e-3},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS.keys())
+def test_like_timm(kwargs, train, dtype):
+    ours, theirs = pair_of_modules(dtype, **kwargs)
+    x = tokens(3, 24, 5, 7, dtype=dtype)
+    check(ours.train(train), plain, x, yardsticks=[theirs.train(train)], is_map=True)
+
+
+@pytest.mark.parametrize("size", [(2, 3), (1, 1), (9, 4)], ids=["quadratic form", "one token", "linear form"])
+def test_map_sizes(size):
+    ours, theirs = pair_of_modules()
+    check(ours.eval(), plain, tokens(3, 24, *size), yardsticks=[theirs.eval()], is_map=True)
+
+
+def test_autocast():
+    ours, theirs = pair_of_modules()
+    check(
+        ours.eval(), plain, tokens(2, 24, 5, 7), yardsticks=[theirs.eval()], autocast=torch.bfloat16, is_map=True
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_memory_format_is_kept(memory_format):
+    ours, _ = pair_of_modules()
+    x = tokens(2, 24, 5, 7).contiguous(memory_format=memory_format)
+    assert ours.eval()(x).is_contiguous(memory_format=memory_format)
+    strided = tokens(2, 48, 5, 7)[:, ::2]
+    torch.testing.assert_close(ours(strided), ours(strided.contiguous()))
+
+
+def test_the_rest():
+    make = lambda **factory: LiteMLA(24, 20, **factory)
+    check_everything_else(randomise(make()), make, tokens(2, 24, 5, 7))
+
+
+# ---- effvit.patch ------------------------------------------------------------------------------------------------
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    model = timm_efficientvit.EfficientVit(
+        in_chans=3, widths=(8, 8, 16, 16, 32), depths=(1, 1, 1, 1, 1), head_dim=8, num_classes=5, head_widths=(16, 16)
+    )
+    for module in model.modules():
+        if isinstance(module, timm_efficientvit.LiteMLA):
+            randomise(module)
+    return model.eval()
+
+
+def exact(model):
+    """The model in float64. timm's attention casts to float32 inside: here it runs the formula."""
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if isinstance(module, timm_efficientvit.LiteMLA):
+            module.forward = plain.__get__(module)
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_patched_model(dtype, capsys):
+    model, x = tiny().to(dtype), tokens(2, 3, 160, 96, dtype=dtype)
+    before, truth = model(x), exact(model)(x.double())
+    tensors = {n: id(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    report = effvit.patch(model, example=x)
+    assert "heads 4x8 scales 5" in capsys.readouterr().out
+    assert len(report.replaced) == 3 and report.replaced[-1].name == "(whole model)"
+    assert {n: id(t) for n, t in [*model.named_parameters(), *model.named_buffers()]} == tensors
+    assert_close_to_truth(model(x), truth, before)
+    assert len(effvit.unpatch(model)) == 2
+    assert_bitwise_equal(model(x), before)
+
+
+def test_a_real_model_is_patched():
+    torch.manual_seed(0)
+    model = timm.create_model("efficientvit_b0", num_classes=7).eval()
+    x = tokens(1, 3, 128, 128)
+    before, truth = model(x), exact(model)(x.double())
+    report = effvit.patch(model, verbose=False)
+    assert all(r.ok for r in report) and len(report.replaced) == 4
+    assert_close_to_truth(model(x), truth, before)
+
+
+def test_gradients_of_a_patched_model():
+    model, x = tiny(), tokens(2, 3, 96, 64)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    call = lambda m, x: m(x)
+    before = [with_gradients(model, x.contiguous(memory_format=layout), call) for layout in layouts]
+    double = exact(model)
+    with absolute_terms(double, {}) as terms:
+        truth = with_gradients(double, x.double(), call)
+    effvit.patch(model, verbose=False)
+    after = with_gradients(model, x, call)
+    for name, t in truth.items():
+        m = t.abs().max().expand_as(t)
+        m = torch.maximum(m, terms.get(name, m))
+        assert_close_to_truth(after[name], t, [y[name] for y in before], magnitude=m, name=name)
+
+
+def test_compile_with_dynamic_shapes():
+    model = tiny()
+    effvit.patch(model, verify=False, verbose=False)
+    attention = next(m for m in model.modules() if isinstance(m, timm_efficientvit.LiteMLA))
+    torch._dynamo.reset()  # of what other tests compiled of the same code
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    channels = attention.qkv.conv.in_channels
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in ((5, 7), (8, 6), (12, 11)):
+            x = tokens(2, channels, *size)
+            torch.testing.assert_close(compiled(x), attention(x))
+
+
+WRONG = {
+    "swapped k, v": lambda op, q, k, v, *a, **kw: op(q, v, k, *a, **kw),
+    "another feature map": lambda op, *a, **kw: op(*a, **{**kw, "feature_map": "elu1"}),
+    "no normaliser": lambda op, *a, **kw: op(*a, **{**kw, "normalize": "none"}),
+    "output off by 1e-4": lambda op, *a, **kw: op(*a, **kw) * (1 + 1e-4),
+    "not a number": lambda op, *a, **kw: op(*a, **kw) * float("nan"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+def test_verification_catches_a_wrong_kernel(wrong, monkeypatch):
+    model, right = tiny(), effvit.ops.linear_attention
+    monkeypatch.setattr(effvit.ops, "linear_attention", lambda *a, **kw: wrong(right, *a, **kw))
+    with pytest.raises(VerificationError, match="disagree with the original, the model is unchanged"):
+        effvit.patch(model, verbose=False)
+    assert effvit.unpatch(model, verbose=False) == []
+
+
+def test_an_instance_that_cannot_be_replaced_says_why():
+    model = tiny()
+    attention = [m for m in model.modules() if isinstance(m, timm_efficientvit.LiteMLA)]
+    attention[0]._attn = attention[0]._attn
+    attention[1].__class__ = type("Mine", (timm_efficientvit.LiteMLA,), {})
+    with pytest.raises(ValueError, match=r"replaced on the instance.*a subclass of LiteMLA"):
+        effvit.patch(model, verbose=False)

@@ -1,0 +1,145 @@
+"""effvit.layers.SCC and HierarchicalTransformerBlock against HiT-SR's formula with every correlation map formed."""
+
+import pytest
+import torch
+from layer_suite import DTYPES, check, check_everything_else, randomise, tokens
+
+from effvit.layers import SCC, HierarchicalTransformerBlock
+from effvit.testing._errors import assert_bitwise_equal
+
+DIM, HEADS, BASE = 80, 4, (4, 4)
+WINDOWS = {
+    "below the base window": (2, 2),
+    "the base window": (4, 4),
+    "four cells": (8, 8),
+    "non-square cells": (8, 4),
+    "below on one axis": (2, 8),
+}
+
+
+def reflected(size, padded):
+    """Which row of the map every row of the padded map is."""
+    period = max(2 * size - 2, 1)
+    return torch.tensor([min(i % period, period - i % period) if size > 1 else 0 for i in range(padded)])
+
+
+def mean_bias(m):
+    """[heads, L, m]: the bias of every pair of tokens, averaged over the keys of each cell."""
+    wh, ww = m.window_size
+    rows, columns = torch.meshgrid(torch.arange(wh), torch.arange(ww), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], dim=-1)
+    relative = places[:, None] - places[None]  # [L, L, 2]
+    kinds, index = relative.flatten(0, 1).unique(dim=0, return_inverse=True)
+    bias = m.pos(kinds.to(m.proj.weight.dtype))[index].unflatten(0, (wh * ww, wh * ww))
+    bias = bias.reshape(wh * ww, m.base_win_size[0], m.cell[0], m.base_win_size[1], m.cell[1], HEADS)
+    return bias.mean((2, 4)).flatten(1, 2).permute(2, 0, 1)
+
+
+def scc(m, x):
+    (B, H, W, C), (wh, ww) = x.shape, m.window_size
+    h, w = -(-H // wh), -(-W // ww)
+    x = x[:, reflected(H, h * wh)][:, :, reflected(W, w * ww)]
+    qv = m.qv.conv(x.permute(0, 3, 1, 2).contiguous()) * m.qv.linear(x.permute(0, 3, 1, 2).contiguous())
+    windows = qv.unfold(2, wh, wh).unfold(3, ww, ww)  # [B, C, h, w, wh, ww]
+    q, v = windows.permute(0, 2, 3, 4, 5, 1).reshape(B * h * w, wh * ww, 2, HEADS, -1).permute(2, 0, 3, 1, 4)
+    (mh, mw), (rh, rw) = m.base_win_size, m.cell
+    cells = v.reshape(*v.shape[:2], mh, rh, mw, rw, -1).permute(0, 1, 2, 4, 6, 3, 5).flatten(-2)
+    p = m.spatial_linear(cells).squeeze(-1).flatten(2, 3)  # [windows, heads, m, c]
+    spatial = ((q @ p.mT) / q.shape[-1] + mean_bias(m)) @ p
+    merged_q, merged_v = (t.transpose(1, 2).flatten(2) for t in (q, v))
+    channel = ((merged_q.mT @ merged_v / (wh * ww)) @ merged_v.mT).mT
+    out = torch.cat([spatial.transpose(1, 2).flatten(2).to(channel.dtype), channel], dim=-1)
+    out = out.reshape(B, h, w, wh, ww, C).transpose(2, 3).reshape(B, h * wh, w * ww, C)
+    return m.proj(out[:, :H, :W])
+
+
+def block(m, x, size):
+    x = x + m.norm1(scc(m.correlation, x.unflatten(1, size)).flatten(1, 2))
+    return x + m.norm2(m.mlp.fc2(torch.nn.functional.gelu(m.mlp.fc1(x))))
+
+
+def make(window=(8, 8), **factory):
+    return SCC(DIM, BASE, window, HEADS, **factory)
+
+
+def prepared(window=(8, 8)):
+    """Smaller parameters where the window sums over more tokens: the output stays near 1."""
+    return randomise(make(window), scale=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(8, 16), (9, 13)], ids=["divisible", "padded"])
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
+def test_like_the_formula(window, size, dtype):
+    check(prepared(window).to(dtype), scc, tokens(2, *size, DIM, dtype=dtype))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 20), (2, 9)], ids=str)
+def test_padding_beyond_the_map(size):
+    """Windows of more than twice the map: it is reflected back and forth."""
+    check(prepared(), scc, tokens(2, *size, DIM))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_block_like_the_formula(train, dtype):
+    m = HierarchicalTransformerBlock(DIM, (8, 8), HEADS, BASE, (8, 8), mlp_ratio=2)
+    m = randomise(m, scale=0.1).to(dtype).train(train)
+    call = lambda m, x: m(x, (9, 5), (8, 8))
+    check(m, lambda m, x: block(m, x, (9, 5)), tokens(2, 45, DIM, dtype=dtype), call=call)
+
+
+def test_autocast():
+    check(prepared(), scc, tokens(2, 9, 13, DIM), autocast=torch.bfloat16)
+
+
+def test_dropout_of_values():
+    """Every value dropped: what is left is the projection's bias; none in eval."""
+    m = randomise(SCC(DIM, BASE, (8, 8), HEADS, value_drop=1.0), scale=0.1)
+    x = tokens(2, 8, 8, DIM)
+    torch.testing.assert_close(m(x), m.proj.bias.expand(2, 8, 8, DIM))
+    m.eval()
+    torch.testing.assert_close(m(x), scc(m, x), rtol=1e-4, atol=1e-4)
+    m = SCC(DIM, BASE, (8, 8), HEADS, proj_drop=1.0)
+    assert not m(x).any() and m.eval()(x).any()
+
+
+def test_no_bias_of_all_pairs_is_formed(monkeypatch):
+    m, sizes = make((16, 16)), []
+    right = torch.Tensor.__getitem__
+    monkeypatch.setattr(torch.Tensor, "__getitem__", lambda t, i: sizes.append(right(t, i).numel()) or right(t, i))
+    torch.testing.assert_close(m.position_bias(), mean_bias(m), rtol=1e-4, atol=1e-5)
+    assert 256 * 16 * HEADS in sizes  # [heads, L, m] by the module; [L, L] is of the formula here
+    sizes.clear()
+    m.position_bias()
+    assert max(sizes) == 256 * 16 * HEADS
+
+
+def test_state_dict_is_the_originals():
+    layers = ["qv.conv.0", "qv.conv.2", "qv.conv.4", "qv.linear", "proj", "spatial_linear", "pos.pos_proj"]
+    layers += [f"pos.pos{i}.{j}" for i in (1, 2, 3) for j in (0, 2)]
+    assert list(make().state_dict()) == [f"{name}.{kind}" for name in layers for kind in ("weight", "bias")]
+    names = {name.split(".")[0] for name in HierarchicalTransformerBlock(DIM, 8, HEADS, BASE, 8).state_dict()}
+    assert names == {"norm1", "correlation", "norm2", "mlp"}
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"window_size must be a multiple of base_win_size \[4, 4\] or below it"):
+        make((4, 6))
+    with pytest.raises(ValueError, match=r"dim must be a multiple of 2 \* num_heads = 6, got 80"):
+        SCC(DIM, BASE, (4, 4), 3)
+    with pytest.raises(ValueError, match=r"win_size must be \[8, 8\] like window_size, got \[4, 4\]"):
+        HierarchicalTransformerBlock(DIM, (8, 8), HEADS, BASE, (8, 8))(tokens(1, 64, DIM), (8, 8), (4, 4))
+
+
+def test_drop_path():
+    m = randomise(HierarchicalTransformerBlock(DIM, (8, 8), HEADS, BASE, (8, 8), drop_path=1.0))
+    x = tokens(2, 64, DIM)
+    assert_bitwise_equal(m(x, (8, 8)), x)
+    assert not torch.equal(m.eval()(x, (8, 8)), x)
+
+
+@pytest.mark.parametrize("window", [(2, 2), (8, 8)], ids=str)
+def test_the_rest(window):
+    make_one = lambda **factory: make(window, **factory)
+    check_everything_else(prepared(window), make_one, tokens(2, 9, 13, DIM))

@@ -1,0 +1,276 @@
+"""effvit.layers.SoftmaxFreeAttention and its normalised variant against SOFT's formula in its naive order.
+
+The gradient of the Newton pseudo-inverse is, as in SOFT's own code, that of an inverse, -V^T G V^T with the V that the
+iteration reached. The plain formula here uses the same; where the iteration converges, `torch.linalg.inv` and its own
+gradient are the truth (`test_where_newton_converges_...`). As in SOFT under autocast, the [m, m] kernel and its inverse
+are float32 in every dtype: bfloat16 has no room for a ridge of 0.01.
+"""
+
+import copy
+
+import pytest
+import torch
+from layer_suite import DTYPES, check, check_everything_else, randomise, tokens
+from torch import nn
+
+import effvit.layers._ops
+from effvit.layers import SoftmaxFreeAttention, SoftmaxFreeNormAttention
+from effvit.testing._errors import assert_bitwise_equal, assert_close_to_truth
+
+H, W = 7, 9
+MODULES = {"plain": SoftmaxFreeAttention, "normalised": SoftmaxFreeNormAttention}
+
+
+class NewtonInverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, steps):
+        p = a + 0.01 * torch.eye(a.shape[-1], dtype=a.dtype)
+        v = 1.8 / a.sum(-1).amax(-1)[..., None, None] ** 2 * p
+        for _ in range(steps):
+            v = 2 * v - v @ p @ v
+        ctx.save_for_backward(v)
+        return v
+
+    @staticmethod
+    def backward(ctx, g):
+        (v,) = ctx.saved_tensors
+        return -v.mT @ g @ v.mT, None
+
+
+def gaussian(a, b):
+    """exp(-|a_i - b_j|^2 / 2): by differences in float64, by the expanded square as SOFT has it elsewhere."""
+    if a.dtype == torch.float64:
+        distance = (a[..., :, None, :] - b[..., None, :, :]).square().sum(-1)
+    else:
+        distance = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2 * (a @ b.mT)
+    return (-distance.clamp(min=0) / 2).exp()
+
+
+def another_rounding(sample, dtype):
+    """Moves every number by up to half an ulp: what a product summed in another order does to it, and less."""
+    g = torch.Generator().manual_seed(sample)
+    half = torch.finfo(dtype).eps / 2
+    return lambda t: t * (1 + half * (2 * torch.rand(t.shape, generator=g) - 1)).to(t.dtype) if sample else t
+
+
+def formula(m, x, H=H, W=W, inverse=None, sample=0):
+    heads, d, k = m.num_head, m.head_dim, m.attn
+    q, v = (w(x).reshape(len(x), -1, heads, d).transpose(1, 2) for w in (m.W_q, m.W_v))
+    rounded = another_rounding(sample, x.dtype)
+    q = rounded(q / d**0.25)
+    cls = v.shape[2] - H * W
+    maps = q.transpose(2, 3).flatten(0, 1) if k.ratio == 1 else q.transpose(2, 3).reshape(-1, d, H, W)
+    if k.ratio == 1:
+        t = k.Qlandmark_op(maps.mT).reshape(len(x), heads, -1, d)
+    else:
+        t = k.Qlandmark_op(maps).flatten(2).mT.reshape(len(x), heads, -1, d)
+    t = rounded(k.Qnorm_act(t))
+    if k.ratio == 1:
+        out = gaussian(t, t).to(v.dtype) @ v
+    else:
+        wide = torch.promote_types(t.dtype, torch.float32)
+        with torch.autocast("cpu", enabled=False):
+            k2 = gaussian(t.to(wide), t.to(wide))
+            pinv = NewtonInverse.apply(k2, k.max_iter) if inverse is None else inverse(k2)
+            if isinstance(m, SoftmaxFreeNormAttention):
+                degree = torch.diag_embed(k2.sum(-1) ** -0.5)
+                pinv = degree @ pinv @ degree
+        # The kernel's definition rounds its result only; under autocast its inputs are rounded
+        a, b = (x.to(q.dtype).to(torch.promote_types(q.dtype, torch.float32)) for x in (q, t))
+        with torch.autocast("cpu", enabled=False):
+            k1 = gaussian(a, b).to(q.dtype)
+            k1, values = k1.to(wide), k1.mT.to(wide) @ v.to(wide)
+            out = (k1 @ (pinv @ values) if sample % 2 else (k1 @ pinv) @ values).to(v.dtype)
+    if k.use_conv:
+        maps = v[:, :, cls:].reshape(len(x), heads, H, W, d).permute(0, 4, 1, 2, 3).flatten(0, 1)
+        local = k.conv(maps).reshape(len(x), d, heads, H * W).permute(0, 2, 3, 1)
+        out = out + torch.cat([v[:, :, :cls], local], dim=2)
+    return m.ff(out.transpose(1, 2).flatten(2))
+
+
+class Sample(SoftmaxFreeAttention):
+    def forward(self, x, H, W):
+        return formula(self, x, H, W, sample=self.sample)
+
+
+class NormSample(SoftmaxFreeNormAttention):
+    forward = Sample.forward
+
+
+def check_samples(m, plain, x, *, call, **kwargs):
+    """`check` with more than one sample of the plain formula's rounding error.
+
+    A few pairs of near tokens dominate kernel and gradients, so that all their errors hang on the rounding of few
+    numbers: one sample says little about the next.
+    """
+    samples = [copy.deepcopy(m) for _ in range(5)]
+    for i, other in enumerate(samples):
+        other.__class__ = NormSample if isinstance(m, SoftmaxFreeNormAttention) else Sample
+        other.sample = i + 1
+    check(m, plain, x, call=call, yardsticks=samples, **kwargs)
+
+
+def call(m, x):
+    return m(x, H, W)
+
+
+def spread_landmarks(m, by=1.0):
+    """Landmarks far enough apart that the inverse does not blow rounding errors up past every other source of them."""
+    with torch.no_grad():
+        m.attn.Qnorm_act[0].weight.add_(by)
+    return m
+
+
+def make(kind="plain", ratio=2, conv=3, heads=2, **factory):
+    return MODULES[kind](16, heads, ratio, conv, **factory)
+
+
+VARIANTS = {
+    "odd map": {},
+    "one head, wide filter": {"heads": 1, "conv": 9},
+    "few landmarks, no convolution": {"ratio": 3, "conv": 0},
+    "one landmark": {"ratio": 6, "conv": 5},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize("kind", MODULES)
+def test_like_the_formula(kind, kwargs, dtype):
+    m = spread_landmarks(randomise(make(kind, **kwargs))).to(dtype)
+    check_samples(m, formula, tokens(2, H * W, 16, dtype=dtype), call=call)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_eval_is_train(kind):
+    m, x = randomise(make(kind)), tokens(2, H * W, 16)
+    assert_bitwise_equal(call(m.eval(), x), call(m.train(), x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cls", [0, 1], ids=["map", "class token"])
+def test_ratio_one(cls, dtype):
+    m = randomise(make(ratio=1)).to(dtype)
+    check_samples(m, formula, tokens(2, H * W + cls, 16, dtype=dtype), call=call)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (3, 17), (12, 8)], ids=str)
+def test_map_sizes(size):
+    m, x = spread_landmarks(randomise(make())), tokens(2, size[0] * size[1], 16)
+    check_samples(m, lambda m, x: formula(m, x, *size), x, call=lambda m, x: m(x, *size))
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_where_newton_converges_the_truth_is_the_inverse(kind):
+    """Landmarks far apart: the kernel is near the identity, 20 steps reach its inverse; autograd knows the gradient."""
+    m = spread_landmarks(randomise(make(kind, ratio=3)), by=3.0)
+    inverses = []
+
+    def exact(k2):
+        eye = torch.eye(k2.shape[-1], dtype=k2.dtype)
+        inverses.append((torch.linalg.inv(k2 + 0.01 * eye), NewtonInverse.apply(k2, 20)))
+        return inverses[-1][0]
+
+    check_samples(m, lambda m, x: formula(m, x, inverse=exact), tokens(2, H * W, 16), call=call)
+    inverse, newton = inverses[-1]  # of the truth
+    assert inverse.dtype == torch.float64 and inverse.shape[-1] == 6
+    torch.testing.assert_close(newton, inverse, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_autocast(kind):
+    check_samples(
+        spread_landmarks(randomise(make(kind))), formula, tokens(2, H * W, 16), autocast=torch.bfloat16, call=call
+    )
+
+
+def test_more_landmarks_than_the_operator_takes():
+    m, x = spread_landmarks(randomise(make(heads=1))), tokens(1, 34 * 32, 16)  # 17 * 16 = 272 landmarks
+    check_samples(m, lambda m, x: formula(m, x, 34, 32), x, call=lambda m, x: m(x, 34, 32))
+
+
+def test_steps(monkeypatch):
+    m, x = spread_landmarks(randomise(SoftmaxFreeAttention(16, 2, 2, 3, max_iter=3))), tokens(2, H * W, 16)
+    check_samples(m, formula, x, call=call)
+    other = copy.deepcopy(m)
+    other.attn.max_iter = 20
+    assert not torch.allclose(call(other, x), call(m, x))
+
+
+def test_nothing_larger_than_the_kernel_is_formed(monkeypatch):
+    """The order of the products: out of [N, m] and [m, d] only, never [N, N]."""
+    shapes = []
+    right = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: shapes.append(right(a, b).shape) or right(a, b))
+    m = make(ratio=3).double()  # in float64 every product is PyTorch's
+    m.attn(tokens(1, 2, H * W, 8).double(), tokens(1, 2, H * W, 8).double(), H, W)
+    assert shapes and max(s[-1] * s[-2] for s in shapes) <= H * W * 8
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_state_dict_is_the_originals(kind):
+    keys = ["W_q.weight", "W_q.bias", "W_v.weight", "W_v.bias", "attn.Qlandmark_op.weight", "attn.Qnorm_act.0.weight"]
+    keys += ["attn.Qnorm_act.0.bias", "attn.conv.weight", "ff.weight", "ff.bias"]
+    state = MODULES[kind](16, 2, 2, 5, 20, "torch").state_dict()
+    assert list(state) == keys
+    assert state["attn.Qlandmark_op.weight"].shape == (8, 8, 2, 2) and state["attn.conv.weight"].shape == (2, 1, 5, 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS.keys())
+def test_inference(kwargs, dtype):
+    """Without gradients the values run channels first."""
+    m = spread_landmarks(randomise(make(**kwargs))).to(dtype)
+    x = tokens(2, H * W, 16, dtype=dtype)
+    with torch.no_grad():
+        truth = formula(copy.deepcopy(m).double(), x.double())
+        samples = [formula(m, x, sample=i) for i in range(6)]
+        y = call(m, x)
+        assert y.is_contiguous()
+        assert_close_to_truth(y, truth, samples)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_close_to_truth(call(m, x), truth, [formula(m, x, sample=i) for i in range(6)])
+
+
+@pytest.mark.parametrize("where", ["W_v", "ff"])
+def test_a_projection_that_is_not_a_plain_linear(where):
+    """A hook or an adapter works without gradients too."""
+    m, x = randomise(make()), tokens(2, H * W, 16)
+    getattr(m, where).register_forward_hook(lambda module, args, out: 2 * out + 1)
+    expected = call(m, x)
+    with torch.no_grad():
+        torch.testing.assert_close(call(m, x), expected)
+    setattr(m, where, nn.Sequential(getattr(m, where), nn.Tanh()))
+    expected = call(m, x)
+    with torch.no_grad():
+        torch.testing.assert_close(call(m, x), expected)
+
+
+def test_no_gradients_under_torch_compile():
+    m, x = randomise(make()), tokens(2, H * W, 16)
+    with torch.no_grad():
+        compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, H, W), call(m, x))
+
+
+def test_layouts_of_q_and_v():
+    """Q and V of any strides: the original hands them over as [B, h, N, d], contiguous or transposed."""
+    k = randomise(make().attn)
+    q, v = tokens(2, 2, H * W, 8), tokens(2, 2, H * W, 8, seed=5)
+    expected = k(q, v, H, W)
+    transposed = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, v)]
+    torch.testing.assert_close(k(*transposed, H, W), expected)
+    wide = [torch.stack([t, t], dim=-1)[..., 0] for t in (q, v)]  # last stride 2
+    torch.testing.assert_close(k(*wide, H, W), expected)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_the_rest(kind):
+    make_one = lambda **factory: make(kind, **factory)
+    check_everything_else(randomise(make_one()), make_one, tokens(2, H * W, 16), call)
+
+
+def test_the_operators_run(monkeypatch):
+    """In float32 nothing falls back to the definitions in plain PyTorch."""
+    monkeypatch.setattr(effvit.layers._ops.effvit, "reference", nn.Module())
+    call(make(), tokens(2, H * W, 16))
