@@ -20,7 +20,7 @@ SCALE = 16 if INTERPRETED else 1
 
 MAX_GRID = 2**31 - 1  # CUDA's limit of gridDim.x; the kernels use one-dimensional grids only
 
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 
 
 def cdiv(a, b):

@@ -134,6 +134,7 @@ struct Keys {
   int64_t* v_offset = nullptr;
   int32_t* label = nullptr;
   int32_t* owner = nullptr;  // row-major index in the rectangle that the tile was cut from
+  int32_t* column = nullptr;  // of the logits, when every run has a vector of its own
   Run* run = nullptr;
 
   void allocate(Scratch& s, int max) {
@@ -142,8 +143,13 @@ struct Keys {
     v_offset = s.take<int64_t>(max);
     label = s.take<int32_t>(max + kLanes);
     owner = s.take<int32_t>(max);
+    column = s.take<int32_t>(max);
     run = s.take<Run>(max);
   }
+
+  // A vector for each run of keys takes no more room than the keys one after the other: a row of the flipped table
+  // then is the bias of a vector of logits as it lies there. Windows 7 wide with 8 lanes, say.
+  bool a_vector_per_run() const { return !mixed && longest_run <= kLanes && runs * kLanes == padded; }
 };
 
 void find_queries(const Params& p, const Geometry& g, int64_t b, int wy, int wx, int y0, int y1, Queries* q) {
@@ -186,6 +192,7 @@ void find_keys(const Params& p, const Geometry& g, int64_t b, int wy, int wx, in
       k->v_offset[n] = outside ? 0 : b * p.v_stride_b + py * p.v_stride_y + px * p.v_stride_x;
       k->label[n] = region_y + shift_region(g.x, ix);
       k->owner[n] = (y - y0) * (x1 - x0) + (x - x0);
+      k->column[n] = (x == last + 1 ? (runs - 1) * kLanes + k->run[runs - 1].length : runs * kLanes);
       mixed |= k->label[n] != k->label[0];
       pads += outside;
       if (x == last + 1) {
@@ -249,11 +256,13 @@ class FlippedTable {
 // s[0..padded) = bias of this query towards every key, mask_value between regions, -inf beyond the last key.
 EFFVIT_INLINE void init_logits(float* s, const Keys& keys, const float* table, int label, float mask_value) {
   if (table) {
+    const Run* const all = keys.run;
+    const int runs = keys.runs;
     if (keys.longest_run <= kLanes) {
-      for (int r = 0; r < keys.runs; ++r) store(s + keys.run[r].column, load(table + keys.run[r].table));
+      for (int r = 0; r < runs; ++r) store(s + all[r].column, load(table + all[r].table));
     } else {
-      for (int r = 0; r < keys.runs; ++r) {
-        const Run run = keys.run[r];
+      for (int r = 0; r < runs; ++r) {
+        const Run run = all[r];
         float* dst = s + run.column;
         const float* src = table + run.table;
         for (int i = 0; i < run.length; i += kLanes) store(dst + i, load(src + i));
@@ -270,6 +279,81 @@ EFFVIT_INLINE void init_logits(float* s, const Keys& keys, const float* table, i
     }
   }
   store(s + keys.n, set1(kNegInf));
+}
+
+struct ScatteredA {  // a[r * ld + column[t]]
+  const float* data;
+  int64_t ld;
+  const int32_t* column;
+  EFFVIT_INLINE float operator()(int r, int t) const { return data[r * ld + column[t]]; }
+  EFFVIT_INLINE ScatteredA rows_from(int r) const { return {data + r * ld, ld, column}; }
+};
+
+// MR x NV vectors of logits, of a vector for each run of keys from run `first` on: products, bias, -inf where the run
+// has no key. Returns the rows' maxima so far in `highest`.
+template <int MR, int NV>
+EFFVIT_INLINE void logits_tile(int k, RowMajorA a, DenseB b, const Run* run, const float* const* bias, float* c,
+                               int64_t ldc, vf* highest) {
+  vf acc[MR][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[r][j] = vf{};
+  }
+  for (int t = 0; t < k; ++t) {
+    const float* row = b(t);
+    vf bv[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) bv[j] = load(row + j * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const vf av = set1(a(r, t));
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[r][j] = fma(av, bv[j], acc[r][j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) {
+    const vi there = lanes_below(run[j].length);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const vf x = bias ? acc[r][j] + load(bias[r] + run[j].table) : acc[r][j];
+      const vf logit = (vf)(((vi)x & there) | ((vi)set1(kNegInf) & ~there));
+      store(c + r * ldc + j * kLanes, logit);
+      highest[r] = max(highest[r], logit);
+    }
+  }
+}
+
+template <int MR>
+inline __attribute__((noinline)) void logits_rows(int vectors, int k, RowMajorA a, DenseB b, const Run* run,
+                                                  const float* const* bias, float* c, int64_t ldc, float* top) {
+  vf highest[MR];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) highest[r] = set1(kLowest);
+  for (int blocks = (vectors + kCols - 1) / kCols; blocks > 0; --blocks) {
+    const int width = (vectors + blocks - 1) / blocks;
+    switch (width) {
+      case 1:
+        logits_tile<MR, 1>(k, a, b, run, bias, c, ldc, highest);
+        break;
+      case 2:
+        logits_tile<MR, 2>(k, a, b, run, bias, c, ldc, highest);
+        break;
+      case 3:
+        logits_tile<MR, 3>(k, a, b, run, bias, c, ldc, highest);
+        break;
+      default:
+        logits_tile<MR, 4>(k, a, b, run, bias, c, ldc, highest);
+        break;
+    }
+    vectors -= width;
+    run += width;
+    c += width * kLanes;
+    b = b.columns_from(width * kLanes);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) top[r] = reduce_max(highest[r]);
 }
 
 // Rows of x^ = x / max(|x|, eps), in place; the norms go to `norm`.
@@ -448,12 +532,14 @@ struct Forward {
     }
   }
 
+  bool by_runs() const { return g.single && keys.a_vector_per_run(); }
+
   void load_keys(int64_t head) {
     const int d = static_cast<int>(p.d);
     if constexpr (std::is_same_v<T, float>) {
       if (!g.cosine && keys.pads == 0 && d % kLanes == 0) {
         const float* base = static_cast<const float*>(p.k) + head * p.k_stride_h;
-        transpose_rows(kt, keys.padded, keys.n, d, [&](int j) { return base + keys.k_offset[j]; });
+        transpose_keys([&](int j) { return base + keys.k_offset[j]; });
         return;
       }
     }
@@ -462,7 +548,16 @@ struct Forward {
       load_row(row, row_or_pad<T>(p.k, p.pad_k, keys.k_offset[j], keys.position[j], head, p.k_stride_h, p.d), d);
       if (g.cosine) normalize_row(row, g.dp, norm);
     }
-    transpose_rows(kt, keys.padded, keys.n, d, [&](int j) { return k + int64_t{j} * g.dp; });
+    transpose_keys([&](int j) { return k + int64_t{j} * g.dp; });
+  }
+
+  template <class Row>
+  EFFVIT_INLINE void transpose_keys(const Row& row) {
+    const int d = static_cast<int>(p.d);
+    if (!by_runs()) return transpose_rows(kt, keys.padded, keys.n, d, row);
+    for (int r = 0, first = 0; r < keys.runs; first += keys.run[r++].length) {
+      transpose_rows(kt + r * kLanes, keys.padded, keys.run[r].length, d, [&](int j) { return row(first + j); });
+    }
   }
 
   void load_values(int64_t head) {
@@ -484,23 +579,27 @@ struct Forward {
   // holds already (tiles after the first). The rows go side by side: one alone is a chain of dependent instructions.
   template <int R>
   EFFVIT_INLINE void softmax_rows(float* block, int r, bool first) {
+    float* row[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) row[i] = block + i * g.ld;
+    const int end = keys.padded;
     vf m[R], total[R], shift[R];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) m[i] = set1(first ? kLowest : top[r + i]);
-    for (int j = 0; j < keys.padded; j += kLanes) {
+    for (int j = 0; j < end; j += kLanes) {
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) m[i] = max(m[i], load(block + i * g.ld + j));
+      for (int i = 0; i < R; ++i) m[i] = max(m[i], load(row[i] + j));
     }
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       shift[i] = set1(reduce_max(m[i]));
       total[i] = vf{};
     }
-    for (int j = 0; j < keys.padded; j += kLanes) {
+    for (int j = 0; j < end; j += kLanes) {
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
-        const vf e = exp(load(block + i * g.ld + j) - shift[i]);
-        store(block + i * g.ld + j, e);
+        const vf e = exp(load(row[i] + j) - shift[i]);
+        store(row[i] + j, e);
         total[i] = total[i] + e;
       }
     }
@@ -550,9 +649,51 @@ struct Forward {
     }
   }
 
+  // R rows from r on, a window that is one tile.
+  template <int R>
+  void rows_of_runs(int r, const float* table, int64_t head) {
+    const float* bias[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) bias[i] = table ? table + queries.table[r + i] : nullptr;
+    logits_rows<R>(keys.runs, static_cast<int>(p.d), RowMajorA{q + int64_t{r} * g.dp, g.dp}, DenseB{kt, keys.padded},
+                   keys.run, table ? bias : nullptr, s, g.ld, top + r);
+    vf total[R], shift[R];
+    float* row[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      row[i] = s + i * g.ld;
+      shift[i] = set1(top[r + i]);
+      total[i] = vf{};
+    }
+    for (int j = 0, end = keys.padded; j < end; j += kLanes) {
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        const vf e = exp(load(row[i] + j) - shift[i]);
+        store(row[i] + j, e);
+        total[i] = total[i] + e;
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) sum[r + i] = reduce_add(total[i]);
+    gemm(R, g.dvp, keys.n, ScatteredA{s, g.ld, keys.column}, DenseB{v, g.dvp}, o, g.dvp, false);
+    for (int i = 0; i < R; ++i) write_row(r + i, o + int64_t{i} * g.dvp, head);
+  }
+
   void rows_of_tile(int64_t head, bool first) {
     const float* table = tables.get(p, g, head);
     const int d = static_cast<int>(p.d);
+    if (by_runs()) {
+      int r = 0;
+      for (; r + kRows <= queries.n; r += kRows) {
+        prefetch();
+        rows_of_runs<kRows>(r, table, head);
+      }
+      for (; r < queries.n; ++r) {
+        prefetch();
+        rows_of_runs<1>(r, table, head);
+      }
+      return;
+    }
     // Two blocks of logits take turns. The bias of a block is written one block ahead: its short unaligned stores would
     // otherwise still be on their way when the product loads them as whole vectors, which cannot be forwarded.
     float* block = s;
@@ -969,9 +1110,11 @@ struct Backward {
 
   // sum_table[offset of (query, key)] += dS, for one query.
   EFFVIT_INLINE void add_to_table(const float* ds, int table_offset) {
-    for (int r = 0; r < keys.runs; ++r) {
-      const Run run = keys.run[r];
-      float* dst = sum_table + table_offset + run.table;
+    float* const table = sum_table + table_offset;
+    const Run* const runs = keys.run;
+    for (int r = 0, end = keys.runs; r < end; ++r) {
+      const Run run = runs[r];
+      float* dst = table + run.table;
       const float* src = ds + run.column;
       int i = 0;
       for (; i + kLanes <= run.length; i += kLanes) store(dst + i, load(dst + i) + load(src + i));
@@ -983,30 +1126,37 @@ struct Backward {
   // the sum of P dP is taken from them, so that neither the rounding of lse nor that of out enters; a window in several
   // tiles relies on both.
   template <int R>
-  EFFVIT_INLINE void softmax_backward(float* row, float* drow, int i) {
+  EFFVIT_INLINE void softmax_backward(float* rows, float* drows, int i) {
+    float *row[R], *drow[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      row[r] = rows + r * g.ld;
+      drow[r] = drows + r * g.ld;
+    }
+    const int end = keys.padded;
     vf log_sum[R], factor[R], d[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) log_sum[r] = set1(lse[i + r]);
     if (!g.single) {
       for (int r = 0; r < R; ++r) d[r] = set1(delta[i + r]);
-      for (int j = 0; j < keys.padded; j += kLanes) {
+      for (int j = 0; j < end; j += kLanes) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const vf e = exp(load(row + r * g.ld + j) - log_sum[r]);
-          store(row + r * g.ld + j, e);
-          store(drow + r * g.ld + j, e * (load(drow + r * g.ld + j) - d[r]));
+          const vf e = exp(load(row[r] + j) - log_sum[r]);
+          store(row[r] + j, e);
+          store(drow[r] + j, e * (load(drow[r] + j) - d[r]));
         }
       }
       return;
     }
     vf total[R] = {}, along[R] = {};
-    for (int j = 0; j < keys.padded; j += kLanes) {
+    for (int j = 0; j < end; j += kLanes) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const vf e = exp(load(row + r * g.ld + j) - log_sum[r]);
-        store(row + r * g.ld + j, e);
+        const vf e = exp(load(row[r] + j) - log_sum[r]);
+        store(row[r] + j, e);
         total[r] = total[r] + e;
-        along[r] = fma(e, load(drow + r * g.ld + j), along[r]);
+        along[r] = fma(e, load(drow[r] + j), along[r]);
       }
     }
 #pragma GCC unroll 8
@@ -1015,12 +1165,12 @@ struct Backward {
       factor[r] = set1(inverse);
       d[r] = set1(reduce_add(along[r]) * inverse + delta[i + r]);
     }
-    for (int j = 0; j < keys.padded; j += kLanes) {
+    for (int j = 0; j < end; j += kLanes) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const vf e = load(row + r * g.ld + j) * factor[r];
-        store(row + r * g.ld + j, e);
-        store(drow + r * g.ld + j, e * (load(drow + r * g.ld + j) - d[r]));
+        const vf e = load(row[r] + j) * factor[r];
+        store(row[r] + j, e);
+        store(drow[r] + j, e * (load(drow[r] + j) - d[r]));
       }
     }
   }

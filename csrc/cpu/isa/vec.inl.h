@@ -47,6 +47,17 @@ EFFVIT_INLINE vf max(vf a, vf b) {
 #endif
 }
 
+// The smaller one; y where either is a NaN, like max.
+EFFVIT_INLINE vf min(vf x, vf y) {
+#if defined(EFFVIT_HAS_AVX512)
+  return (vf)_mm512_min_ps((__m512)x, (__m512)y);
+#elif defined(EFFVIT_HAS_AVX2)
+  return (vf)_mm256_min_ps((__m256)x, (__m256)y);
+#else
+  return x < y ? x : y;
+#endif
+}
+
 EFFVIT_INLINE vf bits_to_float(vi x) { return (vf)x; }
 EFFVIT_INLINE vi float_to_bits(vf x) { return (vi)x; }
 
@@ -78,11 +89,14 @@ EFFVIT_INLINE float reduce_add(vf v) {
 #endif
 }
 
-// Lanes i < n of x, zero elsewhere; 0 <= n <= kLanes.
-EFFVIT_INLINE vf first_lanes(vf x, int n) {
+// All bits of lanes i < n, none elsewhere; 0 <= n <= kLanes.
+EFFVIT_INLINE vi lanes_below(int n) {
   alignas(64) static const int32_t kMask[2 * 16] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
-  return (vf)((vi)x & load(kMask + 16 - n));
+  return load(kMask + 16 - n);
 }
+
+// Lanes i < n of x, zero elsewhere.
+EFFVIT_INLINE vf first_lanes(vf x, int n) { return (vf)((vi)x & lanes_below(n)); }
 
 // exp for x <= 88, exactly 0 below the smallest normal result; about 1 ulp. e^x = 2^n e^f, n = round(x/ln 2).
 EFFVIT_INLINE vf exp(vf x) {
@@ -100,6 +114,26 @@ EFFVIT_INLINE vf exp(vf x) {
   p = fma(p, f, set1(1.f));
   const vi result = (vi)((vu)p + ((vu)r << 23));  // unsigned: it wraps for the x that the next line discards
   return (vf)(result & ~(x < set1(-87.33654f)));  // a NaN compares false and stays
+}
+
+// exp of any float: overflows to infinity, fades out through the subnormals, keeps NaN. 2^n goes in two factors.
+EFFVIT_INLINE vf exp_full(vf x) {
+  x = max(set1(-104.f), min(set1(104.f), x));  // a NaN is the second operand of both, and stays
+  const vf magic = set1(12582912.f);
+  const vf r = fma(x, set1(1.44269504f), magic);
+  const vf n = r - magic;
+  vf f = fma(n, set1(-0.693145752f), x);
+  f = fma(n, set1(-1.42860677e-06f), f);
+  vf p = set1(0.001381459878757596f);
+  p = fma(p, f, set1(0.008368716575205326f));
+  p = fma(p, f, set1(0.04166838899254799f));
+  p = fma(p, f, set1(0.1666652113199234f));
+  p = fma(p, f, set1(0.4999999403953552f));
+  p = fma(p, f, set1(1.f));
+  p = fma(p, f, set1(1.f));
+  const vi exponent = (vi)r - 0x4b400000;  // n: the bits of magic taken off
+  const vi half = exponent >> 1;
+  return p * (vf)((half + 127) << 23) * (vf)((exponent - half + 127) << 23);
 }
 
 // ---- element types -------------------------------------------------------------------------------------------------
@@ -385,9 +419,19 @@ struct DenseB {  // b[t * ld + column]
   EFFVIT_INLINE const float* operator()(int t) const { return data + t * ld; }
   EFFVIT_INLINE DenseB columns_from(int c) const { return {data + c, ld}; }
 };
-// What C holds already (a bias, say) is added last: its magnitude then enters one rounding instead of k.
-template <int MR, int NV, class A, class B>
-EFFVIT_INLINE void gemm_tile(int k, A a, B b, float* c, int64_t ldc, bool accumulate) {
+// Where the product goes: called once per vector of the result, with its row and column in the whole of C.
+struct StoreC {  // What C holds already (a bias, say) is added last: its magnitude then enters one rounding instead of
+                 // k.
+  float* data;
+  int64_t ld;
+  bool accumulate;
+  EFFVIT_INLINE void operator()(int r, int c, vf x) const {
+    float* to = data + r * ld + c;
+    store(to, accumulate ? load(to) + x : x);
+  }
+};
+template <int MR, int NV, class A, class B, class C>
+EFFVIT_INLINE void gemm_tile(int k, A a, B b, C sink, int row, int column) {
   vf acc[MR][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
@@ -395,10 +439,10 @@ EFFVIT_INLINE void gemm_tile(int k, A a, B b, float* c, int64_t ldc, bool accumu
     for (int j = 0; j < NV; ++j) acc[r][j] = vf{};
   }
   for (int t = 0; t < k; ++t) {
-    const float* row = b(t);
+    const float* from = b(t);
     vf bv[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) bv[j] = load(row + j * kLanes);
+    for (int j = 0; j < NV; ++j) bv[j] = load(from + j * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
       const vf av = set1(a(r, t));
@@ -409,46 +453,55 @@ EFFVIT_INLINE void gemm_tile(int k, A a, B b, float* c, int64_t ldc, bool accumu
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) {
-      float* to = c + r * ldc + j * kLanes;
-      store(to, accumulate ? load(to) + acc[r][j] : acc[r][j]);
-    }
+    for (int j = 0; j < NV; ++j) sink(row + r, column + j * kLanes, acc[r][j]);
   }
 }
 
-// C[MR, n] (+)= A[MR, k] B[k, n]; n a multiple of kLanes. Columns go in blocks of nearly equal width: 7 is 4 + 3.
-template <int MR, class A, class B>
-inline __attribute__((noinline)) void gemm_rows(int n, int k, A a, B b, float* c, int64_t ldc, bool accumulate) {
-  int vectors = n / kLanes, blocks = (vectors + kCols - 1) / kCols;
+// MR rows of C, from `row` on; n a multiple of kLanes. Columns go in blocks of nearly equal width: 7 is 4 + 3.
+template <int MR, class A, class B, class C>
+inline __attribute__((noinline)) void gemm_rows(int n, int k, A a, B b, C sink, int row) {
+  int vectors = n / kLanes, blocks = (vectors + kCols - 1) / kCols, column = 0;
   for (; blocks > 0; --blocks) {
-    const int width = (vectors + blocks - 1) / blocks;
+    const int width = blocks == 1 ? vectors : (vectors + blocks - 1) / blocks;
     switch (width) {
       case 1:
-        gemm_tile<MR, 1>(k, a, b, c, ldc, accumulate);
+        gemm_tile<MR, 1>(k, a, b, sink, row, column);
         break;
       case 2:
-        gemm_tile<MR, 2>(k, a, b, c, ldc, accumulate);
+        gemm_tile<MR, 2>(k, a, b, sink, row, column);
         break;
       case 3:
-        gemm_tile<MR, 3>(k, a, b, c, ldc, accumulate);
+        gemm_tile<MR, 3>(k, a, b, sink, row, column);
         break;
       default:
-        gemm_tile<MR, 4>(k, a, b, c, ldc, accumulate);
+        gemm_tile<MR, 4>(k, a, b, sink, row, column);
         break;
     }
     vectors -= width;
-    c += width * kLanes;
+    column += width * kLanes;
     b = b.columns_from(width * kLanes);
   }
+}
+
+// A[m, k] B[k, n], handed to the sink; between() is called before every few rows.
+template <class A, class B, class C, class F>
+EFFVIT_INLINE void gemm_into(int m, int n, int k, A a, B b, C sink, const F& between) {
+  int r = 0;
+  for (; r + kRows <= m; r += kRows) {
+    between();
+    gemm_rows<kRows>(n, k, a.rows_from(r), b, sink, r);
+  }
+  for (; r + 2 <= m; r += 2) {
+    between();
+    gemm_rows<2>(n, k, a.rows_from(r), b, sink, r);
+  }
+  if (r < m) gemm_rows<1>(n, k, a.rows_from(r), b, sink, r);
 }
 
 // C[m, n] (+)= A[m, k] B[k, n]
 template <class A, class B>
 EFFVIT_INLINE void gemm(int m, int n, int k, A a, B b, float* c, int64_t ldc, bool accumulate) {
-  int r = 0;
-  for (; r + kRows <= m; r += kRows) gemm_rows<kRows>(n, k, a.rows_from(r), b, c + r * ldc, ldc, accumulate);
-  for (; r + 2 <= m; r += 2) gemm_rows<2>(n, k, a.rows_from(r), b, c + r * ldc, ldc, accumulate);
-  if (r < m) gemm_rows<1>(n, k, a.rows_from(r), b, c + r * ldc, ldc, accumulate);
+  gemm_into(m, n, k, a, b, StoreC{c, ldc, accumulate}, [] {});
 }
 
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME

@@ -1,0 +1,931 @@
+// linear_attention on the CPU: shared parts and the forward, on raw pointers, compiled once per ISA. The backward is in
+// linear_attention_backward.inl.h.
+//
+// Tokens lie as [B, L, H, D], so one head's rows are far apart. A unit of work is (sequence, range of tokens, group of
+// heads): it walks its tokens in chunks, all heads of the group within a chunk, so that memory is read once and in long
+// runs, while the states of the group stay in the L2 cache. A chunk of one head goes through L1 scratch in float32,
+// with the feature map and the weight applied on the way, and from there through register-tiled products.
+#pragma once
+
+namespace effvit::cpu::EFFVIT_ISA_NAME {
+namespace linear_attention_impl {
+
+using Params = LinearAttentionParams;
+using Kernel = LinearAttentionKernel;
+
+constexpr int kChunk = 64;  // tokens that go through L1 at once
+constexpr int kBlock = 16;  // rows of a triangular product that share their number of columns
+constexpr int kMaxSplits = 32;
+constexpr int64_t kTargetUnits = 64;
+constexpr int64_t kAheadBytes = 512;  // of a token's heads in a unit: from there on the next chunk is fetched ahead
+constexpr int64_t kStateFloats = 48 << 10;  // of the states that a unit works on: they stay in L2
+static_assert(kBlock % kLanes == 0 && kChunk % kBlock == 0);
+#if defined(EFFVIT_HAS_TILES)
+template <class T>
+constexpr bool kTiles = std::is_same_v<T, BFloat16>;  // products on AMX tiles, rounded to bfloat16 as torch's are
+#else
+template <class T>
+constexpr bool kTiles = false;
+#endif
+
+// Bump allocator over the thread's scratch. The same code runs twice: once to count, once to hand out.
+class Scratch {
+ public:
+  explicit Scratch(char* base = nullptr) : base_(base) {}
+  template <class U>
+  U* take(int64_t n) {
+    U* p = base_ ? reinterpret_cast<U*>(base_ + used_) : nullptr;
+    used_ += (n * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
+    return p;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+LinearAttentionRange tokens_of(const Params& p, int64_t sequence, int64_t size) {
+  if (!p.cu_seqlens) return {sequence, 0, size};
+  return linear_attention_range(p, sequence, size, p.cu_seqlens[sequence], p.cu_seqlens[sequence + 1]);
+}
+
+// How the work is cut, from the shape alone. Long sequences are cut into ranges of tokens and keep many heads together;
+// short ones are not cut, and heads go apart instead.
+struct Plan {
+  int K, V, Kp, Vp;  // head dims, and rounded up to whole vectors
+  int64_t slot;  // floats of one partial state: [Kp, Vp], then z [Kp]
+  int64_t splits, groups;  // ranges of tokens in a sequence, groups of heads
+  int chunk;
+  bool whole;  // a unit does all phases of its sequence and heads
+  // The workspace, in floats: partial S of every split, partial dS, then 1/d and r of every token and head.
+  int64_t grads_offset = 0, tokens_offset = 0, workspace = 0;
+
+  Plan(const Params& p, bool backward) {
+    K = static_cast<int>(p.K), V = static_cast<int>(p.V);
+    Kp = round_up(K, kLanes), Vp = round_up(V, kLanes);
+    slot = int64_t{Kp} * Vp + Kp;
+    chunk = p.causal && K <= 64 && V <= 64 ? kChunk / 2 : kChunk;
+    int64_t longest = std::max(p.L, p.M);
+    if (p.cu_seqlens) {
+      longest = 0;
+      for (int64_t n = 0; n < p.N; ++n) {
+        const auto range = tokens_of(p, n, p.L);
+        longest = std::max(longest, range.end - range.begin);
+      }
+    }
+    const int64_t pairs = p.N * p.H;
+    const int64_t fit = std::max<int64_t>(1, kStateFloats / (backward ? 2 : 1) / slot);
+    const int64_t together = std::min(p.H, fit);  // heads of a group at most
+    // A piece is worth its partial state from some tokens on; a few heads of a short sequence are cut finer.
+    const int64_t worth = pairs < 4 ? 32 : 4 * std::max(K, V);
+    splits = ceil_div(kTargetUnits, std::max<int64_t>(1, p.N * ceil_div(p.H, together)));
+    splits = std::max<int64_t>(1, std::min<int64_t>({splits, longest / worth, kMaxSplits}));
+    if (p.quadratic) splits = 1;
+    const int64_t heads = std::max<int64_t>(1, std::min(together, pairs * splits / (kTargetUnits / 2)));
+    groups = p.quadratic ? p.H : ceil_div(p.H, heads);
+    whole = splits == 1;
+    const int64_t slots = whole ? 0 : p.N * splits * p.H * slot;
+    grads_offset = backward && !p.causal ? 0 : slots;
+    tokens_offset = grads_offset + (backward ? slots : 0);
+    workspace = tokens_offset + (backward && (p.causal || p.quadratic) ? 2 * p.B * p.L * p.H : 0);
+  }
+  int64_t slot_t() const { return int64_t{Kp} * Vp + Kp; }  // floats of a transposed state: [Vp, Kp], then z [Kp]
+};
+
+// One piece of a phase: tokens [begin, end) of a sequence are those of `split`, for heads [h0, h1).
+struct Unit {
+  int64_t n, split, h0, h1;
+  Unit(const Params& p, const Plan& plan, int64_t index) {
+    const int64_t group = index % plan.groups;
+    split = index / plan.groups % plan.splits;
+    n = index / plan.groups / plan.splits;
+    h0 = p.H * group / plan.groups, h1 = p.H * (group + 1) / plan.groups;
+  }
+  LinearAttentionRange tokens(const Params& p, const Plan& plan, int64_t size) const {
+    const auto all = tokens_of(p, n, size);
+    const int64_t count = all.end - all.begin;
+    return {all.batch, all.begin + count * split / plan.splits, all.begin + count * (split + 1) / plan.splits};
+  }
+};
+
+// Rows of a [B, tokens, H, D] tensor in one batch item.
+template <class T>
+struct Rows {
+  T* data = nullptr;
+  int64_t stride_l = 0, stride_h = 0;
+  EFFVIT_INLINE T* at(int64_t token, int64_t head) const { return data + token * stride_l + head * stride_h; }
+  explicit operator bool() const { return data != nullptr; }
+};
+template <class T>
+Rows<const T> rows(const void* base, int64_t batch, int64_t stride_b, int64_t stride_l, int64_t stride_h) {
+  if (!base) return {};
+  return {static_cast<const T*>(base) + batch * stride_b, stride_l, stride_h};
+}
+template <class T>
+Rows<T> contiguous_rows(void* base, int64_t batch, int64_t tokens, int64_t heads, int64_t width) {
+  if (!base) return {};
+  return {static_cast<T*>(base) + batch * tokens * heads * width, heads * width, width};
+}
+
+// The chunk after the one at work is fetched while this one is computed, a few cache lines at a time, in the order of
+// memory: the heads of a token lie together, which the hardware prefetchers would follow, but the walk over one head's
+// rows is not.
+template <class T>
+class Ahead {
+ public:
+  void clear() { count_ = 0; }
+  void read(const Rows<const T>& rows, int64_t width) {
+    if (rows)
+      operands_[count_++] = {reinterpret_cast<const char*>(rows.data), rows.stride_l, rows.stride_h, width, false};
+  }
+  void write(const Rows<T>& rows, int64_t width) {
+    if (rows)
+      operands_[count_++] = {reinterpret_cast<const char*>(rows.data), rows.stride_l, rows.stride_h, width, true};
+  }
+  // Tokens [begin, end) of heads [h0, h1), in `steps` calls of step().
+  void plan(int64_t begin, int64_t end, int64_t h0, int64_t h1, int64_t steps) {
+    begin_ = begin, end_ = end, h0_ = h0, h1_ = h1;
+    int64_t lines = 0;
+    for (int i = 0; i < count_; ++i) {
+      const Operand& o = operands_[i];
+      const int64_t rows = (end - begin) * (o.stride_h == o.width ? 1 : h1 - h0);
+      lines += rows * ceil_div((o.stride_h == o.width ? h1 - h0 : 1) * o.width * item(), 64);
+      // A few heads of a short sequence are in the cache already, or soon.
+      if ((h1 - h0) * o.width * item() < kAheadBytes) end_ = begin;
+    }
+    lines_per_step_ = static_cast<int>(ceil_div(lines, std::max<int64_t>(steps, 1)));
+    operand_ = 0;
+    if (begin_ < end_ && count_ > 0) {
+      start_operand();
+    } else {
+      operand_ = count_;
+    }
+  }
+  EFFVIT_INLINE void step() {
+    if (operand_ == count_) return;
+    for (int64_t left = lines_per_step_; left > 0;) {
+      const int64_t lines = std::min(left, (row_end_ - at_ + 63) / 64);
+      const char* const to = at_ + 64 * lines;
+      if (operands_[operand_].written) {
+        for (; at_ < to; at_ += 64) __builtin_prefetch(at_, 1, 2);
+      } else {
+        for (; at_ < to; at_ += 64) __builtin_prefetch(at_, 0, 2);
+      }
+      left -= lines;
+      if (at_ >= row_end_ && !next_row()) return;
+    }
+  }
+
+ private:
+  struct Operand {
+    const char* data;
+    int64_t stride_l, stride_h, width;
+    bool written;
+  };
+  static constexpr int64_t item() { return static_cast<int64_t>(sizeof(T)); }
+  void start_operand() {
+    const Operand& o = operands_[operand_];
+    dense_ = o.stride_h == o.width;
+    token_ = begin_, head_ = h0_;
+    start_row();
+  }
+  void start_row() {
+    const Operand& o = operands_[operand_];
+    at_ = o.data + (token_ * o.stride_l + head_ * o.stride_h) * item();
+    row_end_ = at_ + (dense_ ? h1_ - h0_ : 1) * o.width * item();
+  }
+  bool next_row() {
+    if (!dense_ && ++head_ < h1_) {
+      start_row();
+      return true;
+    }
+    head_ = h0_;
+    if (++token_ < end_) {
+      start_row();
+      return true;
+    }
+    if (++operand_ == count_) return false;
+    start_operand();
+    return true;
+  }
+  Operand operands_[6];
+  int count_ = 0, operand_ = 0, lines_per_step_ = 0;
+  int64_t begin_ = 0, end_ = 0, h0_ = 0, h1_ = 0, token_ = 0, head_ = 0;
+  const char *at_ = nullptr, *row_end_ = nullptr;
+  bool dense_ = false;
+};
+
+// Calls f(first token, tokens, head) for the chunks of [begin, end), all heads within a chunk; from the last chunk
+// backwards if asked to. f calls ahead.step() about `steps` times.
+template <class T, class F>
+EFFVIT_INLINE void walk(Ahead<T>& ahead, int64_t begin, int64_t end, int64_t h0, int64_t h1, int chunk, int steps,
+                        bool reverse, const F& f) {
+  const int64_t chunks = ceil_div(end - begin, chunk);
+  for (int64_t i = 0; i < chunks; ++i) {
+    const int64_t at = begin + (reverse ? chunks - 1 - i : i) * chunk;
+    const int n = static_cast<int>(std::min<int64_t>(chunk, end - at));
+    const int64_t next = reverse ? at - chunk : at + n;
+    ahead.plan(std::max(next, begin), reverse ? (i + 1 < chunks ? at : begin) : std::min(next + chunk, end), h0, h1,
+               (h1 - h0) * steps);
+    for (int64_t h = h0; h < h1; ++h) f(at, n, h);
+  }
+}
+
+// ---- feature maps --------------------------------------------------------------------------------------------------
+
+template <FeatureMap F>
+EFFVIT_INLINE vf feature(vf x) {
+  if constexpr (F == FeatureMap::kRelu) return max(vf{}, x);  // a NaN is the second operand, and stays
+  if constexpr (F == FeatureMap::kElu1) return x > vf{} ? x + set1(1.f) : exp_full(x);
+  if constexpr (F == FeatureMap::kExp) return exp_full(x);
+  return x;
+}
+
+// The derivative, from the feature itself: elu(x) + 1 is above 1 exactly where its slope is 1.
+template <FeatureMap F>
+EFFVIT_INLINE vf feature_slope(vf y) {
+  if constexpr (F == FeatureMap::kRelu) return (vf)((vi)set1(1.f) & ~(y <= vf{}));
+  if constexpr (F == FeatureMap::kElu1) return min(set1(1.f), y);
+  if constexpr (F == FeatureMap::kExp) return y;
+  return set1(1.f);
+}
+
+template <class F>
+EFFVIT_INLINE void dispatch_map(FeatureMap map, const F& f) {
+  switch (map) {
+    case FeatureMap::kNone:
+      return f(std::integral_constant<FeatureMap, FeatureMap::kNone>{});
+    case FeatureMap::kRelu:
+      return f(std::integral_constant<FeatureMap, FeatureMap::kRelu>{});
+    case FeatureMap::kElu1:
+      return f(std::integral_constant<FeatureMap, FeatureMap::kElu1>{});
+    default:
+      return f(std::integral_constant<FeatureMap, FeatureMap::kExp>{});
+  }
+}
+
+// The first n < kLanes elements at p, zeros behind them.
+template <class T>
+EFFVIT_INLINE vf load_some(const T* p, int n) {
+  alignas(64) float x[kLanes] = {};
+  for (int i = 0; i < n; ++i) x[i] = to_float(p[i]);
+  return load(x);
+}
+template <class T>
+EFFVIT_INLINE void store_some(T* p, vf v, int n) {
+  alignas(64) float x[kLanes];
+  store(x, v);
+  for (int i = 0; i < n; ++i) p[i] = from_float<T>(x[i]);
+}
+
+// dst[i] = phi(src[i]) * weight[i], rows of round_up(width, kLanes) floats with zeros behind the width. Null weight: 1.
+// sum, where given, takes the sum of the rows in addition to what it holds.
+template <FeatureMap F, class T>
+void pack_features(float* dst, const T* src, int64_t stride, int n, int width, const float* weight, float* sum) {
+  const int padded = round_up(width, kLanes);
+  const auto columns = [&](int c, auto vectors, auto partial) {
+    constexpr int kVectors = decltype(vectors)::value;
+    vf total[kVectors] = {};
+    for (int i = 0; i < n; ++i) {
+      const T* from = src + i * stride + c;
+      float* to = dst + i * padded + c;
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        vf x;
+        if constexpr (decltype(partial)::value) {
+          x = first_lanes(feature<F>(load_some(from, width - c)), width - c);
+        } else {
+          x = feature<F>(load(from + j * kLanes));
+        }
+        if (weight) x = x * set1(weight[i]);
+        store(to + j * kLanes, x);
+        total[j] = total[j] + x;
+      }
+    }
+    if (sum) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) store(sum + c + j * kLanes, load(sum + c + j * kLanes) + total[j]);
+    }
+  };
+  int c = 0;
+  for (; c + 4 * kLanes <= width; c += 4 * kLanes) columns(c, std::integral_constant<int, 4>{}, std::false_type{});
+  for (; c + kLanes <= width; c += kLanes) columns(c, std::integral_constant<int, 1>{}, std::false_type{});
+  if (c < width) columns(c, std::integral_constant<int, 1>{}, std::true_type{});
+}
+
+template <class T>
+EFFVIT_INLINE void pack_features(FeatureMap map, float* dst, const T* src, int64_t stride, int n, int width,
+                                 const float* weight = nullptr, float* sum = nullptr) {
+  dispatch_map(map, [&](auto f) { pack_features<decltype(f)::value>(dst, src, stride, n, width, weight, sum); });
+}
+
+// dst[i] = phi(src[i]) as above, dots[i] = phi(src[i]) . z
+template <FeatureMap F, class T>
+void pack_features_dot(float* dst, const T* src, int64_t stride, int n, int width, const float* z, float* dots) {
+  const int padded = round_up(width, kLanes);
+  for (int i = 0; i < n; ++i) {
+    const T* from = src + i * stride;
+    float* to = dst + i * padded;
+    vf total{};
+    int c = 0;
+    for (; c + kLanes <= width; c += kLanes) {
+      const vf x = feature<F>(load(from + c));
+      store(to + c, x);
+      total = fma(x, load(z + c), total);
+    }
+    if (c < width) {
+      const vf x = first_lanes(feature<F>(load_some(from + c, width - c)), width - c);
+      store(to + c, x);
+      total = fma(x, load(z + c), total);
+    }
+    dots[i] = reduce_add(total);
+  }
+}
+
+template <class T>
+EFFVIT_INLINE void pack_features_dot(FeatureMap map, float* dst, const T* src, int64_t stride, int n, int width,
+                                     const float* z, float* dots) {
+  dispatch_map(map, [&](auto f) { pack_features_dot<decltype(f)::value>(dst, src, stride, n, width, z, dots); });
+}
+
+// dst[i] = src[i] * factor[i]. Null factor: 1.
+template <class T>
+EFFVIT_INLINE void pack_rows_scaled(float* dst, const T* src, int64_t stride, int n, int width, const float* factor) {
+  const int padded = round_up(width, kLanes);
+  for (int i = 0; i < n; ++i) {
+    const T* from = src + i * stride;
+    float* to = dst + i * padded;
+    const vf by = set1(factor ? factor[i] : 1.f);
+    int c = 0;
+    for (; c + kLanes <= width; c += kLanes) store(to + c, load(from + c) * by);
+    if (c < width) store(to + c, load_some(from + c, width - c) * by);
+  }
+}
+
+// dst[c * ld + i] = src[i * padded + c], for n rows of `width` columns, padded to whole vectors
+void transpose_packed(float* dst, int64_t ld, const float* src, int n, int width) {
+  const int64_t padded = round_up(width, kLanes);
+  transpose_rows(dst, ld, n, width, [&](int i) { return src + i * padded; });
+}
+
+// Epilogue of a product: row r times factor[r], rounded to T, `width` columns. Null factor: 1.
+template <class T, bool kWhole>
+struct StoreRows {
+  T* data;
+  int64_t stride;
+  int width;
+  const float* factor;
+  EFFVIT_INLINE void operator()(int r, int c, vf x) const {
+    if (factor) x = x * set1(factor[r]);
+    T* to = data + r * stride + c;
+    if (kWhole || c + kLanes <= width) {
+      store(to, x);
+    } else {
+      store_some(to, x, width - c);
+    }
+  }
+};
+
+// dst[m, width] = factor * (A[m, k] B[k, width]), rounded to T; `width` is that of whole vectors or below.
+template <class T, class A, class B, class F>
+EFFVIT_INLINE void gemm_to_rows(int m, int width, int k, A a, B b, T* dst, int64_t stride, const float* factor,
+                                const F& between) {
+  const int padded = round_up(width, kLanes);
+  if (width == padded) {
+    gemm_into(m, padded, k, a, b, StoreRows<T, true>{dst, stride, width, factor}, between);
+  } else {
+    gemm_into(m, padded, k, a, b, StoreRows<T, false>{dst, stride, width, factor}, between);
+  }
+}
+
+template <class T>
+EFFVIT_INLINE void store_rows(T* dst, int64_t stride, const float* src, int64_t ld, int n, int width,
+                              const float* factor) {
+  for (int i = 0; i < n; ++i) store_row(dst + i * stride, src + i * ld, width, factor ? factor[i] : 1.f);
+}
+
+// weight[i] of tokens [at, at + n), in float32
+EFFVIT_INLINE const float* load_weights(const Params& p, int64_t batch, int64_t at, int n, int64_t head, float* to) {
+  if (!p.weight) return nullptr;
+  const int64_t first = batch * p.weight_stride_b + at * p.weight_stride_l + head * p.weight_stride_h;
+  for (int i = 0; i < n; ++i) to[i] = load_scalar(p.weight, p.weight_dtype, first + i * p.weight_stride_l);
+  return to;
+}
+
+// From dots = phi(q).z: factor = scale / d, and slope = -1/d, 0 where d does not depend on the dot. `count` is the
+// number of keys of the first row; it grows by `step` from row to row. slope may be null.
+EFFVIT_INLINE void normalizers(const Params& p, const float* dots, int n, int64_t count, int step, float* factor,
+                               float* slope) {
+  for (int i = 0; i < n; ++i) {
+    float d = 1.f;
+    bool varies = true;
+    switch (p.normalize) {
+      case Normalize::kNone:
+        varies = false;
+        break;
+      case Normalize::kSum:
+        d = dots[i] + p.eps;
+        break;
+      case Normalize::kMean:
+        d = dots[i] + static_cast<float>(count + int64_t{i} * step) * p.eps;
+        break;
+      case Normalize::kClamp:
+        varies = !(dots[i] < p.clamp_min);
+        d = varies ? dots[i] : p.clamp_min;
+        break;
+    }
+    factor[i] = p.scale / d;
+    if (slope) slope[i] = varies ? -1.f / d : 0.f;
+  }
+}
+
+// scores[i][j] = 0 for j > i (upper false) or j < i (upper true), for rows [r0, r0 + rows) and columns [c0, c1).
+EFFVIT_INLINE void mask_triangle(float* scores, int64_t ld, int r0, int rows, int c0, int c1, bool upper) {
+  for (int i = 0; i < rows; ++i) {
+    float* row = scores + i * ld - c0;
+    if (upper) {
+      for (int j = c0; j < std::min(c1, r0 + i); ++j) row[j] = 0.f;
+    } else {
+      for (int j = std::max(c0, r0 + i + 1); j < c1; ++j) row[j] = 0.f;
+    }
+  }
+}
+
+enum class Triangle { kFull, kLower, kUpper };
+
+// c[m, n] += (a[m, k] bt[k, columns]) masked to a triangle, times d[columns, n]: attention within a pair of chunks.
+// bt holds `columns` columns, padded to whole vectors with finite values. scores: kBlock rows of round_up(columns).
+void add_scores_product(Triangle triangle, int m, int columns, int k, const float* a, int64_t lda, const float* bt,
+                        int64_t ldb, const float* d, int64_t ldd, int n, float* scores, float* c, int64_t ldc) {
+  for (int r = 0; r < m; r += kBlock) {
+    const int rows = std::min(kBlock, m - r);
+    const int first = triangle == Triangle::kUpper ? r : 0;
+    const int last = triangle == Triangle::kLower ? std::min(r + rows, columns) : columns;
+    const int padded = round_up(last - first, kLanes);
+    gemm(rows, padded, k, RowMajorA{a + r * lda, lda}, DenseB{bt + first, ldb}, scores, padded, false);
+    if (triangle != Triangle::kFull) {
+      mask_triangle(scores, padded, r, rows, first, last, triangle == Triangle::kUpper);
+    }
+    gemm(rows, n, last - first, RowMajorA{scores, padded}, DenseB{d + first * ldd, ldd}, c + r * ldc, ldc, true);
+  }
+}
+
+// ---- states --------------------------------------------------------------------------------------------------------
+
+// A padded state, [K, Vp] and z [Kp], from contiguous tensors [K, V] and [K]; zeros where they are null.
+void load_state(const Plan& plan, float* slot, const float* state, const float* z) {
+  zero(slot, plan.slot);
+  float* const to_z = slot + int64_t{plan.Kp} * plan.Vp;
+  if (state) {
+    for (int c = 0; c < plan.K; ++c) load_row(slot + int64_t{c} * plan.Vp, state + int64_t{c} * plan.V, plan.V);
+  }
+  if (z) std::memcpy(to_z, z, static_cast<size_t>(plan.K) * sizeof(float));
+}
+
+void store_state(const Plan& plan, const float* slot, float* state, float* z) {
+  if (state) {
+    for (int c = 0; c < plan.K; ++c) store_row(state + int64_t{c} * plan.V, slot + int64_t{c} * plan.Vp, plan.V);
+  }
+  if (z) std::memcpy(z, slot + int64_t{plan.Kp} * plan.Vp, static_cast<size_t>(plan.K) * sizeof(float));
+}
+
+void add_state(const Plan& plan, float* slot, const float* other) {
+  for (int64_t i = 0; i < plan.slot; i += kLanes) store(slot + i, load(slot + i) + load(other + i));
+}
+
+// One state per head: `first` is that of head h0.
+struct States {
+  float* first;
+  int64_t h0, stride;
+  EFFVIT_INLINE float* operator()(int64_t head) const { return first + (head - h0) * stride; }
+};
+
+// Partial states in the workspace: [N, splits, H] slots.
+States states_of(const Params& p, const Plan& plan, float* base, int64_t n, int64_t split) {
+  return {base + (n * plan.splits + split) * p.H * plan.slot, 0, plan.slot};
+}
+
+// The slots of one (sequence, head), from partial sums to what precedes each split: exclusive sums from `first` on, in
+// order or backwards. Returns with the total in `total`, which starts as a copy of `first`.
+template <class Slot>
+void scan_slots(const Plan& plan, bool backwards, float* total, const Slot& slot) {
+  for (int64_t i = 0; i < plan.splits; ++i) {
+    float* const here = slot(backwards ? plan.splits - 1 - i : i);
+    for (int64_t j = 0; j < plan.slot; j += kLanes) {
+      const vf sum = load(total + j), x = load(here + j);
+      store(here + j, sum);
+      store(total + j, sum + x);
+    }
+  }
+}
+
+// ---- products on tiles ---------------------------------------------------------------------------------------------
+
+// Owns the tile configuration of the thread while a pass runs on tiles, and the operands in bfloat16.
+struct NoTiles {
+  NoTiles(const Plan&, int64_t, Scratch&) {}
+};
+#if defined(EFFVIT_HAS_TILES)
+struct Tiles {
+  const Plan& plan;
+  int K32, V32;  // head dims rounded up to the depth of a tile product
+  // A chunk's rows [64, 32-multiple], the transpose of one [Kp, 64], one in pairs of rows [32, 2 Vp]; a state's rows.
+  BFloat16 *rows, *transposed, *pairs, *state_rows;
+  // Per head of the unit: S as a right-hand side, [K32 / 2, 2 Vp], and S^T, [V32 / 2, 2 Kp].
+  BFloat16 *states, *states_t;
+
+  Tiles(const Plan& cut, int64_t heads, Scratch& s) : plan(cut) {
+    K32 = round_up(plan.K, kTileK), V32 = round_up(plan.V, kTileK);
+    rows = s.take<BFloat16>(int64_t{kChunk} * std::max(K32, V32));
+    transposed = s.take<BFloat16>(int64_t{plan.Kp} * kChunk);
+    pairs = s.take<BFloat16>(int64_t{kChunk} * plan.Vp);
+    state_rows = s.take<BFloat16>(int64_t{K32} * V32);
+    states = s.take<BFloat16>(heads * K32 * plan.Vp);
+    states_t = s.take<BFloat16>(heads * V32 * plan.Kp);
+  }
+
+  // The slot of a state, rounded, as a right-hand side of products over its rows and over its columns.
+  void load_state(const float* slot, int64_t index, bool rows_too, bool columns_too) {
+    for (int c = 0; c < K32; ++c) {
+      BFloat16* to = state_rows + int64_t{c} * V32;
+      const float* from = slot + int64_t{c} * plan.Vp;
+      for (int e = 0; e < V32; e += kLanes) store(to + e, c < plan.Kp && e < plan.Vp ? load(from + e) : vf{});
+    }
+    if (rows_too) {
+      pack_rows(state(index), 2 * plan.Vp, K32, plan.Vp, [&](int c) { return state_rows + int64_t{c} * V32; });
+    }
+    if (columns_too) {
+      pack_transposed(state_t(index), 2 * plan.Kp, plan.Kp, V32, [&](int c) { return state_rows + int64_t{c} * V32; });
+    }
+  }
+  BFloat16* state(int64_t index) const { return states + index * K32 * plan.Vp; }
+  BFloat16* state_t(int64_t index) const { return states_t + index * V32 * plan.Kp; }
+
+  // rows = src[n, padded], zeros up to `depth` columns
+  void load_rows(const float* src, int padded, int depth, int n) {
+    for (int i = 0; i < n; ++i) {
+      BFloat16* to = rows + int64_t{i} * depth;
+      for (int c = 0; c < depth; c += kLanes) store(to + c, c < padded ? load(src + int64_t{i} * padded + c) : vf{});
+    }
+  }
+  void load_rows(const BFloat16* src, int64_t stride, int width, int depth, int n) {
+    for (int i = 0; i < n; ++i) {
+      BFloat16* to = rows + int64_t{i} * depth;
+      std::memcpy(to, src + i * stride, static_cast<size_t>(width) * sizeof(BFloat16));
+      std::memset(to + width, 0, static_cast<size_t>(depth - width) * sizeof(BFloat16));
+    }
+  }
+
+  // slot += features[n, Kp]^T rows[n, V32]; features has room for round_up(n, 32) rows.
+  void add_outer(float* features, int n, float* slot) {
+    const int depth = round_up(n, kTileK);
+    zero(features + int64_t{n} * plan.Kp, int64_t{depth - n} * plan.Kp);
+    transpose_to_bfloat16(transposed, kChunk, features, plan.Kp, depth, plan.Kp);
+    pack_rows(pairs, 2 * plan.Vp, n, plan.Vp, [&](int i) { return rows + int64_t{i} * V32; });
+    tile_gemm(plan.Kp, plan.Vp, depth, transposed, kChunk, pairs, 2 * plan.Vp, slot, plan.Vp, true);
+  }
+
+  // c[n, Vp] = rows[n, K32] S, and c[n, Kp] = rows[n, V32] S^T; c has room for round_up(n, 16) rows.
+  void times_state(int64_t index, int n, float* c) {
+    tile_gemm(round_up(n, kTileM), plan.Vp, K32, rows, K32, state(index), 2 * plan.Vp, c, plan.Vp, false);
+  }
+  void times_state_t(int64_t index, int n, float* c) {
+    tile_gemm(round_up(n, kTileM), plan.Kp, V32, rows, V32, state_t(index), 2 * plan.Kp, c, plan.Kp, false);
+  }
+
+ private:
+  TileScope scope_;
+};
+template <class T>
+using TilesOf = std::conditional_t<kTiles<T>, Tiles, NoTiles>;
+#else
+template <class T>
+using TilesOf = NoTiles;
+#endif
+
+// ---- forward -------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Forward {
+  const Params& p;
+  const Plan& plan;
+  float *qf, *kf, *vf_, *den, *dots, *factor, *weights, *scores, *kt, *o, *total;
+  Ahead<T> ahead;
+  TilesOf<T> tiles;
+  bool use_tiles = kTiles<T>;
+
+  // Where the backward only needs the forward's sums, `total` is not.
+  Forward(const Params& params, const Plan& cut, Scratch& s, bool sums_only = false)
+      : p(params), plan(cut), tiles(cut, ceil_div(params.H, cut.groups), s) {
+    use_tiles = kTiles<T> && !p.causal && !p.quadratic;
+    const int64_t n = kChunk;
+    kf = s.take<float>(n * plan.Kp);
+    vf_ = s.take<float>(n * plan.Vp);
+    qf = s.take<float>(n * plan.Kp);
+    den = s.take<float>(n * plan.Kp);
+    dots = s.take<float>(n);
+    factor = s.take<float>(n);
+    weights = s.take<float>(n);
+    total = sums_only ? nullptr : s.take<float>(plan.whole ? ceil_div(p.H, plan.groups) * plan.slot : plan.slot);
+    scores = kt = o = nullptr;
+    if (p.causal || p.quadratic) {
+      scores = s.take<float>(kBlock * n);
+      kt = s.take<float>(n * plan.Kp);
+    }
+    if (p.causal || p.quadratic || kTiles<T>) o = s.take<float>(n * plan.Vp);
+  }
+
+  float* z_of(float* slot) const { return slot + int64_t{plan.Kp} * plan.Vp; }
+
+  Rows<const T> q_rows(int64_t b) const { return rows<T>(p.q, b, p.q_stride_b, p.q_stride_l, p.q_stride_h); }
+  Rows<const T> k_rows(int64_t b) const { return rows<T>(p.k, b, p.k_stride_b, p.k_stride_l, p.k_stride_h); }
+  Rows<const T> v_rows(int64_t b) const { return rows<T>(p.v, b, p.v_stride_b, p.v_stride_l, p.v_stride_h); }
+  Rows<const T> q_den_rows(int64_t b) const {
+    return rows<T>(p.q_den, b, p.q_den_stride_b, p.q_den_stride_l, p.q_den_stride_h);
+  }
+  Rows<const T> k_den_rows(int64_t b) const {
+    return rows<T>(p.k_den, b, p.k_den_stride_b, p.k_den_stride_l, p.k_den_stride_h);
+  }
+
+  // Adds the keys of a chunk to a state.
+  EFFVIT_INLINE void add_keys(const Rows<const T>& k, const Rows<const T>& v, const Rows<const T>& k_den, int64_t batch,
+                              int64_t at, int n, int64_t head, float* slot) {
+    const float* w = load_weights(p, batch, at, n, head, weights);
+    if (k_den) pack_features(p.feature_map, kf, k_den.at(at, head), k_den.stride_l, n, plan.K, w, z_of(slot));
+    pack_features(p.feature_map, kf, k.at(at, head), k.stride_l, n, plan.K, w, k_den ? nullptr : z_of(slot));
+#if defined(EFFVIT_HAS_TILES)
+    if constexpr (kTiles<T>) {
+      if (use_tiles) {
+        tiles.load_rows(v.at(at, head), v.stride_l, plan.V, tiles.V32, n);
+        for (int i = 0; i < plan.K; i += kRows) ahead.step();
+        return tiles.add_outer(kf, n, slot);
+      }
+    }
+#endif
+    pack_rows_scaled(vf_, v.at(at, head), v.stride_l, n, plan.V, nullptr);
+    gemm_into(plan.K, plan.Vp, n, TransposedA{kf, plan.Kp}, DenseB{vf_, plan.Vp}, StoreC{slot, plan.Vp, true},
+              [&] { ahead.step(); });
+  }
+
+  // Adds the unit's keys to its states, slot(head).
+  void sums(const Unit& unit, const States& slot) {
+    const auto range = unit.tokens(p, plan, p.M);
+    const auto k = k_rows(range.batch), v = v_rows(range.batch), k_den = k_den_rows(range.batch);
+    ahead.clear();
+    ahead.read(k, p.K);
+    ahead.read(v, p.V);
+    ahead.read(k_den, p.K);
+    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, plan.K / kRows, false,
+         [&](int64_t at, int n, int64_t head) { add_keys(k, v, k_den, range.batch, at, n, head, slot(head)); });
+  }
+
+  // The unit's rows of out, from the complete states.
+  void outputs(const Unit& unit, const States& slot) {
+    const auto range = unit.tokens(p, plan, p.L), keys = tokens_of(p, unit.n, p.M);
+    const auto q = q_rows(range.batch), q_den = q_den_rows(range.batch);
+    const auto out = contiguous_rows<T>(p.out, range.batch, p.L, p.H, p.V);
+    ahead.clear();
+    ahead.read(q, p.K);
+    ahead.read(q_den, p.K);
+    ahead.write(out, p.V);
+#if defined(EFFVIT_HAS_TILES)
+    if constexpr (kTiles<T>) {
+      for (int64_t h = unit.h0; h < unit.h1; ++h) tiles.load_state(slot(h), h - unit.h0, true, false);
+    }
+#endif
+    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, plan.chunk / kRows, false,
+         [&](int64_t at, int n, int64_t head) {
+           float* const state = slot(head);
+           if (q_den) {
+             pack_features_dot(p.feature_map, den, q_den.at(at, head), q_den.stride_l, n, plan.K, z_of(state), dots);
+             pack_features(p.feature_map, qf, q.at(at, head), q.stride_l, n, plan.K);
+           } else if (p.normalize == Normalize::kNone) {
+             pack_features(p.feature_map, qf, q.at(at, head), q.stride_l, n, plan.K);
+           } else {
+             pack_features_dot(p.feature_map, qf, q.at(at, head), q.stride_l, n, plan.K, z_of(state), dots);
+           }
+           normalizers(p, dots, n, keys.end - keys.begin, 0, factor, nullptr);
+#if defined(EFFVIT_HAS_TILES)
+           if constexpr (kTiles<T>) {
+             tiles.load_rows(qf, plan.Kp, tiles.K32, n);
+             for (int i = 0; i < plan.chunk; i += kRows) ahead.step();
+             tiles.times_state(head - unit.h0, n, o);
+             store_rows(out.at(at, head), out.stride_l, o, plan.Vp, n, plan.V, factor);
+             return;
+           }
+#endif
+           gemm_to_rows(n, plan.V, plan.K, RowMajorA{qf, plan.Kp}, DenseB{state, plan.Vp}, out.at(at, head),
+                        out.stride_l, factor, [&] { ahead.step(); });
+         });
+  }
+
+  // dots[i] = phi(q_den_i) . z_i, where z_i runs over the keys up to i; z goes on to the end of the chunk.
+  EFFVIT_INLINE void running_dots(const float* features_q, const float* features_k, int n, float* z) {
+    for (int i = 0; i < n; ++i) {
+      vf sum{};
+      for (int c = 0; c < plan.Kp; c += kLanes) {
+        const vf here = load(z + c) + load(features_k + i * plan.Kp + c);
+        store(z + c, here);
+        sum = fma(here, load(features_q + i * plan.Kp + c), sum);
+      }
+      dots[i] = reduce_add(sum);
+    }
+  }
+
+  // The unit's rows of out, each from the keys up to its own; the states, of the keys before the unit, run along.
+  void causal_outputs(const Unit& unit, const States& slot) {
+    const auto range = unit.tokens(p, plan, p.L);
+    const int64_t start = tokens_of(p, unit.n, p.L).begin, b = range.batch;
+    const auto q = q_rows(b), k = k_rows(b), v = v_rows(b), q_den = q_den_rows(b), k_den = k_den_rows(b);
+    const auto out = contiguous_rows<T>(p.out, b, p.L, p.H, p.V);
+    ahead.clear();
+    ahead.read(q, p.K);
+    ahead.read(k, p.K);
+    ahead.read(v, p.V);
+    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, (plan.chunk + plan.K) / kRows, false,
+         [&](int64_t at, int n, int64_t head) {
+           float* const state = slot(head);
+           const float* w = load_weights(p, b, at, n, head, weights);
+           pack_features(p.feature_map, qf, q.at(at, head), q.stride_l, n, plan.K);
+           pack_features(p.feature_map, kf, k.at(at, head), k.stride_l, n, plan.K, w);
+           pack_rows_scaled(vf_, v.at(at, head), v.stride_l, n, plan.V, nullptr);
+           const float *dq = qf, *dk = kf;
+           if (q_den) {
+             pack_features(p.feature_map, den, q_den.at(at, head), q_den.stride_l, n, plan.K);
+             dq = den;
+           }
+           if (k_den) {
+             pack_features(p.feature_map, kt, k_den.at(at, head), k_den.stride_l, n, plan.K, w);
+             dk = kt;
+           }
+           running_dots(dq, dk, n, z_of(state));
+           normalizers(p, dots, n, at - start + 1, 1, factor, nullptr);
+           gemm_into(n, plan.Vp, plan.K, RowMajorA{qf, plan.Kp}, DenseB{state, plan.Vp}, StoreC{o, plan.Vp, false},
+                     [&] { ahead.step(); });
+           transpose_packed(kt, kChunk, kf, n, plan.K);
+           add_scores_product(Triangle::kLower, n, n, plan.K, qf, plan.Kp, kt, kChunk, vf_, plan.Vp, plan.Vp, scores, o,
+                              plan.Vp);
+           store_rows(out.at(at, head), out.stride_l, o, plan.Vp, n, plan.V, factor);
+           gemm_into(plan.K, plan.Vp, n, TransposedA{kf, plan.Kp}, DenseB{vf_, plan.Vp}, StoreC{state, plan.Vp, true},
+                     [&] { ahead.step(); });
+         });
+  }
+
+  // One (sequence, head) from the scores of all pairs of chunks.
+  void quadratic(const Unit& unit) {
+    const int64_t b = unit.n, head = unit.h0;
+    const auto q = q_rows(b), k = k_rows(b), v = v_rows(b), q_den = q_den_rows(b);
+    const auto den_k = p.k_den ? k_den_rows(b) : k;
+    const auto out = contiguous_rows<T>(p.out, b, p.L, p.H, p.V);
+    const auto keys_of = [&](int64_t at) { return static_cast<int>(std::min<int64_t>(plan.chunk, p.M - at)); };
+    float* const z = total;
+    zero(z, plan.Kp);
+    if (!p.causal && p.normalize != Normalize::kNone) {
+      for (int64_t j = 0; j < p.M; j += plan.chunk) {
+        const int n = keys_of(j);
+        const float* w = load_weights(p, b, j, n, head, weights);
+        pack_features(p.feature_map, kf, den_k.at(j, head), den_k.stride_l, n, plan.K, w, z);
+      }
+    }
+    for (int64_t at = 0; at < p.L; at += plan.chunk) {
+      const int n = static_cast<int>(std::min<int64_t>(plan.chunk, p.L - at));
+      pack_features(p.feature_map, qf, q.at(at, head), q.stride_l, n, plan.K);
+      const float* features = qf;
+      if (q_den) {
+        pack_features(p.feature_map, den, q_den.at(at, head), q_den.stride_l, n, plan.K);
+        features = den;
+      }
+      if (p.causal) {
+        const float* w = load_weights(p, b, at, n, head, weights);
+        pack_features(p.feature_map, kf, den_k.at(at, head), den_k.stride_l, n, plan.K, w);
+        running_dots(features, kf, n, z);
+      } else {
+        for (int i = 0; i < n; ++i) dots[i] = dot(features + i * plan.Kp, z, plan.Kp);
+      }
+      normalizers(p, dots, n, p.causal ? at + 1 : p.M, p.causal, factor, nullptr);
+      zero(o, int64_t{n} * plan.Vp);
+      for (int64_t j = 0; j < (p.causal ? at + n : p.M); j += plan.chunk) {
+        const int columns = keys_of(j);
+        const float* w = load_weights(p, b, j, columns, head, weights);
+        pack_features(p.feature_map, kf, k.at(j, head), k.stride_l, columns, plan.K, w);
+        pack_rows_scaled(vf_, v.at(j, head), v.stride_l, columns, plan.V, nullptr);
+        transpose_packed(kt, kChunk, kf, columns, plan.K);
+        add_scores_product(p.causal && j == at ? Triangle::kLower : Triangle::kFull, n, columns, plan.K, qf, plan.Kp,
+                           kt, kChunk, vf_, plan.Vp, plan.Vp, scores, o, plan.Vp);
+      }
+      store_rows(out.at(at, head), out.stride_l, o, plan.Vp, n, plan.V, factor);
+    }
+  }
+
+  int64_t pair(const Unit& unit, int64_t head) const { return unit.n * p.H + head; }
+  const float* initial_state(int64_t pair) const {
+    return p.initial_state ? p.initial_state + pair * p.K * p.V : nullptr;
+  }
+  const float* initial_z(int64_t pair) const { return p.initial_z ? p.initial_z + pair * p.K : nullptr; }
+
+  void run_whole(const Unit& unit) {
+    const States slot{total, unit.h0, plan.slot};
+    for (int64_t h = unit.h0; h < unit.h1; ++h) {
+      load_state(plan, slot(h), initial_state(pair(unit, h)), initial_z(pair(unit, h)));
+    }
+    if (p.causal) {
+      causal_outputs(unit, slot);
+    } else {
+      sums(unit, slot);
+      outputs(unit, slot);
+    }
+    for (int64_t h = unit.h0; h < unit.h1; ++h) {
+      store_state(plan, slot(h), p.state + pair(unit, h) * p.K * p.V, p.z + pair(unit, h) * p.K);
+    }
+  }
+
+  // Phases: 0 everything of whole sequences, or partial states; 1 states from them; 2 out.
+  void run(int phase, float* workspace, int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      if (phase == 1) {  // a unit is a (sequence, head)
+        const int64_t n = index / p.H, head = index % p.H;
+        load_state(plan, total, initial_state(index), initial_z(index));
+        const auto slot = [&](int64_t split) { return states_of(p, plan, workspace, n, split)(head); };
+        if (p.causal) {
+          scan_slots(plan, false, total, slot);
+        } else {
+          for (int64_t split = 0; split < plan.splits; ++split) add_state(plan, total, slot(split));
+          std::memcpy(slot(0), total, static_cast<size_t>(plan.slot) * sizeof(float));
+        }
+        store_state(plan, total, p.state + index * p.K * p.V, p.z + index * p.K);
+        continue;
+      }
+      const Unit unit(p, plan, index);
+      const States own = states_of(p, plan, workspace, unit.n, unit.split);
+      if (p.quadratic) {
+        quadratic(unit);
+      } else if (plan.whole) {
+        run_whole(unit);
+      } else if (phase == 0) {
+        for (int64_t h = unit.h0; h < unit.h1; ++h) zero(own(h), plan.slot);
+        sums(unit, own);
+      } else if (p.causal) {
+        causal_outputs(unit, own);
+      } else {
+        outputs(unit, states_of(p, plan, workspace, unit.n, 0));
+      }
+    }
+  }
+};
+
+}  // namespace linear_attention_impl
+}  // namespace effvit::cpu::EFFVIT_ISA_NAME
+
+#include "linear_attention_backward.inl.h"
+
+// ---- entry points --------------------------------------------------------------------------------------------------
+
+namespace effvit::cpu::EFFVIT_ISA_NAME {
+namespace linear_attention_impl {
+
+template <template <class> class Pass, class T, class... Args>
+void run_pass(const Params& p, const Plan& plan, Args... args) {
+  Scratch count;
+  Pass<T> sizes(p, plan, count);
+  Scratch scratch(static_cast<char*>(thread_scratch(count.used())));
+  Pass<T> pass(p, plan, scratch);
+  pass.run(args...);
+}
+
+int phases(bool backward) { return backward ? 5 : 3; }
+
+int64_t workspace(const Params& p, bool backward) { return Plan(p, backward).workspace; }
+
+int64_t units(const Params& p, bool backward, int phase) {
+  const Plan plan(p, backward);
+  const int64_t all = p.N * plan.groups * plan.splits;
+  if (plan.whole) return phase == 0 ? all : 0;
+  if (backward && phase < 2 && !p.causal) return 0;
+  return phase % 2 == 1 ? p.N * p.H : all;
+}
+
+void run(const Params& p, bool backward, int phase, float* workspace, int64_t begin, int64_t end) {
+  const Plan plan(p, backward);
+  dispatch_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (backward) {
+      run_pass<Backward, T>(p, plan, phase, workspace, begin, end);
+    } else {
+      run_pass<Forward, T>(p, plan, phase, workspace, begin, end);
+    }
+  });
+}
+
+}  // namespace linear_attention_impl
+}  // namespace effvit::cpu::EFFVIT_ISA_NAME
+
+namespace effvit::cpu {
+const LinearAttentionKernel* EFFVIT_KERNEL_NAME(linear_attention)() {
+  namespace impl = EFFVIT_ISA_NAME::linear_attention_impl;
+  static const LinearAttentionKernel kernel = {impl::phases, impl::workspace, impl::units, impl::run};
+  return &kernel;
+}
+}  // namespace effvit::cpu

@@ -1,0 +1,127 @@
+"""Mutants of the linear attention kernels."""
+
+import ctypes
+import functools
+
+import numpy as np
+from mutants import Mutant, bf16, bf16_values, call, check_seeds, from_bf16, nbytes, pointer
+
+HARNESS = "tests/prim/linear_attention_harness.cpp"
+LINEAR = "csrc/cuda/linear_attention.cuh"
+# B, L, M, H, K, V, feature map, normaliser, causal, quadratic; weight, q_den
+CASES = [
+    ((1, 260, 200, 1, 20, 16, 1, 1, 0, 0), True, False),  # several splits, and tiles a CTA
+    ((1, 140, 140, 1, 20, 16, 2, 2, 1, 0), True, False),  # causal: two splits, padded columns that phi makes 1
+    ((2, 20, 70, 1, 16, 12, 1, 1, 0, 1), False, True),  # quadratic: two key tiles
+    ((1, 40, 30, 1, 72, 40, 1, 1, 0, 0), True, False),  # two blocks of rows and two slabs of the state
+]
+NAMES = ("out", "state", "z", "dq", "dk", "dv", "dweight", "dq_den")
+
+MUTANTS = [
+    Mutant("state_barrier", LINEAR,
+           "        prim::sync_threads();  // this tile is complete, and the other buffer's readers are done\n"
+           "        const int next_block = block + 1 == g.blocks",
+           "        const int next_block = block + 1 == g.blocks", "race|uninitialised"),
+    Mutant("walk_barrier", LINEAR,
+           "        prim::sync_threads();  // this tile is complete, and the other buffer's readers are done\n"
+           "        const int next_block = block + 1 == blocks",
+           "        const int next_block = block + 1 == blocks", "race|uninitialised"),
+    Mutant("chunk_barrier", LINEAR, "        prim::sync_threads();  // the readers of the state and of zvec\n", "",
+           "race"),
+    Mutant("den_buffer", LINEAR, "          den_at = kTile - den_at;", "          den_at = 0;", "race"),
+    Mutant("no_wait", LINEAR,
+           "        prim::cp_async_wait<0>();\n        if constexpr (Traits<T>::kSplit) prim::sync_threads();",
+           "        if constexpr (Traits<T>::kSplit) prim::sync_threads();", "before its wait"),
+    Mutant("tail", LINEAR, "const int n = first + row < stop ? length : 0;",
+           "const int n = first + row <= stop ? length : 0;", "outside"),
+    Mutant("padded_columns", LINEAR, "x[e] = inside && e < length ? x[e] * factor : 0.f;",
+           "x[e] = inside ? x[e] * factor : 0.f;"),
+    Mutant("lost_slab", LINEAR, "const int col = slab * g.slab_cols + piece;", "const int col = piece;",
+           "written twice"),
+    Mutant("lost_split", LINEAR, "    for (int k = 0; k < r.splits; ++k) {",
+           "    for (int k = 1; k < r.splits; ++k) {"),
+    Mutant("split_order", LINEAR, "(r.reverse ? r.splits - 1 - k : k)", "k"),
+    Mutant("inclusive_prefix", LINEAR,
+           "      if (r.prefix) prim::store_global(split, sum);\n      sum += part;",
+           "      sum += part;\n      if (r.prefix) prim::store_global(split, sum);"),
+    Mutant("sign", LINEAR, "-(sum * (p.scale / d)) / d", "(sum * (p.scale / d)) / d"),
+    Mutant("mask", LINEAR, "if (g.reverse ? j < i : j > i) p[n][e] = 0.f;",
+           "if (g.reverse ? j <= i : j >= i) p[n][e] = 0.f;"),
+    Mutant("a_fragment", LINEAR, "(k + low + quarter) * a.stride + m0 + half",
+           "(k + low + half) * a.stride + m0 + quarter"),
+    Mutant("b_fragment", LINEAR,
+           "          prim::mma_m16n8k16<E>(acc[n], af, bf[0], bf[1]);\n"
+           "          prim::mma_m16n8k16<E>(acc[n + 1], af, bf[2], bf[3]);\n          if constexpr",
+           "          prim::mma_m16n8k16<E>(acc[n], af, bf[0], bf[1]);\n"
+           "          prim::mma_m16n8k16<E>(acc[n + 1], af, bf[0], bf[3]);\n          if constexpr"),
+]  # fmt: skip
+
+
+def inputs_of(case):
+    """q, k, v, weight, q_den, grad_out in float32, of values that bfloat16 holds exactly."""
+    (B, L, M, H, K, V, *_), weighted, den = CASES[case]
+    values = functools.partial(bf16_values, np.random.default_rng(case))
+    weight = 0.5 + np.abs(values(B, M, H)) if weighted else None
+    q_den = values(B, L, H, K) if den else None
+    return values(B, L, H, K), values(B, M, H, K), values(B, M, H, V), weight, q_den, values(B, L, H, V)
+
+
+def run(library):
+    for case, (sizes, *_) in enumerate(CASES):
+        B, L, M, H, K, V, *_, quadratic = sizes
+        q, k, v, weight, q_den, grad = inputs_of(case)
+        half = [None if x is None else bf16(x) for x in (q, k, v, q_den, grad)]
+        out, dq, dk, dv = (np.zeros(x.shape, np.uint16) for x in (grad, q, k, v))
+        state, z = (None, None) if quadratic else (np.zeros((B, H, K, V), np.float32), np.zeros((B, H, K), np.float32))
+        dweight = None if weight is None else np.zeros_like(weight)
+        dq_den = None if q_den is None else np.zeros(q_den.shape, np.uint16)
+        workspace = np.zeros(1 << 18, np.float32)
+        tensors = [
+            *half[:3], weight, half[3], out, state, z, half[4], dq, dk, dv, dweight, dq_den,
+        ]  # fmt: skip
+        addresses = (ctypes.c_void_p * len(tensors))(*[None if t is None else t.ctypes.data for t in tensors])
+        call(
+            library.run_linear_attention, (ctypes.c_int64 * len(sizes))(*sizes), addresses, pointer(workspace),
+            nbytes(workspace),
+        )  # fmt: skip
+        for name, x in zip(NAMES, (out, state, z, dq, dk, dv, dweight, dq_den), strict=True):
+            if x is not None:
+                x = from_bf16(x) if x.dtype == np.uint16 else x
+                yield f"{case}_{name}", x.astype(np.float64)
+
+
+def formula(case, main, small):
+    """Outputs and gradients of the reference; main: dtype of the tokens, small: of the weight."""
+    import torch
+
+    from effvit.reference.linear_attention import NORMALIZERS, linear_attention
+
+    (*_, map_, normalize, causal, quadratic), *_ = CASES[case]
+    dtypes = (main, main, main, small, main, main)
+    tensors = [None if x is None else torch.from_numpy(x).to(t) for x, t in zip(inputs_of(case), dtypes, strict=True)]
+    *inputs, grad = tensors
+    leaves = [t.requires_grad_() for t in inputs if t is not None]
+    q, k, v, weight, q_den = inputs
+    out, state, z = linear_attention(
+        q, k, v, q_den, None, weight, feature_map=("none", "relu", "elu1", "exp")[map_],
+        normalize=NORMALIZERS[normalize], eps=0.01, scale=0.5, causal=bool(causal), quadratic=bool(quadratic),
+    )  # fmt: skip
+    gradients = iter(torch.autograd.grad(out, leaves, grad))
+    gradients = [None if t is None else next(gradients) for t in inputs]
+    return [None if t is None else t.detach() for t in (out, state, z, *gradients)]
+
+
+def check(results):
+    import torch
+
+    from effvit.testing import assert_close_to_truth
+
+    check_seeds(results)
+    for case in range(len(CASES)):
+        truths = formula(case, torch.float64, torch.float64)
+        yardsticks = formula(case, torch.bfloat16, torch.float32)
+        for name, truth, yardstick in zip(NAMES, truths, yardsticks, strict=True):
+            if f"0_{case}_{name}" in results:
+                result = torch.from_numpy(results[f"0_{case}_{name}"])
+                eps = torch.finfo(torch.bfloat16).eps
+                assert_close_to_truth(result, truth, yardstick, eps=eps, name=f"{case}_{name}")

@@ -1,0 +1,1408 @@
+"""Linear attention in Triton: non-causal, causal and quadratic forms, forward and every gradient of the contract.
+
+Linear form, forward: the sequence of a (sequence, head) is cut into splits; a program sums phi(k)^T w v over a split
+(`state` kernel), `scan` adds the splits up in a fixed order, and `fwd` multiplies phi(q) by the state. Causal: `scan`
+leaves in every split's slot the state before it, and `fwd` walks the split chunk by chunk with the state in registers.
+
+Backward: `bwd_dq` walks the queries; where the state fits in one block it also sums phi(q)^T u (u = grad_out * scale /
+denominator), from which `scan` makes dS; `bwd_dkv` walks the keys, in the causal form from the last chunk to the first.
+The numerator's gradient is linear in u, so the products take grad_out as it is, and the rows are scaled afterwards.
+
+A head dim that a product sums over is one block, so states of more than STATE_BLOCK elements are cut along the other
+head dim, and each block is a program's. Then phi(q) . (u S^T) and the denominator are sums over blocks: `bwd_dq` runs
+twice, first to write these sums per token and block, then to write dq; dS comes from `state`, and dk and dv from one
+launch each.
+
+No float atomics. The number of splits follows from the shapes alone, never from the device, and is at most MAX_SPLITS:
+every run gives the same bits on every device. Scratch memory: splits states, and the rows' scale / denominator and
+gradient of the denominator where dk and dv need them again.
+
+Operands of the products: float32 as it is, bfloat16 for bfloat16. For float16 they are float32 with TF32 precision,
+which has float16's significand and float32's exponent: phi(q) phi(k)^T, the state, and exp overflow float16 long before
+float32, and u and dS fall below float16's smallest numbers. Sums and states are always float32.
+"""
+
+import torch
+
+from ._common import (
+    INTERPRETED,
+    MAX_GRID,
+    SCALE,
+    Launch,
+    _loop_bound,
+    cdiv,
+    device_function,
+    next_power_of_two,
+    run,
+    sum_partials,
+    tl,
+    triton,
+)
+
+MAX_SPLITS = 32
+# About this many programs fill any GPU a few times over. Under the interpreter every program costs milliseconds.
+TARGET_PROGRAMS = 4 if INTERPRETED else 1024
+# Programs that leave a partial state each, which is written and read again, get more tokens, and at least so many.
+TARGET_PARTIALS = 4 if INTERPRETED else 512
+MIN_SPLIT_TOKENS = 16 if INTERPRETED else 128
+# A tile of tokens, with head dims of at least 64; half of it in the causal form, which holds two states and ten tiles.
+TILE_BYTES = 8 << 10
+# Elements of the block of the state that a program keeps in registers, by element size; half in the causal form.
+STATE_BLOCK = {2: 128 * 128, 4: 64 * 64}
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+# Values of the schema's ints; python/effvit/ops/linear_attention.py has the same lists.
+_RELU, _ELU1, _EXP = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+_NONE, _SUM, _MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_LOG2E, _LOG2E_LOW, _LN2 = tl.constexpr(1.4426950216293335), tl.constexpr(1.9259629911266175e-8), tl.constexpr(
+    0.6931471805599453)  # fmt: skip
+
+# Sizes that change from call to call; specialising on their values would only recompile.
+_SIZES = ["heads", "sequences", "L", "M", "splits", "count_state", "count_z", "base"]
+
+
+# ------------------------------------------------------------------------------------------------- tokens of a program
+
+
+@device_function
+def _program(base):
+    pid = tl.program_id(0)
+    if base is not None:
+        pid = pid.to(tl.int64) + base
+    return pid
+
+
+@device_function
+def _sequence(cu_seqlens, n, size):
+    """(batch, first token, end) of sequence n. Offsets outside of the tokens or out of order are cut: they could not
+    be checked without waiting for the GPU."""
+    b = n
+    begin = n * 0
+    end = begin + size
+    if cu_seqlens is not None:
+        b = n * 0
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), size)
+        end = tl.maximum(tl.minimum(tl.load(cu_seqlens + n + 1).to(tl.int64), size), begin)
+    return b, begin, end
+
+
+@device_function
+def _split(begin, end, split, splits, BLOCK: tl.constexpr):
+    """(first token, end, number of blocks) of a split; whole blocks, so that every kernel cuts at the same tokens."""
+    blocks = (end - begin + (BLOCK - 1)) // BLOCK
+    walk = (blocks + splits - 1) // splits
+    first = tl.minimum(begin + split * walk * BLOCK, end)
+    stop = tl.minimum(first + walk * BLOCK, end)
+    return first, stop, ((stop - first + (BLOCK - 1)) // BLOCK).to(tl.int32)
+
+
+@device_function
+def _zero_outside(
+    pointer, cu_seqlens, sequences, share, shares, size, head, heads, column, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Zeros to the rows [size, heads, D] of tokens that belong to no sequence; a program writes one of `shares`."""
+    before = tl.minimum(tl.maximum(tl.load(cu_seqlens).to(tl.int64), 0), size)
+    after = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequences).to(tl.int64), 0), size)
+    first, stop, blocks = _split(before * 0, before + size - after, share, shares, BLOCK)
+    for step in range(0, _loop_bound(blocks)):
+        token = first + step * BLOCK + tl.arange(0, BLOCK)
+        ok = token < stop
+        token = tl.where(token < before, token, token - before + after)
+        zero = (token[:, None] * 0 + column[None, :] * 0).to(pointer.dtype.element_ty)
+        offset = (token * heads + head) * D
+        tl.store(pointer + offset[:, None] + column[None, :], zero, mask=ok[:, None] & (column < D)[None, :])
+
+
+# --------------------------------------------------------------------------------------------------------------- tiles
+
+
+@device_function
+def _mask(ok, column, D: tl.constexpr):
+    """Rows `ok` of a tile, and columns below D where the tile has others."""
+    mask = ok[:, None]
+    if _INTERPRETED or D % column.shape[0] != 0:
+        mask = mask & (column < D)[None, :]
+    return mask
+
+
+@device_function
+def _load_rows(pointer, row, ok, stride, column, D: tl.constexpr):
+    pointers = pointer + (row * stride)[:, None] + column[None, :]
+    return tl.load(pointers, mask=_mask(ok, column, D), other=0.0).to(tl.float32)
+
+
+@device_function
+def _store_rows(pointer, row, ok, stride, column, x, D: tl.constexpr):
+    pointers = pointer + (row * stride)[:, None] + column[None, :]
+    tl.store(pointers, x.to(pointer.dtype.element_ty), mask=_mask(ok, column, D))
+
+
+@device_function
+def _load_state(pointer, row, column, K: tl.constexpr, V: tl.constexpr):
+    """Rows and columns of a state [K, V]."""
+    mask = (row < K)[:, None] & (column < V)[None, :]
+    return tl.load(pointer + row[:, None] * V + column[None, :], mask=mask, other=0.0)
+
+
+@device_function
+def _operand(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """A float32 tile as an operand of tl.dot; the interpreter gets the rounded values in float32."""
+    if DTYPE == tl.bfloat16:
+        x = x.to(tl.bfloat16)
+        if UPCAST:
+            x = x.to(tl.float32)
+    return x
+
+
+if INTERPRETED:
+
+    def _exp(x, ACCURATE):
+        return tl.exp(x)
+
+else:
+
+    @triton.jit
+    def _exp(x, ACCURATE: tl.constexpr):
+        """e^x. ACCURATE: tl.exp rounds x * log2(e) before the exponential, which |x| makes worse; add it back."""
+        if ACCURATE:
+            t = x * _LOG2E
+            lost = tl.fma(x, _LOG2E, -t) + x * _LOG2E_LOW
+            lost = tl.where(tl.abs(t) < 256.0, lost, 0.0)  # infinity minus infinity
+            y = tl.exp2(t)
+            y = tl.where(y < float("inf"), tl.fma(y, lost * _LN2, y), y)
+        else:
+            y = tl.exp(x)
+        return y
+
+
+@device_function
+def _feature(x, ok, column, D: tl.constexpr, FEATURE: tl.constexpr, ACCURATE: tl.constexpr):
+    """phi(x), 0 outside of the tile. NaN stays NaN."""
+    if FEATURE == _RELU:
+        x = tl.where(x < 0.0, 0.0, x)
+    elif FEATURE == _ELU1:
+        x = tl.where(x > 0.0, x + 1.0, _exp(x, ACCURATE))
+    elif FEATURE == _EXP:
+        x = _exp(x, ACCURATE)
+    if FEATURE >= _ELU1:  # phi(0) is not 0
+        x = tl.where(_mask(ok, column, D), x, 0.0)
+    return x
+
+
+@device_function
+def _feature_backward(g, phi, FEATURE: tl.constexpr):
+    """g * phi'(x), from phi(x): one tile less in registers."""
+    if FEATURE == _RELU:
+        g = tl.where(phi > 0.0, g, 0.0)
+    elif FEATURE == _ELU1:
+        g = g * tl.where(phi > 1.0, 1.0, phi)
+    elif FEATURE == _EXP:
+        g = g * phi
+    return g
+
+
+@device_function
+def _denominator(d, count, eps, clamp_min, NORMALIZE: tl.constexpr):
+    """phi(q_den) . z -> what the numerator is divided by; count: the number of keys in the sums."""
+    if NORMALIZE == _SUM:
+        d = d + eps
+    elif NORMALIZE == _MEAN:
+        d = d + count.to(tl.float32) * eps
+    else:
+        d = tl.where(d < clamp_min, clamp_min, d)
+    return d
+
+
+@device_function
+def _row_gradients(d, t, count, ok, eps, clamp_min, scale, NORMALIZE: tl.constexpr):
+    """(scale / denominator, gradient of phi(q_den) . z) of rows, from d = phi(q_den) . z and t = phi(q) . (grad_out
+    S^T); 0 in rows that do not exist, whose denominator may be 0."""
+    denominator = _denominator(d, count, eps, clamp_min, NORMALIZE)
+    inverse = tl.where(ok, scale / denominator, 0.0)
+    r = tl.where(ok, -(t * inverse) / denominator, 0.0)
+    if NORMALIZE > _MEAN:
+        r = tl.where(d >= clamp_min, r, 0.0)
+    return inverse, r
+
+
+# -------------------------------------------------------------------------------------------------------------- states
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def linear_attention_state_kernel(
+    x,  # [B, M, H, K], last stride 1
+    y,  # [B, M, H, V], last stride 1
+    x_den,  # [B, M, H, K], last stride 1, or None: x
+    y_weight,  # [B, M, H], any strides, or None: 1
+    z_weight,  # [B, M, H], any strides, or None: 1
+    cu_seqlens,  # [N + 1] int32, contiguous, or None
+    partial_state,  # [splits, N, H, K, V] float32
+    partial_z,  # [splits, N, H, K] float32, or None
+    heads, sequences, M, splits, base,
+    x_stride_b, x_stride_l, x_stride_h,
+    y_stride_b, y_stride_l, y_stride_h,
+    x_den_stride_b, x_den_stride_l, x_den_stride_h,
+    y_weight_stride_b, y_weight_stride_l, y_weight_stride_h,
+    z_weight_stride_b, z_weight_stride_l, z_weight_stride_h,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FEATURE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Per split: sum of phi(x)^T (y_weight y), and of z_weight phi(x_den). A program owns a block of the state."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    ACCURATE: tl.constexpr = DTYPE == tl.float32
+    BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    BLOCKS_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+
+    pid = _program(base)
+    column_k = pid % BLOCKS_K * BLOCK_K + tl.arange(0, BLOCK_K)
+    pid = pid // BLOCKS_K
+    block_v = pid % BLOCKS_V
+    column_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    pid = pid // BLOCKS_V
+    head = (pid % heads).to(tl.int64)
+    pid = pid // heads
+    split = (pid % splits).to(tl.int64)
+    n = (pid // splits).to(tl.int64)
+    b, begin, end = _sequence(cu_seqlens, n, M)
+    first, stop, blocks = _split(begin, end, split, splits, BLOCK)
+    x += b * x_stride_b + head * x_stride_h
+    y += b * y_stride_b + head * y_stride_h
+    if x_den is not None:
+        x_den += b * x_den_stride_b + head * x_den_stride_h
+    if y_weight is not None:
+        y_weight += b * y_weight_stride_b + head * y_weight_stride_h
+    if z_weight is not None:
+        z_weight += b * z_weight_stride_b + head * z_weight_stride_h
+
+    state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    z = tl.zeros([BLOCK_K], tl.float32)
+    for step in range(0, _loop_bound(blocks)):
+        row = first + step * BLOCK + tl.arange(0, BLOCK)
+        ok = row < stop
+        phi = _feature(_load_rows(x, row, ok, x_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
+        y_tile = _load_rows(y, row, ok, y_stride_l, column_v, V)
+        if y_weight is not None:
+            w = tl.load(y_weight + row * y_weight_stride_l, mask=ok, other=0.0).to(tl.float32)
+            y_tile = y_tile * w[:, None]
+        state = tl.dot(tl.trans(_operand(phi, DTYPE, UPCAST)), _operand(y_tile, DTYPE, UPCAST), state,
+                       input_precision=PRECISION)  # fmt: skip
+        if partial_z is not None:
+            if x_den is not None:
+                phi = _load_rows(x_den, row, ok, x_den_stride_l, column_k, K)
+                phi = _feature(phi, ok, column_k, K, FEATURE, ACCURATE)
+            if z_weight is not None:
+                w = tl.load(z_weight + row * z_weight_stride_l, mask=ok, other=0.0).to(tl.float32)
+                phi = phi * w[:, None]
+            z += tl.sum(phi, axis=0)
+
+    slot = (split * sequences + n) * heads + head
+    pointers = partial_state + slot * K * V + column_k[:, None] * V + column_v[None, :]
+    tl.store(pointers, state, mask=(column_k < K)[:, None] & (column_v < V)[None, :])
+    if partial_z is not None:
+        tl.store(partial_z + slot * K + column_k, z, mask=(column_k < K) & (block_v == 0))
+
+
+@device_function
+def _scan_columns(
+    partial, initial, total, first, count, splits,
+    PREFIX: tl.constexpr, REVERSE: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = first + tl.arange(0, BLOCK)
+    ok = column < count
+    # Row 0 is the initial value and row i the i-th split, so that a sum up to row i is what comes before split i.
+    row = tl.arange(0, BLOCK_SPLITS)
+    split = row - 1
+    if REVERSE:
+        split = splits - row
+    mask = ((row > 0) & (row <= splits))[:, None] & ok[None, :]
+    x = tl.load(partial + split.to(tl.int64)[:, None] * count + column[None, :], mask=mask, other=0.0)
+    if initial is not None:
+        start = tl.load(initial + column, mask=ok, other=0.0)
+        x = tl.where((row == 0)[:, None], start[None, :], x)
+    if PREFIX:
+        before = tl.cumsum(x, axis=0)
+        split = row
+        if REVERSE:
+            split = splits - 1 - row
+        tl.debug_barrier()  # the slots are overwritten in place, by other threads than have read them
+        pointers = partial + split.to(tl.int64)[:, None] * count + column[None, :]
+        tl.store(pointers, before, mask=(row < splits)[:, None] & ok[None, :])
+    if total is not None:
+        tl.store(total + column, tl.sum(x, axis=0), mask=ok)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def linear_attention_scan_kernel(
+    partial_state,  # [splits, count_state] float32
+    partial_z,  # [splits, count_z] float32, or None
+    initial_state,  # [count_state] float32, or None: 0
+    initial_z,  # [count_z] float32, or None: 0
+    state,  # [count_state] float32, or None: not wanted
+    z,  # [count_z] float32, or None: not wanted
+    count_state, count_z, splits, base,
+    PREFIX: tl.constexpr, REVERSE: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """state and z: initial value plus all splits. PREFIX: each split's slot gets what comes before it (REVERSE: after
+    it), initial value included."""
+    pid = _program(base).to(tl.int64)
+    programs = (count_state + (BLOCK - 1)) // BLOCK
+    if pid < programs:
+        _scan_columns(partial_state, initial_state, state, pid * BLOCK, count_state, splits, PREFIX, REVERSE,
+                      BLOCK_SPLITS, BLOCK)  # fmt: skip
+    else:
+        if partial_z is not None:
+            _scan_columns(partial_z, initial_z, z, (pid - programs) * BLOCK, count_z, splits, PREFIX, REVERSE,
+                          BLOCK_SPLITS, BLOCK)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def linear_attention_fwd_kernel(
+    q,  # [B, L, H, K], last stride 1
+    k,  # [B, L, H, K], last stride 1; causal only, like v, k_den and weight
+    v,  # [B, L, H, V], last stride 1
+    q_den,  # [B, L, H, K], last stride 1, or None: q
+    k_den,  # [B, L, H, K], last stride 1, or None: k
+    weight,  # [B, L, H], any strides, or None: 1
+    cu_seqlens,  # [N + 1] int32, contiguous, or None
+    state,  # [N, H, K, V] float32; causal: [splits, N, H, K, V], before each split
+    z,  # [N, H, K] float32; causal: [splits, N, H, K]
+    out,  # [B, L, H, V], contiguous
+    heads, sequences, L, M, splits, base,
+    q_stride_b, q_stride_l, q_stride_h,
+    k_stride_b, k_stride_l, k_stride_h,
+    v_stride_b, v_stride_l, v_stride_h,
+    q_den_stride_b, q_den_stride_l, q_den_stride_h,
+    k_den_stride_b, k_den_stride_l, k_den_stride_h,
+    weight_stride_b, weight_stride_l, weight_stride_h,
+    eps, clamp_min, scale,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A program owns the queries of a split and BLOCK_V columns of out; BLOCK_K holds all of K."""
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    ACCURATE: tl.constexpr = DTYPE == tl.float32
+    BLOCKS_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+
+    pid = _program(base)
+    column_k = tl.arange(0, BLOCK_K)
+    column_v = pid % BLOCKS_V * BLOCK_V + tl.arange(0, BLOCK_V)
+    pid = pid // BLOCKS_V
+    head = (pid % heads).to(tl.int64)
+    pid = pid // heads
+    split = (pid % splits).to(tl.int64)
+    n = (pid // splits).to(tl.int64)
+    b, begin, end = _sequence(cu_seqlens, n, L)
+    first, stop, blocks = _split(begin, end, split, splits, BLOCK)
+    slot = n * heads + head
+    keys = M
+    if cu_seqlens is not None:
+        keys = end - begin
+    q += b * q_stride_b + head * q_stride_h
+    if q_den is not None:
+        q_den += b * q_den_stride_b + head * q_den_stride_h
+    if CAUSAL:
+        slot += split * sequences * heads
+        k += b * k_stride_b + head * k_stride_h
+        v += b * v_stride_b + head * v_stride_h
+        if k_den is not None:
+            k_den += b * k_den_stride_b + head * k_den_stride_h
+        if weight is not None:
+            weight += b * weight_stride_b + head * weight_stride_h
+        keep = tl.arange(0, BLOCK)[:, None] >= tl.arange(0, BLOCK)[None, :]
+
+    s = _load_state(state + slot * K * V, column_k, column_v, K, V)
+    s_operand = _operand(s, DTYPE, UPCAST)
+    RELOAD: tl.constexpr = ACCURATE and not UPCAST
+    if NORMALIZE != _NONE:
+        z_row = tl.load(z + slot * K + column_k, mask=column_k < K, other=0.0)
+
+    for step in range(0, _loop_bound(blocks)):
+        row = first + step * BLOCK + tl.arange(0, BLOCK)
+        ok = row < stop
+        phi_q = _feature(_load_rows(q, row, ok, q_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
+        q_operand = _operand(phi_q, DTYPE, UPCAST)
+        phi_qd = phi_q
+        if NORMALIZE != _NONE and q_den is not None:
+            phi_qd = _load_rows(q_den, row, ok, q_den_stride_l, column_k, K)
+            phi_qd = _feature(phi_qd, ok, column_k, K, FEATURE, ACCURATE)
+        if RELOAD and not CAUSAL:
+            s = _load_state(state + slot * K * V, column_k, column_v, K, V)
+        if RELOAD or CAUSAL:
+            s_operand = _operand(s, DTYPE, UPCAST)
+        o = tl.dot(q_operand, s_operand, input_precision=PRECISION)
+        if NORMALIZE != _NONE:
+            d = tl.sum(phi_qd * z_row[None, :], axis=1)
+        if CAUSAL:
+            phi_k = _feature(_load_rows(k, row, ok, k_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
+            k_operand = _operand(phi_k, DTYPE, UPCAST)
+            v_tile = _load_rows(v, row, ok, v_stride_l, column_v, V)
+            a = tl.where(keep, tl.dot(q_operand, tl.trans(k_operand), input_precision=PRECISION), 0.0)
+            if weight is not None:
+                w = tl.load(weight + row * weight_stride_l, mask=ok, other=0.0).to(tl.float32)
+                a = a * w[None, :]
+            o = tl.dot(_operand(a, DTYPE, UPCAST), _operand(v_tile, DTYPE, UPCAST), o, input_precision=PRECISION)
+            if NORMALIZE != _NONE:
+                phi_kd = phi_k
+                if k_den is not None:
+                    phi_kd = _load_rows(k_den, row, ok, k_den_stride_l, column_k, K)
+                    phi_kd = _feature(phi_kd, ok, column_k, K, FEATURE, ACCURATE)
+                if q_den is not None or k_den is not None:
+                    a = tl.dot(_operand(phi_qd, DTYPE, UPCAST), tl.trans(_operand(phi_kd, DTYPE, UPCAST)),
+                               input_precision=PRECISION)  # fmt: skip
+                    a = tl.where(keep, a, 0.0)
+                    if weight is not None:
+                        a = a * w[None, :]
+                d += tl.sum(a, axis=1)
+                if weight is not None:
+                    phi_kd = phi_kd * w[:, None]
+                z_row += tl.sum(phi_kd, axis=0)
+            if weight is not None:
+                v_tile = v_tile * w[:, None]
+            s = tl.dot(tl.trans(k_operand), _operand(v_tile, DTYPE, UPCAST), s, input_precision=PRECISION)
+        factor = scale
+        if NORMALIZE != _NONE:
+            count = row + 1 - begin if CAUSAL else keys
+            factor = (scale / _denominator(d, count, eps, clamp_min, NORMALIZE))[:, None]
+        _store_rows(out + (b * L * heads + head) * V, row, ok, heads.to(tl.int64) * V, column_v, o * factor, V)
+    if cu_seqlens is not None:
+        _zero_outside(out, cu_seqlens, sequences, n * splits + split, sequences * splits, L, head, heads, column_v, V,
+                      BLOCK)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def linear_attention_quadratic_fwd_kernel(
+    q, k, v, q_den, k_den, weight, out,  # as in the linear form; k and v of M tokens
+    heads, L, M, base,
+    q_stride_b, q_stride_l, q_stride_h,
+    k_stride_b, k_stride_l, k_stride_h,
+    v_stride_b, v_stride_l, v_stride_h,
+    q_den_stride_b, q_den_stride_l, q_den_stride_h,
+    k_den_stride_b, k_den_stride_l, k_den_stride_h,
+    weight_stride_b, weight_stride_l, weight_stride_h,
+    eps, clamp_min, scale,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A program owns a block of queries and BLOCK_V columns of out, and walks the keys."""
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    ACCURATE: tl.constexpr = DTYPE == tl.float32
+    BLOCKS_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+
+    pid = _program(base)
+    column_k = tl.arange(0, BLOCK_K)
+    column_v = pid % BLOCKS_V * BLOCK_V + tl.arange(0, BLOCK_V)
+    pid = pid // BLOCKS_V
+    head = (pid % heads).to(tl.int64)
+    pid = pid // heads
+    tiles = (L + (BLOCK - 1)) // BLOCK
+    tile = pid % tiles
+    b = (pid // tiles).to(tl.int64)
+    q += b * q_stride_b + head * q_stride_h
+    k += b * k_stride_b + head * k_stride_h
+    v += b * v_stride_b + head * v_stride_h
+    if q_den is not None:
+        q_den += b * q_den_stride_b + head * q_den_stride_h
+    if k_den is not None:
+        k_den += b * k_den_stride_b + head * k_den_stride_h
+    if weight is not None:
+        weight += b * weight_stride_b + head * weight_stride_h
+
+    row = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = row < L
+    phi_q = _feature(_load_rows(q, row, ok, q_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
+    q_operand = _operand(phi_q, DTYPE, UPCAST)
+    qd_operand = q_operand
+    if q_den is not None:
+        phi_qd = _load_rows(q_den, row, ok, q_den_stride_l, column_k, K)
+        qd_operand = _operand(_feature(phi_qd, ok, column_k, K, FEATURE, ACCURATE), DTYPE, UPCAST)
+    o = tl.zeros([BLOCK, BLOCK_V], tl.float32)
+    d = tl.zeros([BLOCK], tl.float32)
+    steps = (M + (BLOCK - 1)) // BLOCK
+    keys = M
+    if CAUSAL:
+        steps = tile + 1
+        keys = row + 1
+    for step in range(0, _loop_bound(steps)):
+        key = step * tl.full([], BLOCK, tl.int64) + tl.arange(0, BLOCK)
+        key_ok = key < M
+        phi_k = _feature(_load_rows(k, key, key_ok, k_stride_l, column_k, K), key_ok, column_k, K, FEATURE, ACCURATE)
+        k_operand = _operand(phi_k, DTYPE, UPCAST)
+        a = tl.dot(q_operand, tl.trans(k_operand), input_precision=PRECISION)
+        if CAUSAL:
+            a = tl.where(row[:, None] >= key[None, :], a, 0.0)
+        if weight is not None:
+            w = tl.load(weight + key * weight_stride_l, mask=key_ok, other=0.0).to(tl.float32)
+            a = a * w[None, :]
+        v_tile = _operand(_load_rows(v, key, key_ok, v_stride_l, column_v, V), DTYPE, UPCAST)
+        o = tl.dot(_operand(a, DTYPE, UPCAST), v_tile, o, input_precision=PRECISION)
+        if NORMALIZE != _NONE:
+            if q_den is not None or k_den is not None:
+                if k_den is not None:
+                    phi_k = _load_rows(k_den, key, key_ok, k_den_stride_l, column_k, K)
+                    k_operand = _operand(_feature(phi_k, key_ok, column_k, K, FEATURE, ACCURATE), DTYPE, UPCAST)
+                a = tl.dot(qd_operand, tl.trans(k_operand), input_precision=PRECISION)
+                if CAUSAL:
+                    a = tl.where(row[:, None] >= key[None, :], a, 0.0)
+                if weight is not None:
+                    a = a * w[None, :]
+            d += tl.sum(a, axis=1)
+    factor = scale
+    if NORMALIZE != _NONE:
+        factor = (scale / _denominator(d, keys, eps, clamp_min, NORMALIZE))[:, None]
+    _store_rows(out + (b * L * heads + head) * V, row, ok, heads.to(tl.int64) * V, column_v, o * factor, V)
+
+
+# ------------------------------------------------------------------------------------------------------------ backward
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def linear_attention_bwd_dq_kernel(
+    grad_out,  # [B, L, H, V], last stride 1
+    q, k, v, q_den, k_den, weight, cu_seqlens, state, z,  # as in the forward
+    dq,  # [B, L, H, K], contiguous
+    dq_den,  # [B, L, H, K], contiguous, or None: part of dq
+    partial_dstate,  # [splits, N, H, K, V] float32, or None: not wanted; only where BLOCK_K holds all of K
+    partial_dz,  # [splits, N, H, K] float32, or None
+    row_scale,  # [B, H, L] float32, scale / denominator, or None: not wanted
+    row_grad,  # [B, H, L] float32, gradient of phi(q_den) . z, or None
+    row_sums,  # [2, blocks of K, B, H, L] float32: phi(q_den) . z and phi(q) . (grad_out S^T) of the blocks, or None
+    heads, sequences, L, M, splits, base,
+    grad_out_stride_b, grad_out_stride_l, grad_out_stride_h,
+    q_stride_b, q_stride_l, q_stride_h,
+    k_stride_b, k_stride_l, k_stride_h,
+    v_stride_b, v_stride_l, v_stride_h,
+    q_den_stride_b, q_den_stride_l, q_den_stride_h,
+    k_den_stride_b, k_den_stride_l, k_den_stride_h,
+    weight_stride_b, weight_stride_l, weight_stride_h,
+    eps, clamp_min, scale,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A program owns the queries of a split and BLOCK_K columns of dq; BLOCK_V holds all of V. SUMS: writes only
+    row_sums, which a second launch adds up."""
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    ACCURATE: tl.constexpr = DTYPE == tl.float32
+    BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+
+    pid = _program(base)
+    block_k = pid % BLOCKS_K
+    column_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    column_v = tl.arange(0, BLOCK_V)
+    pid = pid // BLOCKS_K
+    head = (pid % heads).to(tl.int64)
+    pid = pid // heads
+    split = (pid % splits).to(tl.int64)
+    n = (pid // splits).to(tl.int64)
+    b, begin, end = _sequence(cu_seqlens, n, L)
+    first, stop, blocks = _split(begin, end, split, splits, BLOCK)
+    slot = n * heads + head
+    keys = M
+    if cu_seqlens is not None:
+        keys = end - begin
+    grad_out += b * grad_out_stride_b + head * grad_out_stride_h
+    q += b * q_stride_b + head * q_stride_h
+    if q_den is not None:
+        q_den += b * q_den_stride_b + head * q_den_stride_h
+    if CAUSAL:
+        slot += split * sequences * heads
+        k += b * k_stride_b + head * k_stride_h
+        v += b * v_stride_b + head * v_stride_h
+        if k_den is not None:
+            k_den += b * k_den_stride_b + head * k_den_stride_h
+        if weight is not None:
+            weight += b * weight_stride_b + head * weight_stride_h
+        keep = tl.arange(0, BLOCK)[:, None] >= tl.arange(0, BLOCK)[None, :]
+
+    s = _load_state(state + slot * K * V, column_k, column_v, K, V)
+    s_operand = _operand(s, DTYPE, UPCAST)
+    RELOAD: tl.constexpr = ACCURATE and not UPCAST
+    if NORMALIZE != _NONE:
+        z_row = tl.load(z + slot * K + column_k, mask=column_k < K, other=0.0)
+    if partial_dstate is not None:
+        ds = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+        dz = tl.zeros([BLOCK_K], tl.float32)
+    row_offset = (b * heads + head) * L
+    tokens = L * heads.to(tl.int64)  # of all batches, times heads
+    if cu_seqlens is None:
+        tokens = tokens * sequences
+
+    for step in range(0, _loop_bound(blocks)):
+        row = first + step * BLOCK + tl.arange(0, BLOCK)
+        ok = row < stop
+        phi_q = _feature(_load_rows(q, row, ok, q_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
+        do = _load_rows(grad_out, row, ok, grad_out_stride_l, column_v, V)
+        do_operand = _operand(do, DTYPE, UPCAST)
+        if RELOAD and not CAUSAL:
+            s = _load_state(state + slot * K * V, column_k, column_v, K, V)
+        if RELOAD or CAUSAL:
+            s_operand = _operand(s, DTYPE, UPCAST)
+        g = tl.dot(do_operand, tl.trans(s_operand), input_precision=PRECISION)
+        if NORMALIZE != _NONE:
+            phi_qd = phi_q
+            if q_den is not None:
+                phi_qd = _load_rows(q_den, row, ok, q_den_stride_l, column_k, K)
+                phi_qd = _feature(phi_qd, ok, column_k, K, FEATURE, ACCURATE)
+            zs = z_row[None, :]
+        if CAUSAL:
+            phi_k = _feature(_load_rows(k, row, ok, k_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
+            k_operand = _operand(phi_k, DTYPE, UPCAST)
+            v_tile = _load_rows(v, row, ok, v_stride_l, column_v, V)
+            p = tl.dot(do_operand, tl.trans(_operand(v_tile, DTYPE, UPCAST)), input_precision=PRECISION)
+            p = tl.where(keep, p, 0.0)
+            w = tl.full([BLOCK], 1.0, tl.float32)
+            if weight is not None:
+                w = tl.load(weight + row * weight_stride_l, mask=ok, other=0.0).to(tl.float32)
+                p = p * w[None, :]
+                v_tile = v_tile * w[:, None]
+            g = tl.dot(_operand(p, DTYPE, UPCAST), k_operand, g, input_precision=PRECISION)
+            s = tl.dot(tl.trans(k_operand), _operand(v_tile, DTYPE, UPCAST), s, input_precision=PRECISION)
+            if NORMALIZE != _NONE:
+                phi_kd = phi_k
+                if k_den is not None:
+                    phi_kd = _load_rows(k_den, row, ok, k_den_stride_l, column_k, K)
+                    phi_kd = _feature(phi_kd, ok, column_k, K, FEATURE, ACCURATE)
+                ws = _operand(tl.where(keep, w[None, :], 0.0), DTYPE, UPCAST)
+                zs = zs + tl.dot(ws, _operand(phi_kd, DTYPE, UPCAST), input_precision=PRECISION)
+                z_row += tl.sum(phi_kd * w[:, None], axis=0)
+
+        inverse = tl.where(ok, scale, 0.0)
+        if NORMALIZE != _NONE:
+            d = tl.sum(phi_qd * zs, axis=1)
+            t = tl.sum(phi_q * g, axis=1)
+            if row_sums is not None:
+                pointers = row_sums + row_offset + row
+                if SUMS:
+                    tl.store(pointers + block_k * tokens, d, mask=ok)
+                    tl.store(pointers + (BLOCKS_K + block_k) * tokens, t, mask=ok)
+                else:
+                    d = tl.zeros([BLOCK], tl.float32)
+                    t = tl.zeros([BLOCK], tl.float32)
+                    for block in tl.static_range(BLOCKS_K):
+                        d += tl.load(pointers + block * tokens, mask=ok, other=0.0)
+                        t += tl.load(pointers + (BLOCKS_K + block) * tokens, mask=ok, other=0.0)
+            count = row + 1 - begin if CAUSAL else keys
+            inverse, r = _row_gradients(d, t, count, ok, eps, clamp_min, scale, NORMALIZE)
+        if not SUMS:
+            g = g * inverse[:, None]
+            offset = (b * L * heads + head) * K
+            stride = heads.to(tl.int64) * K
+            if NORMALIZE != _NONE:
+                g_den = r[:, None] * zs
+                if dq_den is None:
+                    g += g_den
+                else:
+                    g_den = _feature_backward(g_den, phi_qd, FEATURE)
+                    _store_rows(dq_den + offset, row, ok, stride, column_k, g_den, K)
+            g = _feature_backward(g, phi_q, FEATURE)
+            _store_rows(dq + offset, row, ok, stride, column_k, g, K)
+            if row_scale is not None:
+                tl.store(row_scale + row_offset + row, inverse, mask=ok & (block_k == 0))
+                if NORMALIZE != _NONE:
+                    tl.store(row_grad + row_offset + row, r, mask=ok & (block_k == 0))
+            if partial_dstate is not None:
+                u = _operand(do * inverse[:, None], DTYPE, UPCAST)
+                ds = tl.dot(tl.trans(_operand(phi_q, DTYPE, UPCAST)), u, ds, input_precision=PRECISION)
+                if NORMALIZE != _NONE:
+                    dz += tl.sum(phi_qd * r[:, None], axis=0)
+
+    if partial_dstate is not None:
+        slot = (split * sequences + n) * heads + head
+        pointers = partial_dstate + slot * K * V + column_k[:, None] * V + column_v[None, :]
+        tl.store(pointers, ds, mask=(column_k < K)[:, None] & (column_v < V)[None, :])
+        if partial_dz is not None:
+            tl.store(partial_dz + slot * K + column_k, dz, mask=column_k < K)
+    if cu_seqlens is not None and not SUMS:
+        share = n * splits + split
+        _zero_outside(dq, cu_seqlens, sequences, share, sequences * splits, L, head, heads, column_k, K, BLOCK)
+        if dq_den is not None:
+            _zero_outside(dq_den, cu_seqlens, sequences, share, sequences * splits, L, head, heads, column_k, K, BLOCK)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def linear_attention_bwd_dkv_kernel(
+    grad_out, q, k, v, q_den, k_den, weight, cu_seqlens,  # as above; grad_out, q and q_den in the causal form only
+    row_scale, row_grad,  # as above, causal only
+    dstate,  # [N, H, K, V] float32; causal: [splits, N, H, K, V], after each split
+    dz,  # [N, H, K] float32, or None: 0; causal: [splits, N, H, K]
+    dk,  # [B, M, H, K], contiguous; None: not wanted from this launch, like dk_den and dweight
+    dv,  # [B, M, H, V], contiguous; None: not wanted from this launch
+    dk_den,  # [B, M, H, K], contiguous, or None: part of dk
+    dweight,  # [blocks of K, B, M, H], or None
+    heads, sequences, M, splits, base,
+    grad_out_stride_b, grad_out_stride_l, grad_out_stride_h,
+    q_stride_b, q_stride_l, q_stride_h,
+    k_stride_b, k_stride_l, k_stride_h,
+    v_stride_b, v_stride_l, v_stride_h,
+    q_den_stride_b, q_den_stride_l, q_den_stride_h,
+    k_den_stride_b, k_den_stride_l, k_den_stride_h,
+    weight_stride_b, weight_stride_l, weight_stride_h,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A program owns the keys of a split and a block of columns. dk: BLOCK_V holds all of V; dv: BLOCK_K all of K."""
+    DTYPE: tl.constexpr = k.dtype.element_ty
+    ACCURATE: tl.constexpr = DTYPE == tl.float32
+    BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    BLOCKS_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+
+    pid = _program(base)
+    block_k = pid % BLOCKS_K
+    column_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    pid = pid // BLOCKS_K
+    column_v = pid % BLOCKS_V * BLOCK_V + tl.arange(0, BLOCK_V)
+    pid = pid // BLOCKS_V
+    head = (pid % heads).to(tl.int64)
+    pid = pid // heads
+    split = (pid % splits).to(tl.int64)
+    n = (pid // splits).to(tl.int64)
+    b, begin, end = _sequence(cu_seqlens, n, M)
+    first, stop, blocks = _split(begin, end, split, splits, BLOCK)
+    slot = n * heads + head
+    k += b * k_stride_b + head * k_stride_h
+    v += b * v_stride_b + head * v_stride_h
+    if k_den is not None:
+        k_den += b * k_den_stride_b + head * k_den_stride_h
+    if weight is not None:
+        weight += b * weight_stride_b + head * weight_stride_h
+    if CAUSAL:
+        slot += split * sequences * heads
+        grad_out += b * grad_out_stride_b + head * grad_out_stride_h
+        q += b * q_stride_b + head * q_stride_h
+        if q_den is not None:
+            q_den += b * q_den_stride_b + head * q_den_stride_h
+        row_scale += (b * heads + head) * M
+        if NORMALIZE != _NONE:
+            row_grad += (b * heads + head) * M
+        keep = tl.arange(0, BLOCK)[None, :] >= tl.arange(0, BLOCK)[:, None]  # [keys, queries]
+
+    ds = _load_state(dstate + slot * K * V, column_k, column_v, K, V)
+    ds_operand = _operand(ds, DTYPE, UPCAST)
+    RELOAD: tl.constexpr = ACCURATE and not UPCAST
+    if dz is not None:
+        dz_row = tl.load(dz + slot * K + column_k, mask=column_k < K, other=0.0)
+
+    for step in range(0, _loop_bound(blocks)):
+        if CAUSAL:
+            row = first + (blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+        else:
+            row = first + step * BLOCK + tl.arange(0, BLOCK)
+        ok = row < stop
+        phi_k = _feature(_load_rows(k, row, ok, k_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
+        if RELOAD and not CAUSAL:
+            ds = _load_state(dstate + slot * K * V, column_k, column_v, K, V)
+        if RELOAD or CAUSAL:
+            ds_operand = _operand(ds, DTYPE, UPCAST)
+        if CAUSAL:
+            phi_q = _feature(_load_rows(q, row, ok, q_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
+            q_operand = _operand(phi_q, DTYPE, UPCAST)
+            inverse = tl.load(row_scale + row, mask=ok, other=0.0)
+            u = _load_rows(grad_out, row, ok, grad_out_stride_l, column_v, V) * inverse[:, None]
+            u = _operand(u, DTYPE, UPCAST)
+        if weight is not None:
+            w = tl.load(weight + row * weight_stride_l, mask=ok, other=0.0).to(tl.float32)
+
+        if dv is not None:
+            k_operand = _operand(phi_k, DTYPE, UPCAST)
+            g = tl.dot(k_operand, ds_operand, input_precision=PRECISION)
+            if CAUSAL:
+                a = tl.where(keep, tl.dot(k_operand, tl.trans(q_operand), input_precision=PRECISION), 0.0)
+                g = tl.dot(_operand(a, DTYPE, UPCAST), u, g, input_precision=PRECISION)
+            if weight is not None:
+                g = g * w[:, None]
+            _store_rows(dv + (b * M * heads + head) * V, row, ok, heads.to(tl.int64) * V, column_v, g, V)
+
+        if dk is not None:
+            v_operand = _operand(_load_rows(v, row, ok, v_stride_l, column_v, V), DTYPE, UPCAST)
+            g = tl.dot(v_operand, tl.trans(ds_operand), input_precision=PRECISION)
+            if CAUSAL:
+                p = tl.where(keep, tl.dot(v_operand, tl.trans(u), input_precision=PRECISION), 0.0)
+                g = tl.dot(_operand(p, DTYPE, UPCAST), q_operand, g, input_precision=PRECISION)
+            if weight is not None:
+                dw = tl.sum(phi_k * g, axis=1)
+                g = g * w[:, None]
+            offset = (b * M * heads + head) * K
+            stride = heads.to(tl.int64) * K
+            if dz is not None:
+                g_den = dz_row[None, :]
+                if CAUSAL and NORMALIZE != _NONE:
+                    r = tl.load(row_grad + row, mask=ok, other=0.0)
+                    phi_qd = phi_q
+                    if q_den is not None:
+                        phi_qd = _load_rows(q_den, row, ok, q_den_stride_l, column_k, K)
+                        phi_qd = _feature(phi_qd, ok, column_k, K, FEATURE, ACCURATE)
+                    rs = _operand(tl.where(keep, r[None, :], 0.0), DTYPE, UPCAST)
+                    g_den = g_den + tl.dot(rs, _operand(phi_qd, DTYPE, UPCAST), input_precision=PRECISION)
+                    dz_row += tl.sum(phi_qd * r[:, None], axis=0)
+                phi_kd = phi_k
+                if k_den is not None:
+                    phi_kd = _load_rows(k_den, row, ok, k_den_stride_l, column_k, K)
+                    phi_kd = _feature(phi_kd, ok, column_k, K, FEATURE, ACCURATE)
+                if weight is not None:
+                    dw += tl.sum(phi_kd * g_den, axis=1)
+                    g_den = g_den * w[:, None]
+                if dk_den is None:
+                    g += g_den
+                else:
+                    g_den = _feature_backward(g_den + tl.zeros([BLOCK, 1], tl.float32), phi_kd, FEATURE)
+                    _store_rows(dk_den + offset, row, ok, stride, column_k, g_den, K)
+            g = _feature_backward(g, phi_k, FEATURE)
+            _store_rows(dk + offset, row, ok, stride, column_k, g, K)
+            if dweight is not None:
+                tokens = M * heads.to(tl.int64)
+                if cu_seqlens is None:
+                    tokens = tokens * sequences
+                pointers = dweight + block_k * tokens + b * M * heads + row * heads + head
+                tl.store(pointers, dw.to(dweight.dtype.element_ty), mask=ok)
+        if CAUSAL:
+            ds = tl.dot(tl.trans(q_operand), u, ds, input_precision=PRECISION)
+
+    if cu_seqlens is not None:
+        share = n * splits + split
+        shares = sequences * splits
+        if dv is not None:
+            _zero_outside(dv, cu_seqlens, sequences, share, shares, M, head, heads, column_v, V, BLOCK)
+        if dk is not None:
+            _zero_outside(dk, cu_seqlens, sequences, share, shares, M, head, heads, column_k, K, BLOCK)
+        if dk_den is not None:
+            _zero_outside(dk_den, cu_seqlens, sequences, share, shares, M, head, heads, column_k, K, BLOCK)
+        if dweight is not None:
+            pointer = dweight + block_k * M * heads.to(tl.int64)
+            _zero_outside(pointer, cu_seqlens, sequences, share, shares, M, head, heads, tl.arange(0, 1), 1, BLOCK)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def linear_attention_quadratic_bwd_dq_kernel(
+    grad_out, q, k, v, q_den, k_den, weight, dq, dq_den,  # as in the linear form
+    row_scale, row_grad,  # as in the linear form, always wanted
+    heads, L, M, base,
+    grad_out_stride_b, grad_out_stride_l, grad_out_stride_h,
+    q_stride_b, q_stride_l, q_stride_h,
+    k_stride_b, k_stride_l, k_stride_h,
+    v_stride_b, v_stride_l, v_stride_h,
+    q_den_stride_b, q_den_stride_l, q_den_stride_h,
+    k_den_stride_b, k_den_stride_l, k_den_stride_h,
+    weight_stride_b, weight_stride_l, weight_stride_h,
+    eps, clamp_min, scale,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A program owns a block of queries and walks the keys; BLOCK_K holds all of K, BLOCK_V all of V."""
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    ACCURATE: tl.constexpr = DTYPE == tl.float32
+
+    pid = _program(base)
+    column_k = tl.arange(0, BLOCK_K)
+    column_v = tl.arange(0, BLOCK_V)
+    head = (pid % heads).to(tl.int64)
+    pid = pid // heads
+    tiles = (L + (BLOCK - 1)) // BLOCK
+    tile = pid % tiles
+    b = (pid // tiles).to(tl.int64)
+    grad_out += b * grad_out_stride_b + head * grad_out_stride_h
+    q += b * q_stride_b + head * q_stride_h
+    k += b * k_stride_b + head * k_stride_h
+    v += b * v_stride_b + head * v_stride_h
+    if q_den is not None:
+        q_den += b * q_den_stride_b + head * q_den_stride_h
+    if k_den is not None:
+        k_den += b * k_den_stride_b + head * k_den_stride_h
+    if weight is not None:
+        weight += b * weight_stride_b + head * weight_stride_h
+
+    row = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = row < L
+    do_operand = _operand(_load_rows(grad_out, row, ok, grad_out_stride_l, column_v, V), DTYPE, UPCAST)
+    g = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+    if NORMALIZE != _NONE:
+        zs = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+    steps = (M + (BLOCK - 1)) // BLOCK
+    keys = M
+    if CAUSAL:
+        steps = tile + 1
+        keys = row + 1
+    for step in range(0, _loop_bound(steps)):
+        key = step * tl.full([], BLOCK, tl.int64) + tl.arange(0, BLOCK)
+        key_ok = key < M
+        phi_k = _feature(_load_rows(k, key, key_ok, k_stride_l, column_k, K), key_ok, column_k, K, FEATURE, ACCURATE)
+        v_tile = _load_rows(v, key, key_ok, v_stride_l, column_v, V)
+        p = tl.dot(do_operand, tl.trans(_operand(v_tile, DTYPE, UPCAST)), input_precision=PRECISION)
+        w = tl.full([BLOCK], 1.0, tl.float32)
+        if weight is not None:
+            w = tl.load(weight + key * weight_stride_l, mask=key_ok, other=0.0).to(tl.float32)
+            p = p * w[None, :]
+        if CAUSAL:
+            p = tl.where(row[:, None] >= key[None, :], p, 0.0)
+        g = tl.dot(_operand(p, DTYPE, UPCAST), _operand(phi_k, DTYPE, UPCAST), g, input_precision=PRECISION)
+        if NORMALIZE != _NONE:
+            if k_den is not None:
+                phi_k = _load_rows(k_den, key, key_ok, k_den_stride_l, column_k, K)
+                phi_k = _feature(phi_k, key_ok, column_k, K, FEATURE, ACCURATE)
+            if CAUSAL:
+                ws = _operand(tl.where(row[:, None] >= key[None, :], w[None, :], 0.0), DTYPE, UPCAST)
+                zs = tl.dot(ws, _operand(phi_k, DTYPE, UPCAST), zs, input_precision=PRECISION)
+            else:
+                zs += tl.sum(phi_k * w[:, None], axis=0)[None, :]
+
+    phi_q = _feature(_load_rows(q, row, ok, q_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
+    offset = (b * L * heads + head) * K
+    stride = heads.to(tl.int64) * K
+    row_offset = (b * heads + head) * L + row
+    inverse = tl.where(ok, scale, 0.0)
+    if NORMALIZE != _NONE:
+        phi_qd = phi_q
+        if q_den is not None:
+            phi_qd = _load_rows(q_den, row, ok, q_den_stride_l, column_k, K)
+            phi_qd = _feature(phi_qd, ok, column_k, K, FEATURE, ACCURATE)
+        d = tl.sum(phi_qd * zs, axis=1)
+        t = tl.sum(phi_q * g, axis=1)
+        inverse, r = _row_gradients(d, t, keys, ok, eps, clamp_min, scale, NORMALIZE)
+        tl.store(row_grad + row_offset, r, mask=ok)
+    tl.store(row_scale + row_offset, inverse, mask=ok)
+    g = g * inverse[:, None]
+    if NORMALIZE != _NONE:
+        g_den = r[:, None] * zs
+        if dq_den is None:
+            g += g_den
+        else:
+            g_den = _feature_backward(g_den, phi_qd, FEATURE)
+            _store_rows(dq_den + offset, row, ok, stride, column_k, g_den, K)
+    _store_rows(dq + offset, row, ok, stride, column_k, _feature_backward(g, phi_q, FEATURE), K)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def linear_attention_quadratic_bwd_dkv_kernel(
+    grad_out, q, k, v, q_den, k_den, weight, row_scale, row_grad,  # as above
+    dk, dv, dk_den, dweight,  # as in the linear form
+    heads, L, M, base,
+    grad_out_stride_b, grad_out_stride_l, grad_out_stride_h,
+    q_stride_b, q_stride_l, q_stride_h,
+    k_stride_b, k_stride_l, k_stride_h,
+    v_stride_b, v_stride_l, v_stride_h,
+    q_den_stride_b, q_den_stride_l, q_den_stride_h,
+    k_den_stride_b, k_den_stride_l, k_den_stride_h,
+    weight_stride_b, weight_stride_l, weight_stride_h,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A program owns a block of keys and walks the queries; BLOCK_K holds all of K, BLOCK_V all of V."""
+    DTYPE: tl.constexpr = k.dtype.element_ty
+    ACCURATE: tl.constexpr = DTYPE == tl.float32
+
+    pid = _program(base)
+    column_k = tl.arange(0, BLOCK_K)
+    column_v = tl.arange(0, BLOCK_V)
+    head = (pid % heads).to(tl.int64)
+    pid = pid // heads
+    tiles = (M + (BLOCK - 1)) // BLOCK
+    tile = pid % tiles
+    b = (pid // tiles).to(tl.int64)
+    grad_out += b * grad_out_stride_b + head * grad_out_stride_h
+    q += b * q_stride_b + head * q_stride_h
+    k += b * k_stride_b + head * k_stride_h
+    v += b * v_stride_b + head * v_stride_h
+    row_scale += (b * heads + head) * L
+    if NORMALIZE != _NONE:
+        row_grad += (b * heads + head) * L
+    if q_den is not None:
+        q_den += b * q_den_stride_b + head * q_den_stride_h
+    if k_den is not None:
+        k_den += b * k_den_stride_b + head * k_den_stride_h
+    if weight is not None:
+        weight += b * weight_stride_b + head * weight_stride_h
+
+    key = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key_ok = key < M
+    phi_k = _feature(_load_rows(k, key, key_ok, k_stride_l, column_k, K), key_ok, column_k, K, FEATURE, ACCURATE)
+    k_operand = _operand(phi_k, DTYPE, UPCAST)
+    v_operand = _operand(_load_rows(v, key, key_ok, v_stride_l, column_v, V), DTYPE, UPCAST)
+    g_k = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+    g_v = tl.zeros([BLOCK, BLOCK_V], tl.float32)
+    if NORMALIZE != _NONE:
+        g_den = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+    start = tile * 0
+    if CAUSAL:
+        start = tile
+    steps = (L + (BLOCK - 1)) // BLOCK - start
+    for step in range(0, _loop_bound(steps)):
+        row = (start + step) * tl.full([], BLOCK, tl.int64) + tl.arange(0, BLOCK)
+        ok = row < L
+        phi_q = _feature(_load_rows(q, row, ok, q_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
+        q_operand = _operand(phi_q, DTYPE, UPCAST)
+        inverse = tl.load(row_scale + row, mask=ok, other=0.0)
+        do = _load_rows(grad_out, row, ok, grad_out_stride_l, column_v, V)
+        u = _operand(do * inverse[:, None], DTYPE, UPCAST)
+        a = tl.dot(k_operand, tl.trans(q_operand), input_precision=PRECISION)
+        p = tl.dot(v_operand, tl.trans(u), input_precision=PRECISION)
+        if CAUSAL:
+            keep = row[None, :] >= key[:, None]
+            a = tl.where(keep, a, 0.0)
+            p = tl.where(keep, p, 0.0)
+        g_v = tl.dot(_operand(a, DTYPE, UPCAST), u, g_v, input_precision=PRECISION)
+        g_k = tl.dot(_operand(p, DTYPE, UPCAST), q_operand, g_k, input_precision=PRECISION)
+        if NORMALIZE != _NONE:
+            r = tl.load(row_grad + row, mask=ok, other=0.0)
+            if q_den is not None:
+                phi_q = _load_rows(q_den, row, ok, q_den_stride_l, column_k, K)
+                phi_q = _feature(phi_q, ok, column_k, K, FEATURE, ACCURATE)
+            if CAUSAL:
+                rs = _operand(tl.where(keep, r[None, :], 0.0), DTYPE, UPCAST)
+                g_den = tl.dot(rs, _operand(phi_q, DTYPE, UPCAST), g_den, input_precision=PRECISION)
+            else:
+                g_den += tl.sum(phi_q * r[:, None], axis=0)[None, :]
+
+    offset = (b * M * heads + head) * K
+    stride = heads.to(tl.int64) * K
+    if weight is not None:
+        w = tl.load(weight + key * weight_stride_l, mask=key_ok, other=0.0).to(tl.float32)
+        dw = tl.sum(phi_k * g_k, axis=1)
+        g_k = g_k * w[:, None]
+        g_v = g_v * w[:, None]
+    if NORMALIZE != _NONE:
+        phi_kd = phi_k
+        if k_den is not None:
+            phi_kd = _load_rows(k_den, key, key_ok, k_den_stride_l, column_k, K)
+            phi_kd = _feature(phi_kd, key_ok, column_k, K, FEATURE, ACCURATE)
+        if weight is not None:
+            dw += tl.sum(phi_kd * g_den, axis=1)
+            g_den = g_den * w[:, None]
+        if dk_den is None:
+            g_k += g_den
+        else:
+            g_den = _feature_backward(g_den, phi_kd, FEATURE)
+            _store_rows(dk_den + offset, key, key_ok, stride, column_k, g_den, K)
+    _store_rows(dk + offset, key, key_ok, stride, column_k, _feature_backward(g_k, phi_k, FEATURE), K)
+    _store_rows(dv + (b * M * heads + head) * V, key, key_ok, heads.to(tl.int64) * V, column_v, g_v, V)
+    if weight is not None:
+        tl.store(dweight + (b * M + key) * heads + head, dw.to(dweight.dtype.element_ty), mask=key_ok)
+
+
+# ------------------------------------------------------------------------------------------------------------ launchers
+
+QUADRATIC_KERNELS = (
+    linear_attention_quadratic_fwd_kernel, linear_attention_quadratic_bwd_dq_kernel,
+    linear_attention_quadratic_bwd_dkv_kernel,
+)  # fmt: skip
+
+
+class _Problem:
+    """The sizes of a call, the arguments that the kernels share, block sizes and splits."""
+
+    def __init__(
+        self, q, k, v, q_den, k_den, weight, cu_seqlens, *,
+        feature_map, normalize, eps, clamp_min, scale, causal, quadratic,
+    ):  # fmt: skip
+        self.B, self.L, self.H, self.K = q.shape
+        self.M, self.V = v.shape[1], v.shape[3]
+        self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.heads = self.N * self.H
+        self.device, self.element_size = q.device, q.element_size()
+        self.causal, self.normalize = causal, normalize
+        self.has_weight, self.varlen = weight is not None, cu_seqlens is not None
+        self.block_k = max(16, next_power_of_two(self.K))
+        self.block_v = max(16, next_power_of_two(self.V))
+        self.state_block = STATE_BLOCK[self.element_size] // (2 if causal else 1)
+        # Several tiles even of a short sequence, so that its programs are several.
+        rows = TILE_BYTES // (max(self.block_k, self.block_v, 64) * self.element_size)
+        if causal and not quadratic:
+            rows //= 2
+        self.block = max(16, min(rows, next_power_of_two(cdiv(max(self.L, self.M), 4))))
+        self.shared = {
+            "q": q, "k": k, "v": v, "q_den": q_den, "k_den": k_den, "weight": weight,
+            "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
+            "heads": self.H, "sequences": self.N, "L": self.L, "M": self.M,
+            "eps": float(eps), "clamp_min": float(clamp_min), "scale": float(scale), "K": self.K, "V": self.V,
+            "FEATURE": feature_map, "NORMALIZE": normalize, "CAUSAL": causal,
+            "PRECISION": "tf32" if q.dtype == torch.float16 else "ieee", "UPCAST": INTERPRETED,
+        }  # fmt: skip
+        for name in ("q", "k", "v", "q_den", "k_den", "weight"):
+            self.shared.update(self.strides(name, self.shared[name]))
+
+    @staticmethod
+    def strides(name, tensor):
+        strides = (0, 0, 0) if tensor is None else tensor.stride()
+        return {f"{name}_stride_{axis}": stride for axis, stride in zip("blh", strides, strict=False)}
+
+    def scratch(self, *shape):
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def splits(self, tokens, blocks, *, partials):
+        """Splits of every sequence: enough programs, `blocks` of them per split, with or without partial states. The
+        lengths of cu_seqlens' sequences are not known here: one of them may have all the tokens."""
+        if partials:
+            wanted, limit = cdiv(TARGET_PARTIALS, self.heads * blocks), min(MAX_SPLITS, tokens // MIN_SPLIT_TOKENS)
+        else:
+            wanted, limit = cdiv(TARGET_PROGRAMS, self.heads * blocks), cdiv(tokens, self.block)
+        return max(1, min(wanted, limit))
+
+    def launches(self, kernel, programs, area, rows=None, **extra):
+        """The launch of `kernel` with the shared arguments it names, and `extra`; several where the grid is full."""
+        available = {**self.shared, "BLOCK": self.block if rows is None else rows, **extra}
+        whole = available.get("BLOCK_K") == self.block_k
+        num_warps, num_stages = _compile_options(kernel, area, self.causal, whole, self.element_size)
+        for base in range(0, programs, MAX_GRID):
+            available["base"] = base if programs > MAX_GRID else None
+            args = {name: available[name] for name in kernel.arg_names}
+            yield Launch(kernel, min(programs - base, MAX_GRID), args, num_warps, num_stages)
+
+    def blocks_of(self, whole, cut):
+        """Size of the blocks that the head dim `cut` is walked in where `whole` is one block."""
+        return min(cut, max(16, self.state_block // whole))
+
+    def states(self, x, y, x_den, y_weight, z_weight, splits, partial_state, partial_z):
+        """Launches that write the partial states of every split."""
+        block_v = self.blocks_of(self.block_k, self.block_v)
+        names = {"x": x, "y": y, "x_den": x_den, "y_weight": y_weight, "z_weight": z_weight}
+        strides = {}
+        for name, tensor in names.items():
+            strides.update(self.strides(name, tensor))
+        blocks = cdiv(self.K, self.block_k) * cdiv(self.V, block_v)
+        return self.launches(
+            linear_attention_state_kernel, self.heads * splits * blocks, self.block_k * block_v, **names, **strides,
+            splits=splits, partial_state=partial_state, partial_z=partial_z, M=x.shape[1],
+            BLOCK_K=self.block_k, BLOCK_V=block_v,
+        )  # fmt: skip
+
+    def scan(self, partial_state, partial_z, initial_state, initial_z, state, z, splits, *, prefix, reverse=False):
+        count_state = self.heads * self.K * self.V
+        count_z = 0 if partial_z is None else self.heads * self.K
+        block = 64 * SCALE
+        return self.launches(
+            linear_attention_scan_kernel, cdiv(count_state, block) + cdiv(count_z, block), 0, block,
+            partial_state=partial_state, partial_z=partial_z, initial_state=initial_state, initial_z=initial_z,
+            state=state, z=z, count_state=count_state, count_z=count_z, splits=splits, PREFIX=prefix, REVERSE=reverse,
+            BLOCK_SPLITS=next_power_of_two(splits + 1),
+        )  # fmt: skip
+
+
+def _compile_options(kernel, area, causal, whole, element_size):
+    """(num_warps, num_stages), by what ahead-of-time compilation reports as spills; area: of the block of the state,
+    whole: whether it holds all of K."""
+    if kernel is linear_attention_scan_kernel:
+        return 4, 1
+    if element_size == 4:  # on the FMA units, with the operands in registers
+        return 8 if whole or causal or kernel is not linear_attention_bwd_dq_kernel else 16, 1
+    if kernel in QUADRATIC_KERNELS:
+        return 4 if area <= 64 * 64 else 8, 1
+    backward = kernel in (linear_attention_bwd_dq_kernel, linear_attention_bwd_dkv_kernel)
+    few = area <= 64 * 64 and not causal and kernel is not linear_attention_bwd_dq_kernel
+    return 4 if few else 8, 1 if causal and (backward or area > 64 * 64) else 2
+
+
+def _contiguous(x):
+    return None if x is None else x.contiguous()
+
+
+def _plan_forward(
+    q, k, v, q_den=None, k_den=None, weight=None, cu_seqlens=None, initial_state=None, initial_z=None, *,
+    feature_map=1, normalize=1, eps=1e-6, clamp_min=0.0, scale=1.0, causal=False, quadratic=False,
+):  # fmt: skip
+    """((out, state, z), launches). Works on meta tensors."""
+    p = _Problem(q, k, v, q_den, k_den, weight, cu_seqlens, feature_map=feature_map, normalize=normalize, eps=eps,
+                 clamp_min=clamp_min, scale=scale, causal=causal, quadratic=quadratic)  # fmt: skip
+    out = torch.empty((p.B, p.L, p.H, p.V), dtype=q.dtype, device=q.device)
+    K, V = (0, 0) if quadratic else (p.K, p.V)
+    state, z = p.scratch(p.N, p.H, K, V), p.scratch(p.N, p.H, K)
+    if p.heads == 0:
+        return (out.zero_(), state, z), []
+    block_v = p.blocks_of(p.block_k, p.block_v)
+    blocks = {"BLOCK_K": p.block_k, "BLOCK_V": block_v}
+    blocks_v, area = cdiv(p.V, block_v), p.block_k * block_v
+    launches = []
+    if quadratic:
+        programs = p.heads * cdiv(p.L, p.block) * blocks_v
+        launches += p.launches(linear_attention_quadratic_fwd_kernel, programs, area, out=out, **blocks)
+        return (out, state, z), launches
+
+    splits = p.splits(p.M, blocks_v, partials=True)
+    direct = splits == 1 and not causal and initial_state is None
+    partials = (state, z) if direct else (p.scratch(splits, p.N, p.H, K, V), p.scratch(splits, p.N, p.H, K))
+    launches += p.states(k, v, k_den, weight, weight, splits, *partials)
+    if not direct:
+        launches += p.scan(*partials, _contiguous(initial_state), _contiguous(initial_z), state, z, splits,
+                           prefix=causal)  # fmt: skip
+    if p.L > 0:
+        states = partials if causal else (state, z)
+        if not causal:
+            splits = p.splits(p.L, blocks_v, partials=False)
+        launches += p.launches(linear_attention_fwd_kernel, p.heads * splits * blocks_v, area, out=out,
+                               state=states[0], z=states[1], splits=splits, **blocks)  # fmt: skip
+    return (out, state, z), launches
+
+
+def _plan_backward(
+    grad_out, grad_state, grad_z, q, k, v, state, z, q_den=None, k_den=None, weight=None, cu_seqlens=None,
+    initial_state=None, initial_z=None, *,
+    feature_map=1, normalize=1, eps=1e-6, clamp_min=0.0, scale=1.0, causal=False, quadratic=False,
+):  # fmt: skip
+    """((dq, dk, dv, dq_den, dk_den, dweight, dinitial_state, dinitial_z), launches). Works on meta tensors."""
+    p = _Problem(q, k, v, q_den, k_den, weight, cu_seqlens, feature_map=feature_map, normalize=normalize, eps=eps,
+                 clamp_min=clamp_min, scale=scale, causal=causal, quadratic=quadratic)  # fmt: skip
+
+    def gradient(x):
+        return q.new_empty(0 if x is None else x.shape, dtype=q.dtype if x is None else x.dtype)
+
+    dq, dk, dv, dq_den, dk_den = (gradient(x) for x in (q, k, v, q_den, k_den))
+    dweight = gradient(weight) if p.has_weight else p.scratch(0)
+    dinitial_state, dinitial_z = (
+        p.scratch(0) if x is None else p.scratch(*x.shape) for x in (initial_state, initial_z)
+    )
+    gradients = dq, dk, dv, dq_den, dk_den, dweight, dinitial_state, dinitial_z
+    if p.heads == 0:
+        for x in gradients:
+            x.zero_()
+        return gradients, []
+
+    p.shared.update(p.strides("grad_out", grad_out), grad_out=grad_out)
+    dq_args = {"dq": dq, "dq_den": None if q_den is None else dq_den}
+    dk_args = {"dk": dk, "dk_den": None if k_den is None else dk_den, "dweight": dweight if p.has_weight else None}
+    normalized = normalize != 0
+    launches = []
+    if quadratic:
+        # Whole K and V: fewer rows.
+        rows = min(p.block, max(16, 4096 // max(p.block_k, p.block_v)))
+        p.shared["row_scale"] = p.scratch(p.B, p.H, p.L)
+        p.shared["row_grad"] = p.scratch(p.B, p.H, p.L) if normalized else None
+        blocks, area = {"BLOCK_K": p.block_k, "BLOCK_V": p.block_v}, p.block_k * p.block_v
+        launches += p.launches(linear_attention_quadratic_bwd_dq_kernel, p.heads * cdiv(p.L, rows), area, rows,
+                               **dq_args, **blocks)  # fmt: skip
+        launches += p.launches(linear_attention_quadratic_bwd_dkv_kernel, p.heads * cdiv(p.M, rows), area, rows,
+                               **dk_args, dv=dv, **blocks)  # fmt: skip
+        return gradients, launches
+
+    block_k = p.blocks_of(p.block_v, p.block_k)
+    block_v = p.blocks_of(p.block_k, p.block_v)
+    blocks_k, blocks_v = cdiv(p.K, block_k), cdiv(p.V, block_v)
+    whole = block_k == p.block_k
+    splits = p.splits(max(p.L, p.M), blocks_k, partials=True)
+    states = state.contiguous(), z.contiguous()
+    if causal:
+        states = p.scratch(splits, p.N, p.H, p.K, p.V), p.scratch(splits, p.N, p.H, p.K)
+        launches += p.states(k, v, k_den, weight, weight, splits, *states)
+        launches += p.scan(*states, _contiguous(initial_state), _contiguous(initial_z), None, None, splits,
+                           prefix=True)  # fmt: skip
+
+    # dS and dz: the sums of the queries' splits, and the gradients of the returned states.
+    grad_state, grad_z = _contiguous(grad_state), _contiguous(grad_z)
+    direct = splits == 1 and not causal and grad_state is None and grad_z is None
+    dstate = dinitial_state if initial_state is not None else None if causal else p.scratch(p.N, p.H, p.K, p.V)
+    dz = dinitial_z if initial_state is not None else None if causal else p.scratch(p.N, p.H, p.K)
+    partials = dstate, dz if normalized else None
+    if not direct:
+        partials = p.scratch(splits, p.N, p.H, p.K, p.V), p.scratch(splits, p.N, p.H, p.K) if normalized else None
+    sums = p.scratch(2, blocks_k, p.B, p.H, p.L) if normalized and not whole else None
+    if causal or not whole:
+        row_scale = p.scratch(p.B, p.H, p.L)
+        row_grad = p.scratch(p.B, p.H, p.L) if normalized else None
+    else:
+        row_scale = row_grad = None
+    for only_sums in (True, False) if sums is not None else (False,):
+        launches += p.launches(
+            linear_attention_bwd_dq_kernel, p.heads * splits * blocks_k, block_k * p.block_v, **dq_args,
+            state=states[0], z=states[1], partial_dstate=partials[0] if whole else None,
+            partial_dz=partials[1] if whole else None, row_scale=row_scale, row_grad=row_grad, row_sums=sums,
+            splits=splits, SUMS=only_sums, BLOCK_K=block_k, BLOCK_V=p.block_v,
+        )  # fmt: skip
+    if not whole:
+        by_token = [None if x is None else x.transpose(1, 2) for x in (row_scale, row_grad)]
+        launches += p.states(q, grad_out, q_den, *by_token, splits, *partials)
+    if not normalized and not causal:
+        dz = grad_z
+    if not direct:
+        launches += p.scan(partials[0], partials[1], grad_state, grad_z, dstate, dz if normalized else None, splits,
+                           prefix=causal, reverse=True)  # fmt: skip
+    if not normalized and initial_state is not None:
+        dinitial_z.copy_(grad_z) if grad_z is not None else dinitial_z.zero_()
+    if p.M == 0:
+        return gradients, launches
+    if causal:
+        dstate, dz = partials
+        if not normalized and grad_z is not None:
+            dz = grad_z.expand(splits, p.N, p.H, p.K).contiguous()
+    else:
+        splits = p.splits(p.M, max(blocks_k, blocks_v), partials=False)
+    shared = {"dstate": dstate, "dz": dz, "row_scale": row_scale, "row_grad": row_grad, "splits": splits}
+    programs = p.heads * splits
+    if whole:
+        launches += p.launches(linear_attention_bwd_dkv_kernel, programs, p.block_k * p.block_v, **shared, **dk_args,
+                               dv=dv, BLOCK_K=p.block_k, BLOCK_V=p.block_v)  # fmt: skip
+        return gradients, launches
+    nothing = dict.fromkeys(dk_args)
+    if p.has_weight:
+        dk_args["dweight"] = p.scratch(blocks_k, p.B, p.M, p.H)
+    launches += p.launches(linear_attention_bwd_dkv_kernel, programs * blocks_k, block_k * p.block_v, **shared,
+                           **dk_args, dv=None, BLOCK_K=block_k, BLOCK_V=p.block_v)  # fmt: skip
+    launches += p.launches(linear_attention_bwd_dkv_kernel, programs * blocks_v, p.block_k * block_v, **shared,
+                           **nothing, dv=dv, BLOCK_K=p.block_k, BLOCK_V=block_v)  # fmt: skip
+    if p.has_weight:
+        launches.append(sum_partials(dk_args["dweight"], dweight, blocks_k))
+    return gradients, launches
+
+
+def forward(
+    q, k, v, q_den=None, k_den=None, weight=None, cu_seqlens=None, initial_state=None, initial_z=None, *,
+    feature_map=1, normalize=1, eps=1e-6, clamp_min=0.0, scale=1.0, causal=False, quadratic=False,
+):  # fmt: skip
+    """effvit::linear_attention: (out, state, z). The arguments must have been validated."""
+    results, launches = _plan_forward(
+        q, k, v, q_den, k_den, weight, cu_seqlens, initial_state, initial_z, feature_map=feature_map,
+        normalize=normalize, eps=eps, clamp_min=clamp_min, scale=scale, causal=causal, quadratic=quadratic)  # fmt: skip
+    run(launches, q.device)
+    return results
+
+
+def backward(
+    grad_out, grad_state, grad_z, q, k, v, state, z, q_den=None, k_den=None, weight=None, cu_seqlens=None,
+    initial_state=None, initial_z=None, *,
+    feature_map=1, normalize=1, eps=1e-6, clamp_min=0.0, scale=1.0, causal=False, quadratic=False,
+):  # fmt: skip
+    """effvit::linear_attention_backward: (dq, dk, dv, dq_den, dk_den, dweight, dinitial_state, dinitial_z)."""
+    results, launches = _plan_backward(
+        grad_out, grad_state, grad_z, q, k, v, state, z, q_den, k_den, weight, cu_seqlens, initial_state, initial_z,
+        feature_map=feature_map, normalize=normalize, eps=eps, clamp_min=clamp_min, scale=scale, causal=causal,
+        quadratic=quadratic)  # fmt: skip
+    run(launches, q.device)
+    return results
+
+
+def aot_signatures():
+    """Representative launches for tests/test_triton_aot.py: (name, kernel, signature, constexprs, attrs, options)."""
+
+    def case(name, dtype, B, L, H, K, V=None, *, den=False, weight=False, lens=None, initial=False, **kwargs):
+        def meta(*shape, dtype=dtype):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        V, N = V or K, B if lens is None else lens
+        q, k, v = meta(B, L, H, K), meta(B, L, H, K), meta(B, L, H, V)
+        optional = (
+            meta(B, L, H, K) if den else None, meta(B, L, H, K) if den else None, meta(B, L, H) if weight else None,
+            None if lens is None else meta(lens + 1, dtype=torch.int32),
+            meta(N, H, K, V, dtype=torch.float32) if initial else None,
+            meta(N, H, K, dtype=torch.float32) if initial else None,
+        )  # fmt: skip
+        (out, state, z), launches = _plan_forward(q, k, v, *optional, **kwargs)
+        _, backward_launches = _plan_backward(out, None, None, q, k, v, state, z, *optional, **kwargs)
+        short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        for launch in launches + backward_launches:
+            yield launch.aot(f"{name}-{short}")
+
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        yield from case("d64", dtype, 2, 4096, 16, 64)
+        yield from case("d64-causal", dtype, 2, 4096, 16, 64, causal=True)
+        yield from case("d64-quadratic", dtype, 64, 49, 3, 64, quadratic=True)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield from case("d32-elu1-everything", dtype, 1, 3136, 4, 32, den=True, weight=True, lens=4, initial=True,
+                        feature_map=2, normalize=2)  # fmt: skip
+        yield from case("d256-weight", dtype, 1, 4096, 4, 256, weight=True)
+    yield from case("d32-exp-causal-everything", torch.bfloat16, 2, 784, 4, 32, den=True, weight=True, initial=True,
+                    causal=True, feature_map=3, normalize=3)  # fmt: skip
+    yield from case("d128", torch.bfloat16, 1, 4096, 8, 128)
+    yield from case("d256-causal", torch.bfloat16, 1, 4096, 4, 256, causal=True)
