@@ -17,8 +17,8 @@ struct LinearAttentionParams {
   const void* k_den = nullptr;  // [B, M, H, K], last stride 1; k where null
   const void* weight = nullptr;  // [B, M, H], any strides, weight_dtype
   const int32_t* cu_seqlens = nullptr;  // [N + 1], contiguous; then B is 1 and L is M
-  const float* initial_state = nullptr;  // [B, H, K, V], contiguous
-  const float* initial_z = nullptr;  // [B, H, K], contiguous; null exactly where initial_state is
+  const float* initial_state = nullptr;  // [N, H, K, V], contiguous
+  const float* initial_z = nullptr;  // [N, H, K], contiguous; null exactly where initial_state is
 
   // Outputs of forward; state and z are inputs of backward. N is B without cu_seqlens.
   void* out = nullptr;  // [B, L, H, V], contiguous
@@ -35,8 +35,8 @@ struct LinearAttentionParams {
   void* dq_den = nullptr;  // [B, L, H, K], contiguous; null exactly where q_den is
   void* dk_den = nullptr;  // [B, M, H, K], contiguous; null exactly where k_den is
   void* dweight = nullptr;  // [B, M, H], contiguous, weight_dtype; null exactly where weight is
-  float* dinitial_state = nullptr;  // [B, H, K, V], contiguous; null exactly where initial_state is
-  float* dinitial_z = nullptr;  // [B, H, K], contiguous; null exactly where initial_z is
+  float* dinitial_state = nullptr;  // [N, H, K, V], contiguous; null exactly where initial_state is
+  float* dinitial_z = nullptr;  // [N, H, K], contiguous; null exactly where initial_z is
 
   int64_t B = 0, L = 0, M = 0, H = 0, K = 0, V = 0;
   int64_t N = 0;  // sequences: B, or the segments of cu_seqlens
