@@ -1,6 +1,7 @@
 """Every test that an operator owes, written once: tests/ops/test_<op>.py subclasses OpSuite with the op's spec."""
 
 import gc
+import inspect
 import json
 import os
 import re
@@ -210,6 +211,27 @@ class OpSuite:
         bargs, bkwargs = spec.backward_call(args, kwargs, outputs, tuple(torch.randn_like(o) for o in outputs))
         torch.library.opcheck(spec.backward_op().default, bargs, bkwargs, test_utils=("test_schema", "test_faketensor"))
 
+    def test_public_function(self, framework_sample):
+        """It passes on all that it is given; what it leaves out has the schema's default."""
+        spec = self.spec
+        args, kwargs = framework_sample.build()
+        public_kwargs = spec.public_kwargs(kwargs)
+        if public_kwargs is None:
+            pytest.skip("the public function has no such call")
+        with torch.no_grad():
+            expected = as_tuple(spec.op()(*args, **kwargs))
+            results = as_tuple(spec.public()(*args, **public_kwargs))
+        for name, result, e in zip(spec.outputs, results, expected, strict=True):
+            assert_bitwise_equal(result, e, name=name)
+        parameters = inspect.signature(spec.public()).parameters
+        defaults = {a.name: a.default_value for a in spec.op().default._schema.arguments if a.has_default_value()}
+        for name, default in spec.public_kwargs(defaults).items():
+            if name not in defaults:
+                continue
+            public = parameters[name].default
+            same = [public, public] if isinstance(default, list) and isinstance(public, int) else public
+            assert same == default, f"{name} defaults to {public}, in the schema to {default}"
+
     def test_fake_and_meta(self, any_sample):
         if "huge" in any_sample.tags:
             pytest.skip("the same shapes at another size")
@@ -244,9 +266,13 @@ class OpSuite:
             assert_bitwise_equal(result, e, name=name)
         if spec.backward_call:
             inputs = named_tensors(spec, leaves)
-            grads = torch.autograd.grad([r.float().sum() for r in results], list(inputs.values()))
-            for (name, leaf), g in zip(inputs.items(), grads, strict=True):
+            sums = [r.float().sum() for r in results]
+            grads = torch.autograd.grad(sums, list(inputs.values()), retain_graph=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                within = torch.autograd.grad(sums, list(inputs.values()))
+            for (name, leaf), g, w in zip(inputs.items(), grads, within, strict=True):
                 assert g.dtype == leaf.dtype and torch.isfinite(g).all(), name
+                assert_bitwise_equal(w, g, name=f"gradient of {name}, within autocast")
         # float64 is not a dtype that autocast touches, so it must still be refused, and float16 autocast still works.
         with torch.autocast("cpu", torch.float16), torch.no_grad():
             result = as_tuple(spec.op()(*args, **kwargs))[0]

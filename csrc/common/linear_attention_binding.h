@@ -60,12 +60,11 @@ inline LinearAttentionCall linear_attention_call(const char* op, const Tensor& q
 
   check(feature_map >= 0 && feature_map <= 3, op, "feature_map must be between 0 and 3, got ", feature_map);
   check(normalize >= 0 && normalize <= 3, op, "normalize must be between 0 and 3, got ", normalize);
-  check(std::isfinite(eps), op, "eps must be finite, got ", eps);
-  check(std::isfinite(clamp_min), op, "clamp_min must be finite, got ", clamp_min);
-  check(std::isfinite(scale), op, "scale must be finite, got ", scale);
   p.feature_map = static_cast<FeatureMap>(feature_map);
   p.normalize = static_cast<Normalize>(normalize);
-  p.eps = static_cast<float>(eps), p.clamp_min = static_cast<float>(clamp_min), p.scale = static_cast<float>(scale);
+  p.eps = check_finite(op, "eps", eps);
+  p.clamp_min = check_finite(op, "clamp_min", clamp_min);
+  p.scale = check_finite(op, "scale", scale);
   p.causal = causal, p.quadratic = quadratic;
   p.dtype = to_dtype(q.scalar_type());
   check(!causal || p.L == p.M, op, "k must be as long as q when causal is True, ", p.L, ", got ", p.M);

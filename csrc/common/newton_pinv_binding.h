@@ -34,16 +34,13 @@ inline NewtonPinvCall newton_pinv_call(const char* op, const Tensor& a, int64_t 
   constexpr int64_t kMaxIterations = 1000;
   check(iterations >= 0 && iterations <= kMaxIterations, op, "iterations must be between 0 and ", kMaxIterations,
         ", got ", iterations);
-  check(std::isfinite(ridge), op, "ridge must be finite, got ", ridge);
-  check(ridge >= 0, op, "ridge must be at least 0, got ", ridge);
-  check(std::isfinite(step), op, "step must be finite, got ", step);
-  check(step > 0, op, "step must be positive, got ", step);
   NewtonPinvParams& p = call.p;
   p.a = a.const_data_ptr();
   p.a_stride_b = a.stride(0), p.a_stride_h = a.stride(1), p.a_stride_i = a.stride(2);
   p.iterations = static_cast<int32_t>(iterations);
-  p.ridge = static_cast<float>(ridge);
-  p.step = static_cast<float>(step);
+  p.ridge = check_finite(op, "ridge", ridge);
+  check(ridge >= 0, op, "ridge must be at least 0, got ", ridge);
+  p.step = check_positive(op, "step", step);
   return call;
 }
 

@@ -26,14 +26,11 @@ inline RbfGramCall rbf_gram_call(const char* op, const Tensor& q, const Tensor& 
   check_dtype(op, "k", k, q.scalar_type(), "q");
   check_device(op, "k", k, q);
   check_last_stride(op, "k", k);
-  check(std::isfinite(gamma), op, "gamma must be finite, got ", gamma);
-  check(gamma > 0, op, "gamma must be positive, got ", gamma);
-
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr();
   p.B = q.size(0), p.L = q.size(1), p.M = k.size(1), p.H = q.size(2), p.D = q.size(3);
   p.q_stride_b = q.stride(0), p.q_stride_l = q.stride(1), p.q_stride_h = q.stride(2);
   p.k_stride_b = k.stride(0), p.k_stride_l = k.stride(1), p.k_stride_h = k.stride(2);
-  p.gamma = static_cast<float>(gamma);
+  p.gamma = check_positive(op, "gamma", gamma);
   p.dtype = to_dtype(q.scalar_type());
   call.empty = p.B == 0 || p.L == 0 || p.M == 0 || p.H == 0;
   return call;

@@ -119,6 +119,20 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, const
   check(got == expected, op, name, " must be ", dims, " = ", expected, ", got ", got);
 }
 
+// A number of the schema as the float32 that kernels compute with.
+inline float check_finite(const char* op, const char* name, double x) {
+  check(std::isfinite(x), op, name, " must be finite, got ", x);
+  const float narrow = static_cast<float>(x);
+  check(std::isfinite(narrow), op, name, " must be finite in float32, got ", x);
+  return narrow;
+}
+
+inline float check_positive(const char* op, const char* name, double x) {
+  const float narrow = check_finite(op, name, x);
+  check(narrow > 0.f, op, name, " must be positive, got ", x);
+  return narrow;
+}
+
 inline void check_last_stride(const char* op, const char* name, const Tensor& t) {
   const int64_t n = t.dim();
   check(t.numel() == 0 || t.size(n - 1) <= 1 || t.stride(n - 1) == 1, op, name, " must have a last stride of 1, got ",
@@ -152,9 +166,12 @@ inline void* current_stream(const Tensor& t) {
 class DeviceGuard {
  public:
   explicit DeviceGuard(const Tensor& t) {
+    if (t.get_device_index() < 0) return;  // not a CUDA tensor: the checks that follow say so
     TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(t.get_device_index(), &guard_));
   }
-  ~DeviceGuard() { aoti_torch_delete_cuda_guard(guard_); }
+  ~DeviceGuard() {
+    if (guard_) aoti_torch_delete_cuda_guard(guard_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 

@@ -64,11 +64,9 @@ inline WindowAttentionCall window_attention_call(const char* op, const Tensor& q
   check((p.window_h + 2 * int64_t{p.halo_h}) * p.dilation_h <= kMaxExtent &&
             (p.window_w + 2 * int64_t{p.halo_w}) * p.dilation_w <= kMaxExtent,
         op, "dilation must be such that (window + 2*halo) * dilation is at most ", kMaxExtent, ", got ", dilation);
-  check(std::isfinite(mask_value), op, "mask_value must be finite, got ", mask_value);
-  check(!scale || std::isfinite(*scale), op, "scale must be finite, got ", scale.value_or(0.));
   check(!(scale && logit_scale), op, "scale must be None when logit_scale is given, got ", scale.value_or(0.));
-  p.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.d)));
-  p.mask_value = static_cast<float>(mask_value);
+  p.scale = check_finite(op, "scale", scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.d)));
+  p.mask_value = check_finite(op, "mask_value", mask_value);
   p.roll_before_pad = roll_before_pad;
   p.dtype = to_dtype(q.scalar_type());
 

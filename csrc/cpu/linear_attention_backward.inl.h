@@ -52,7 +52,7 @@ struct Backward {
   Rows<const T> grad_rows(int64_t b) const {
     return rows<T>(p.grad_out, b, p.grad_out_stride_b, p.grad_out_stride_l, p.grad_out_stride_h);
   }
-  // 1/d and r of every token and head, which pass A leaves for pass B where it needs them: [2, B, L, H].
+  // scale/d and r of every token and head, which pass A leaves for pass B where it needs them: [2, B, L, H].
   float* factor_at(float* workspace, int64_t b, int64_t token, int64_t head) const {
     return workspace + plan.tokens_offset + (b * p.L + token) * p.H + head;
   }

@@ -60,7 +60,7 @@ struct Plan {
   int64_t splits, groups;  // ranges of tokens in a sequence, groups of heads
   int chunk;
   bool whole;  // a unit does all phases of its sequence and heads
-  // The workspace, in floats: partial S of every split, partial dS, then 1/d and r of every token and head.
+  // The workspace, in floats: partial S of every split, partial dS, then scale/d and r of every token and head.
   int64_t grads_offset = 0, tokens_offset = 0, workspace = 0;
 
   Plan(const Params& p, bool backward) {
@@ -443,6 +443,7 @@ EFFVIT_INLINE void normalizers(const Params& p, const float* dots, int n, int64_
 }
 
 // scores[i][j] = 0 for j > i (upper false) or j < i (upper true), for rows [r0, r0 + rows) and columns [c0, c1).
+// A masked score is 0, not absent: an infinity or a NaN in a row of values reaches every row of its block of kBlock.
 EFFVIT_INLINE void mask_triangle(float* scores, int64_t ld, int r0, int rows, int c0, int c1, bool upper) {
   for (int i = 0; i < rows; ++i) {
     float* row = scores + i * ld - c0;
@@ -552,7 +553,10 @@ struct Tiles {
     for (int c = 0; c < K32; ++c) {
       BFloat16* to = state_rows + int64_t{c} * V32;
       const float* from = slot + int64_t{c} * plan.Vp;
-      for (int e = 0; e < V32; e += kLanes) store(to + e, c < plan.Kp && e < plan.Vp ? load(from + e) : vf{});
+      for (int e = 0; e < V32; e += kLanes) {  // the padding of a slot may hold 0 * inf: it stays out of the products
+        const int left = std::max(0, std::min(kLanes, plan.V - e));
+        store(to + e, c < plan.K && left > 0 ? first_lanes(load(from + e), left) : vf{});
+      }
     }
     if (rows_too) {
       pack_rows(state(index), 2 * plan.Vp, K32, plan.Vp, [&](int c) { return state_rows + int64_t{c} * V32; });

@@ -20,8 +20,8 @@
 // 16-bit elements. Products run on the tensor cores with float32 accumulators. Operands are bfloat16: its range is
 // float32's, so neither a state beyond 65504, nor exp(q), nor scale do / d overflows. float16 inputs have three more
 // significant bits, so their operands are split into a sum of two bfloat16, hi + lo, which holds 16 bits, and a product
-// is hi hi + hi lo + lo hi: three times the tensor operations. Where exp overflows to infinity, such a product may be
-// NaN.
+// is hi hi + hi lo + lo hi: three times the tensor operations. Where exp overflows or an input is infinite, such a
+// product may be NaN instead of infinity.
 //
 // A tile arrives by cp.async as it is in memory. After its own wait, and before the barrier, each thread applies the
 // feature map and the factor of the row to the 16-byte pieces that it copied itself: no barrier is needed in between.

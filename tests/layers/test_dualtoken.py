@@ -1,5 +1,7 @@
 """effvit.layers.DualTokenAttention and its parts against plain formulas of DualToken-ViT's branches."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,10 +29,21 @@ def attend(m, x, g):
     return m.proj((p @ v).transpose(1, 2).flatten(2))
 
 
-def global_branch(m, x, g):
+def apply(conv, x):
+    return conv(x)
+
+
+def rounded_once(conv, x):
+    """Under autocast, the other way to convolve: in float32."""
+    with torch.autocast("cpu", enabled=False):
+        y = conv(x.float())
+    return y.to(torch.get_autocast_dtype("cpu"))
+
+
+def global_branch(m, x, g, convolve=apply):
     y = x.permute(0, 3, 1, 2).contiguous()
     for conv in m.downsample:
-        y = conv(y)
+        y = convolve(conv, y)
         (h, w), ones = y.shape[2:], torch.ones_like(y[:1, :1])  # means of 2x2, of what there is at an odd edge
         y, ones = (F.pad(t, (0, w % 2, 0, h % 2)).unfold(2, 2, 2).unfold(3, 2, 2).sum((-1, -2)) for t in (y, ones))
         y = y / ones
@@ -45,11 +58,11 @@ def global_branch(m, x, g):
     return attend(m.broadcast, x.flatten(1, 2), g).reshape(x.shape), g
 
 
-def dual(m, x, g):
+def dual(m, x, g, convolve=apply):
     e = m.local
-    y = e.norm(e.dw(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1))
+    y = e.norm(convolve(e.dw, x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1))
     x = x + e.pw2(F.gelu(e.pw1(y)))
-    y, g = global_branch(m.position_aware, x, g)
+    y, g = global_branch(m.position_aware, x, g, convolve)
     return x + y, g
 
 
@@ -123,7 +136,8 @@ def test_token_to_map(feature_map, dtype):
 @pytest.mark.parametrize("kwargs", [{}, {"feature_map": "relu"}], ids=["softmax", "relu"])
 def test_autocast(kwargs):
     m = prepared(make(**kwargs))
-    check(m, packed(dual), tokens(2, 69, DIM), autocast=torch.bfloat16, call=packed(module))
+    also = [packed(functools.partial(dual, convolve=rounded_once))]
+    check(m, packed(dual), tokens(2, 69, DIM), also=also, autocast=torch.bfloat16, call=packed(module))
 
 
 def test_global_tokens_of_one_image_serve_the_batch():
@@ -162,6 +176,12 @@ def test_dropout():
         assert not torch.equal(m(x, g), m(x, g))
         m.eval()
         torch.testing.assert_close(m(x, g), attend(m, x, g))
+
+
+@pytest.mark.parametrize("feature_map", [None, "relu"])
+def test_tokens_shared_by_the_batch(feature_map):
+    m, x, g = TokenToMapAttention(DIM, HEADS, feature_map=feature_map), tokens(2, 63, DIM), tokens(1, 6, DIM, seed=3)
+    torch.testing.assert_close(m(x, g), m(x, g.expand(2, -1, -1).contiguous()))
 
 
 def test_bad_arguments():

@@ -185,3 +185,13 @@ def test_an_instance_that_cannot_be_replaced_says_why():
     attention[1].__class__ = type("Mine", (timm_efficientvit.LiteMLA,), {})
     with pytest.raises(ValueError, match=r"replaced on the instance.*a subclass of LiteMLA"):
         effvit.patch(model, verbose=False)
+
+
+def test_vmap():
+    m, x = randomise(LiteMLA(16, 12)).eval(), tokens(3, 2, 16, 5, 7)
+    torch.testing.assert_close(torch.vmap(m)(x), torch.stack([m(t) for t in x]))
+
+
+def test_no_heads():
+    with pytest.raises(ValueError, match="effvit::LiteMLA: heads must be >= 1, got 0"):
+        LiteMLA(4, 12)

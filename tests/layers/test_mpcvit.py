@@ -145,6 +145,24 @@ def test_xnorm_autocast():
     check(randomise(make_xnorm()), xnorm, tokens(3, N, DIM), autocast=torch.bfloat16)
 
 
+def test_many_and_large_tokens_in_float16():
+    m, x = with_alpha(SELECTIONS["ReLU-softmax"]).half().select_heads(), (tokens(1, 2000, DIM) * 20).half()
+    truth = plain(copy.deepcopy(m).float(), x.float())
+    y = m(x)
+    assert y.isfinite().all() and (y - truth).norm() < 5e-3 * truth.norm()
+    m.attn_drop.p = 0.1
+    assert m(x).isfinite().all()
+
+
+def test_xnorm_of_a_zero_token_in_float16():
+    x = tokens(2, N, DIM).half()
+    x[:, 3] = 0
+    m = randomise(make_xnorm()).half()
+    y = m(x)
+    assert y.isfinite().all()
+    torch.testing.assert_close(y[:, 3], m.proj.bias.expand(2, -1))
+
+
 def test_dim_must_be_a_multiple_of_the_heads():
     for module in (MPCViTAttention, XNormAttention):
         with pytest.raises(ValueError, match="dim must be a multiple of num_heads 5, got 24"):

@@ -135,3 +135,19 @@ def test_bad_arguments():
 ], ids=["LiteLA", "SanaLinearAttention"])  # fmt: skip
 def test_the_rest(make):
     check_everything_else(randomise(make()), make, tokens(2, 35, 24))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_heads_wider_than_the_operators_take_sum_in_float32(autocast):
+    m, x = randomise(LiteLA(320, 320, heads=1)).eval(), tokens(1, 4096, 320)
+    truth = plain_lite(m.double(), x.double(), form="state")
+    m = m.float() if autocast else m.half()
+    with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+        y = m(x if autocast else x.half())
+    assert y.dtype == torch.float16 and y.isfinite().all()
+    assert (y - truth).norm() < 2e-3 * truth.norm()
+
+
+def test_no_heads():
+    with pytest.raises(ValueError, match="effvit::LiteLA: heads must be >= 1, got 0"):
+        LiteLA(24, 24)

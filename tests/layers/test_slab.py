@@ -218,3 +218,27 @@ def test_a_model_is_fused_in_place():
     assert fuse_prepbn(model) == []
     model.attn.qkv, model.norm1 = fold_affine(model.norm1, model.attn.qkv), nn.Identity()
     assert_close_to_truth(model(x), truth, before)
+
+
+def test_a_norm_under_two_names_is_replaced_under_both():
+    norm = randomise(LinearNorm(24))
+    model = nn.ModuleDict({"a": norm, "b": nn.ModuleDict({"c": norm}), "d": norm}).eval()
+    assert fuse_prepbn(model) == ["a", "d", "b.c"]
+    assert model["a"] is model["d"] is model["b"]["c"] and not model["a"].training
+
+
+def test_what_cannot_be_fused_raises():
+    for norm in (RepBN(24).eval(), LinearNorm(24).eval()):
+        with pytest.raises(ValueError, match="module must contain LinearNorm or RepBN, got one itself"):
+            fuse_prepbn(norm)
+    model = Block().eval()
+    model.norm1.train()
+    with pytest.raises(ValueError, match="module must be in evaluation"):
+        fuse_prepbn(model)
+    with pytest.raises(ValueError, match="LinearNorm: norm2 must be a RepBN to be fused, got LayerNorm"):
+        LinearNorm(24, norm2=nn.LayerNorm).fuse()
+
+
+def test_linear_norm_of_no_steps():
+    m, x = randomise(LinearNorm(4, step=0)), tokens(2, 3, 4)
+    torch.testing.assert_close(m(x), m.norm2(x))

@@ -274,3 +274,15 @@ def test_the_operators_run(monkeypatch):
     """In float32 nothing falls back to the definitions in plain PyTorch."""
     monkeypatch.setattr(effvit.layers._ops.effvit, "reference", nn.Module())
     call(make(), tokens(2, H * W, 16))
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_sizes_that_do_not_fit(ratio):
+    m = SoftmaxFreeAttention(16, 2, ratio, 3)
+    with pytest.raises(ValueError, match=r"Q must have H\*W = 63 tokens, got 65"):
+        m(tokens(2, 65, 16), 7, 9)
+    if ratio > 1:
+        with pytest.raises(ValueError, match="H and W must be >= ratio 4, got 3 and 9"):
+            m(tokens(2, 27, 16), 3, 9)
+    with pytest.raises(ValueError, match="use_conv must be odd, got 4"):
+        SoftmaxFreeAttention(16, 2, ratio, 4)

@@ -5,6 +5,7 @@ import torch
 from layer_suite import DTYPES, check, randomise, tokens
 from torch import nn
 
+import effvit.layers
 from effvit.layers import LCM, LiteMLA
 from effvit.layers import _tokens as T
 from effvit.testing._errors import assert_close_to_truth
@@ -81,3 +82,41 @@ def test_a_layer_both_ways(monkeypatch):
     truth = m.double()(x.double())
     magnitude = truth.abs().amax(1, keepdim=True).expand_as(truth)
     assert_close_to_truth(found[1], truth, found[0], magnitude=magnitude)
+
+
+MODULES = {
+    "ConvEncoder": (lambda: effvit.layers.DualTokenAttention(24, 3), (2, 8, 8, 24), lambda m, x: m.local(x)),
+    "NonCausalSSD": (lambda: effvit.layers.NonCausalSSD(24, headdim=12), (2, 20, 24), lambda m, x: m(x, 4, 5)),
+    "VMAMBA2Block": (lambda: effvit.layers.VMAMBA2Block(24, (4, 5), 4), (2, 20, 24), lambda m, x: m(x)),
+    "SCC": (lambda: effvit.layers.SCC(80, 4, 4, 4), (1, 8, 8, 80), lambda m, x: m(x)),
+    "SOFT": (lambda: effvit.layers.SoftmaxFreeAttention(16, 2, 2, 3), (2, 20, 16), lambda m, x: m(x, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("make, shape, call", MODULES.values(), ids=MODULES.keys())
+def test_layers_convolve_in_float32_where_the_dtype_is_slow(make, shape, call, monkeypatch):
+    monkeypatch.setattr(T, "SLOW_ON_CPU", frozenset({torch.bfloat16}))
+    right, seen = torch.conv2d, set()
+    monkeypatch.setattr(T.F, "conv2d", lambda x, *a, **kw: seen.add(x.dtype) or right(x, *a, **kw))
+    m, x = make().eval().bfloat16(), tokens(*shape).bfloat16()
+    assert call(m, x).dtype == torch.bfloat16 and seen == {torch.float32}
+
+
+HEADS = {
+    "SimplifiedLinearAttention": lambda dim: effvit.layers.SimplifiedLinearAttention(dim, 4, 5),
+    "FocusedLinearAttention": lambda dim: effvit.layers.FocusedLinearAttention(dim, 4, 5),
+    "MLLAttention": lambda dim: effvit.layers.MLLAttention(dim, 4, 5),
+    "LinearGlobalAttention": lambda dim: effvit.layers.LinearGlobalAttention(dim, 5, qk_scale=1.0),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_dim_must_be_a_multiple_of_the_heads(name):
+    with pytest.raises(ValueError, match=f"effvit::{name}: dim must be a multiple of num_heads 5, got 24"):
+        HEADS[name](24)
+
+
+@pytest.mark.parametrize("name", ["SimplifiedLinearAttention", "FocusedLinearAttention"])
+def test_kernel_size_must_be_odd(name):
+    with pytest.raises(ValueError, match=f"effvit::{name}: kernel_size must be odd, got 4"):
+        getattr(effvit.layers, name)(24, 4, 3, kernel_size=4)

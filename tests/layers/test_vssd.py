@@ -121,6 +121,7 @@ def test_initialisation():
         ({"activation": "gelu"}, "activation must be 'silu'"),
         ({"linear_attn_duality": False}, "linear_attn_duality must be True"),
         ({"learnable_init_states": True}, "learnable_init_states must be False"),
+        ({"lepe": True}, "lepe must be False"),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -138,6 +139,7 @@ def test_drop_path_and_the_size_of_the_map():
     m.eval()
     assert_bitwise_equal(m(x, H, W), m(x))
     assert not torch.equal(m(x, W, H), m(x))
+    assert VMAMBA2Block(24, 7, 4, bidirection=True).input_resolution == (7, 7)
 
 
 @pytest.mark.parametrize("ngroups", [1, 2])

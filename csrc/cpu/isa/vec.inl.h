@@ -420,8 +420,8 @@ struct DenseB {  // b[t * ld + column]
   EFFVIT_INLINE DenseB columns_from(int c) const { return {data + c, ld}; }
 };
 // Where the product goes: called once per vector of the result, with its row and column in the whole of C.
-struct StoreC {  // What C holds already (a bias, say) is added last: its magnitude then enters one rounding instead of
-                 // k.
+// What C holds already (a bias, say) is added last: its magnitude then enters one rounding instead of k.
+struct StoreC {
   float* data;
   int64_t ld;
   bool accumulate;

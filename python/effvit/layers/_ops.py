@@ -1,5 +1,7 @@
 """The operators as layers call them: what an operator does not take goes to its definition in plain PyTorch."""
 
+from contextlib import nullcontext
+
 import torch
 
 import effvit.ops
@@ -11,26 +13,40 @@ def _dense(t):
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _namespace(dtype, *head_dims):
+def _covered(dtype, *head_dims):
     """The operators take float32 and below, and head dims up to 256."""
-    return effvit.reference if dtype == torch.float64 or max(head_dims) > 256 else effvit.ops
+    return dtype != torch.float64 and max(head_dims) <= 256
+
+
+def _wide(t):
+    is_float = isinstance(t, torch.Tensor) and t.is_floating_point()
+    return t.to(torch.promote_types(t.dtype, torch.float32)) if is_float else t
+
+
+def _reference(name, *tensors, **options):
+    """A definition computes in the dtype of its inputs: 16-bit ones in float32 here, as in the operators."""
+    options = {key: _wide(t) for key, t in options.items()}
+    device = tensors[0].device.type
+    off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with off:
+        return getattr(effvit.reference, name)(*map(_wide, tensors), **options)
 
 
 def linear_attention(q, k, v, **options):
     """effvit.linear_attention, of which only `out` is returned."""
     q, k, v = _dense(q), _dense(k), _dense(v)
-    namespace = _namespace(q.dtype, q.shape[-1], v.shape[-1])
-    out = namespace.linear_attention(q, k, v, **options)
-    return out[0] if namespace is effvit.reference else out
+    if _covered(q.dtype, q.shape[-1], v.shape[-1]):
+        return effvit.ops.linear_attention(q, k, v, **options)
+    return _reference("linear_attention", q, k, v, **options)[0].to(q.dtype)
 
 
 def linear_state(k, v):
     """sum_j k_j^T v_j: k [B, M, H, K], v [B, M, H, V] -> [B, H, K, V] in float32 (float64 for float64)."""
     k, v = _dense(k), _dense(v)
-    namespace = _namespace(k.dtype, k.shape[-1], v.shape[-1])
-    options = {} if namespace is effvit.reference else {"return_state": True}
-    state = namespace.linear_attention(k[:, :0], k, v, feature_map="none", normalize="none", **options)[1]
-    return state.to(torch.promote_types(state.dtype, torch.float32))
+    options = {"feature_map": "none", "normalize": "none"}
+    if _covered(k.dtype, k.shape[-1], v.shape[-1]):
+        return effvit.ops.linear_attention(k[:, :0], k, v, return_state=True, **options)[1]
+    return _reference("linear_attention", k[:, :0], k, v, **options)[1]
 
 
 def apply_state(q, state):
@@ -38,19 +54,23 @@ def apply_state(q, state):
     q = _dense(q)
     B, _, H, K = q.shape
     V = state.shape[-1]
-    namespace = _namespace(q.dtype, K, V)
-    out = namespace.linear_attention(
+    return linear_attention(
         q, q[:, :0], q.new_empty(B, 0, H, V), initial_state=state, initial_z=state.new_zeros(B, H, K),
         feature_map="none", normalize="none",
     )  # fmt: skip
-    return out[0] if namespace is effvit.reference else out
 
 
 def rbf_gram(q, k):
     """effvit.rbf_gram with gamma 1/2."""
-    return _namespace(q.dtype, q.shape[-1]).rbf_gram(_dense(q), _dense(k))
+    q, k = _dense(q), _dense(k)
+    if _covered(q.dtype, q.shape[-1]):
+        return effvit.ops.rbf_gram(q, k)
+    return _reference("rbf_gram", q, k).to(q.dtype)
 
 
 def newton_pinv(a, *, iterations):
     """effvit.newton_pinv; beyond 256 x 256 in plain PyTorch, with the same closed-form gradient."""
-    return _namespace(a.dtype, a.shape[-1]).newton_pinv(_dense(a), iterations=iterations)
+    a = _dense(a)
+    if _covered(a.dtype, a.shape[-1]):
+        return effvit.ops.newton_pinv(a, iterations=iterations)
+    return _reference("newton_pinv", a, iterations=iterations).to(a.dtype)

@@ -50,6 +50,30 @@ def convolve(conv, x):
     )  # fmt: skip
 
 
+def convolve_all(modules, x):
+    """The modules of an nn.Sequential one after another, its convolutions by `convolve` where they are slow."""
+    if not is_slow(x):
+        return modules(x)
+    for module in modules:
+        x = convolve(module, x)
+    return x
+
+
+def head_dim(module, dim, num_heads):
+    """dim / num_heads; ValueError in the name of the module where it is no whole number."""
+    if num_heads < 1 or dim % num_heads:
+        name = type(module).__name__
+        raise ValueError(f"effvit::{name}: dim must be a multiple of num_heads {num_heads}, got {dim}")
+    return dim // num_heads
+
+
+def same_padding(module, name, size):
+    """The padding with which a convolution of kernel `size` keeps the map's size; ValueError where none does."""
+    if size % 2 == 0:
+        raise ValueError(f"effvit::{type(module).__name__}: {name} must be odd, got {size}")
+    return size // 2
+
+
 def split_tokens(x, parts, num_heads):
     """A packed projection [B, N, parts*h*d] -> `parts` views [B, N, h, d]."""
     return x.unflatten(-1, (parts, num_heads, -1)).unbind(2)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._ops import linear_attention
+from ._tokens import convolve, head_dim
 from .window_attention import pair
 
 
@@ -20,8 +21,7 @@ class TokenToMapAttention(nn.Module):
     ):  # fmt: skip
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        if dim % num_heads:
-            raise ValueError(f"effvit::TokenToMapAttention: dim must be a multiple of num_heads {num_heads}, got {dim}")
+        head_dim(self, dim, num_heads)
         if feature_map not in (None, "relu", "elu1", "exp"):
             raise ValueError(
                 f"effvit::TokenToMapAttention: feature_map must be None, 'relu', 'elu1' or 'exp', got {feature_map!r}"
@@ -41,7 +41,7 @@ class TokenToMapAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x, tokens):
-        """x [B, L, dim], tokens [B, T, dim] -> [B, L, dim]."""
+        """x [B, L, dim], tokens [B, T, dim] (or [1, T, dim]) -> [B, L, dim]."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1))
         k, v = self.kv(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         if self.feature_map is None:
@@ -49,6 +49,7 @@ class TokenToMapAttention(nn.Module):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2)
         else:
+            k, v = (t.expand(len(x), -1, -1, -1) for t in (k, v))
             out = linear_attention(q, k, v, feature_map=self.feature_map, normalize="sum", eps=self.eps)
         return self.proj_drop(self.proj(out.flatten(2)))
 
@@ -69,7 +70,7 @@ class ConvEncoder(nn.Module):
         self.pw2 = nn.Linear(expansion * dim, dim, **factory)
 
     def forward(self, x):
-        y = self.dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = convolve(self.dw, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x + self.pw2(self.act(self.pw1(self.norm(y))))
 
 
@@ -125,7 +126,7 @@ class PositionAwareTokenModule(nn.Module):
         """x [B, H, W, dim], tokens [B, T, dim] (or [1, T, dim]) -> [B, H, W, dim], [B, T, dim]."""
         y = x.permute(0, 3, 1, 2)
         for conv in self.downsample:
-            y = F.avg_pool2d(conv(y), 2, ceil_mode=True)
+            y = F.avg_pool2d(convolve(conv, y), 2, ceil_mode=True)
         if tuple(y.shape[2:]) != self.token_size:
             y = F.adaptive_avg_pool2d(y, self.token_size)
         y = y.flatten(2).mT

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ._ops import linear_attention
-from ._tokens import convolve, is_slow
+from ._tokens import convolve, convolve_all
 
 
 def _pair(x):
@@ -29,14 +29,6 @@ class ConvNormAct(nn.Module):
         return self.act(self.norm(convolve(self.conv, x)))
 
 
-def _aggregate(convolutions, x):
-    if not is_slow(x):
-        return convolutions(x)
-    for conv in convolutions:
-        x = convolve(conv, x)
-    return x
-
-
 class LiteMLAForward:
     """The forward of a module that has timm's LiteMLA attributes: shared by `LiteMLA` and `effvit.patch`."""
 
@@ -44,11 +36,14 @@ class LiteMLAForward:
         """x [B, C, H, W] -> [B, out_channels, H, W], in the memory format of x.
 
         All is computed channels last, where a map is a sequence of tokens already: an input that is not is converted
-        before the projection triples its channels, and the output is converted back.
+        before the projection triples its channels, and the output is converted back. Inside functorch transforms maps
+        stay as they are.
         """
-        contiguous = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
-        qkv = self.qkv(x.contiguous(memory_format=torch.channels_last))
-        maps = [qkv, *(_aggregate(convolutions, qkv) for convolutions in self.aggreg)]
+        # torch.vmap answers no question about memory formats
+        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        contiguous = not transformed and x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+        qkv = self.qkv(x if transformed else x.contiguous(memory_format=torch.channels_last))
+        maps = [qkv, *(convolve_all(convolutions, qkv) for convolutions in self.aggreg)]
         # Scales share no head: attended one by one, their outputs are concatenated instead of their q, k and v.
         out = self.proj(torch.cat([self._attend(m) for m in maps], dim=-1).permute(0, 3, 1, 2))
         return out.contiguous() if contiguous else out
@@ -84,6 +79,8 @@ class LiteMLA(LiteMLAForward, nn.Module):
         self.eps = eps
         self.dim = dim
         heads = heads or int(in_channels // dim * heads_ratio)
+        if heads < 1:
+            raise ValueError(f"effvit::LiteMLA: heads must be >= 1, got {heads}")
         width = 3 * heads * dim
         use_bias, norm_layer, act_layer = _pair(use_bias), _pair(norm_layer), _pair(act_layer)
         self.qkv = ConvNormAct(in_channels, width, use_bias[0], norm_layer[0], act_layer[0], **factory)

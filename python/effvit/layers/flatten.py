@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._ops import linear_attention
-from ._tokens import depthwise_over_heads, tokens_of
+from ._tokens import depthwise_over_heads, head_dim, same_padding, tokens_of
 from .window_attention import pair
 
 
@@ -42,14 +42,13 @@ class FocusedLinearAttention(nn.Module):
         self.dim = dim
         self.window_size = pair(window_size)
         self.num_heads = num_heads
-        head_dim = dim // num_heads
+        d = head_dim(self, dim, num_heads)
         self.focusing_factor = focusing_factor
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.dwc = nn.Conv2d(
-            head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim, **factory
-        )  # fmt: skip
+        padding = same_padding(self, "kernel_size", kernel_size)
+        self.dwc = nn.Conv2d(d, d, kernel_size, padding=padding, groups=d, **factory)
         tokens = self.window_size[0] * self.window_size[1]
         self.scale = nn.Parameter(torch.zeros(1, 1, dim, **factory))
         self.positional_encoding = nn.Parameter(torch.zeros(1, tokens, dim, **factory))

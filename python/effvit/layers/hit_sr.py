@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._ops import linear_attention
+from ._tokens import as_map, as_tokens, convolve, convolve_all
 from .swin_block import DropPath, Mlp
 from .window_attention import pair, window_merge, window_partition
 
@@ -40,8 +41,8 @@ class DFE(nn.Module):
 
     def forward(self, x, x_size):
         """x [B, H*W, in_features] -> [B, H*W, out_features]."""
-        x = x.unflatten(1, x_size).permute(0, 3, 1, 2)
-        return (self.conv(x) * self.linear(x)).permute(0, 2, 3, 1).flatten(1, 2)
+        x = as_map(x, x_size)
+        return as_tokens(convolve_all(self.conv, x) * convolve(self.linear, x))
 
 
 class DynamicPosBias(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ._ops import linear_attention
-from ._tokens import as_map, as_tokens, convolve, split_tokens
+from ._tokens import as_map, as_tokens, convolve, head_dim, split_tokens
 from .swin_block import DropPath, Mlp
 
 
@@ -23,7 +23,8 @@ class LinearGlobalAttention(nn.Module):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        d = head_dim(self, dim, num_heads)
+        self.scale = qk_scale or d**-0.5
         self.temperature = nn.Parameter(torch.full((num_heads, 1, 1), self.scale, **factory))
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.proj = nn.Linear(dim, dim, **factory)

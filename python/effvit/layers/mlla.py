@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._ops import linear_attention
-from ._tokens import as_map, as_tokens, convolve, tokens_of
+from ._tokens import as_map, as_tokens, convolve, head_dim, tokens_of
 from .swin_block import DropPath, Mlp
 from .window_attention import pair
 
@@ -57,6 +57,7 @@ class MLLAttention(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.dim = dim
         self.input_resolution = pair(input_resolution)
+        head_dim(self, dim, num_heads)
         self.num_heads = num_heads
         self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
         self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._ops import apply_state, linear_attention, linear_state
+from ._tokens import head_dim
 
 
 class MPCViTAttention(nn.Module):
@@ -26,10 +27,8 @@ class MPCViTAttention(nn.Module):
     def __init__(self, dim, num_heads=8, attention_dropout=0.1, projection_dropout=0.1, device=None, dtype=None):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        if dim % num_heads:
-            raise ValueError(f"effvit::MPCViTAttention: dim must be a multiple of num_heads {num_heads}, got {dim}")
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
+        self.scale = head_dim(self, dim, num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **factory)
         self.attn_drop = nn.Dropout(attention_dropout)
         self.proj = nn.Linear(dim, dim, **factory)
@@ -70,9 +69,12 @@ class MPCViTAttention(nn.Module):
 
     def relu_softmax(self, q, k, v):
         """[B, N, heads, d] each -> the same."""
-        scores = F.relu(self.scores(q, k))
-        out = scores @ v.transpose(1, 2)
-        return (out / (scores.sum(-1, keepdim=True) + self.eps)).transpose(1, 2)
+        return (self.normalised(self.scores(q, k)).to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
+
+    def normalised(self, scores):
+        """relu(s) / (sum relu(s) + eps), the sum in float32: the products with v could exceed float16 before it."""
+        relu = F.relu(scores)
+        return relu / (relu.sum(-1, keepdim=True, dtype=torch.promote_types(relu.dtype, torch.float32)) + self.eps)
 
     def scaling(self, q, k, v):
         """[B, N, heads, d] each -> the same."""
@@ -90,9 +92,7 @@ class MPCViTAttention(nn.Module):
 
     def with_dropout(self, q, k, v):
         scores = self.scores(q, k)
-        relu = F.relu(scores)
-        relu = relu / (relu.sum(-1, keepdim=True) + self.eps)
-        attn = self.alpha * relu + (1 - self.alpha) * (scores / scores.shape[-1])
+        attn = self.alpha * self.normalised(scores) + (1 - self.alpha) * (scores / scores.shape[-1])
         return (self.attn_drop(attn).to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
 
     def extra_repr(self):
@@ -109,8 +109,7 @@ class XNormAttention(nn.Module):
     def __init__(self, dim, num_heads=8, projection_dropout=0.1, device=None, dtype=None):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        if dim % num_heads:
-            raise ValueError(f"effvit::XNormAttention: dim must be a multiple of num_heads {num_heads}, got {dim}")
+        head_dim(self, dim, num_heads)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
@@ -122,5 +121,7 @@ class XNormAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         state = linear_state(k, v)  # [B, heads, d, d], float32
         state = F.normalize(state, dim=-1) * self.gamma_xnorm.to(state.dtype)
-        out = apply_state(F.normalize(q, dim=-1) * self.gamma_xnorm.view(self.num_heads, 1), state)
+        # 1e-12 is 0 in float16
+        wide = F.normalize(q.to(state.dtype), dim=-1) * self.gamma_xnorm.view(self.num_heads, 1).to(state.dtype)
+        out = apply_state(wide.to(q.dtype), state)
         return self.proj_drop(self.proj(out.flatten(2)))

@@ -32,6 +32,8 @@ class LiteLA(nn.Module):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         heads = heads or int(out_dim // dim * heads_ratio)
+        if heads < 1:
+            raise ValueError(f"effvit::LiteLA: heads must be >= 1, got {heads}")
         self.in_dim = in_dim
         self.out_dim = out_dim
         self.heads = heads

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ._ops import linear_attention
-from ._tokens import depthwise_over_heads, split_tokens, tokens_of
+from ._tokens import depthwise_over_heads, head_dim, same_padding, split_tokens, tokens_of
 from .window_attention import pair
 
 
@@ -28,14 +28,13 @@ class SimplifiedLinearAttention(nn.Module):
         self.dim = dim
         self.window_size = pair(window_size)
         self.num_heads = num_heads
-        head_dim = dim // num_heads
+        d = head_dim(self, dim, num_heads)
         self.focusing_factor = focusing_factor
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.dwc = nn.Conv2d(
-            head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim, **factory
-        )  # fmt: skip
+        padding = same_padding(self, "kernel_size", kernel_size)
+        self.dwc = nn.Conv2d(d, d, kernel_size, padding=padding, groups=d, **factory)
         tokens = self.window_size[0] * self.window_size[1]
         self.positional_encoding = nn.Parameter(torch.zeros(1, tokens, dim, **factory))
 
@@ -117,7 +116,7 @@ class LinearNorm(nn.Module):
                 self.warm.sub_(1)
                 return self.norm1(x)
             self.warming = False
-        weight = self.r0 * self.iter / self.total_step
+        weight = self.r0 * self.iter / self.total_step.clamp(min=1)
         # The sum of one number: torch.compile recomputes cheap operations in the backward, there from an `iter` that
         # has moved on; it keeps the result of this one.
         weight = weight.reshape(1).cumsum(0).squeeze(0)
@@ -132,25 +131,33 @@ class LinearNorm(nn.Module):
 
     def fuse(self):
         """The `Affine` that this module is in evaluation; norm2 must be a `RepBN`."""
+        if not isinstance(self.norm2, RepBN):
+            raise ValueError(f"effvit::LinearNorm: norm2 must be a RepBN to be fused, got {type(self.norm2).__name__}")
         return self.norm2.fuse()
 
 
 def fuse_prepbn(module):
-    """Replace, in place, every `LinearNorm` and `RepBN` inside `module` by its `Affine`; returns the module's names.
+    """Replace, in place, every `LinearNorm` and `RepBN` inside `module` by its `Affine`; returns their names.
 
-    For inference: the module must be in evaluation.
+    For inference: the module and all inside it must be in evaluation. A norm under two names stays one module.
     """
-    if module.training:
+    if isinstance(module, (LinearNorm, RepBN)):
+        raise ValueError(
+            "effvit::fuse_prepbn: module must contain LinearNorm or RepBN, got one itself: call its fuse()"
+        )
+    if any(m.training for m in module.modules()):
         raise ValueError("effvit::fuse_prepbn: module must be in evaluation, got training=True")
-    fused = []
+    fused, names = {}, []
     for name, parent in list(module.named_modules()):
-        if name in fused:  # a LinearNorm that is gone: its RepBN is not in the model any more
+        if parent in fused:  # a LinearNorm that is gone: its RepBN is not in the model any more
             continue
-        for key, child in list(parent.named_children()):
+        for key, child in list(parent._modules.items()):
             if isinstance(child, RepBN) or (isinstance(child, LinearNorm) and isinstance(child.norm2, RepBN)):
-                setattr(parent, key, child.fuse().train(child.training))
-                fused.append(f"{name}.{key}" if name else key)
-    return fused
+                if child not in fused:
+                    fused[child] = child.fuse().eval()
+                setattr(parent, key, fused[child])
+                names.append(f"{name}.{key}" if name else key)
+    return names
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._ops import newton_pinv, rbf_gram
+from ._tokens import conv2d, same_padding
 
 
 def is_plain(linear):
@@ -54,12 +55,18 @@ class SoftmaxFreeAttentionKernel(nn.Module):
         self.Qnorm_act = nn.Sequential(nn.LayerNorm(d, **factory), nn.GELU())
         self.use_conv = use_conv
         if use_conv:
+            padding = same_padding(self, "use_conv", use_conv)
             self.conv = nn.Conv2d(
-                num_heads, num_heads, use_conv, padding=use_conv // 2, bias=False, groups=num_heads, **factory
+                num_heads, num_heads, use_conv, padding=padding, bias=False, groups=num_heads, **factory
             )
 
     def forward(self, Q, V, H, W):
         """Q, V [B, h, N, d] -> [B, h, N, d], N = H*W (with ratio 1 also H*W + 1)."""
+        name, tokens = f"effvit::{type(self).__name__}", Q.shape[2]
+        if tokens != H * W and (self.ratio > 1 or tokens != H * W + 1):
+            raise ValueError(f"{name}: Q must have H*W = {H * W} tokens, got {tokens}")
+        if H < self.ratio or W < self.ratio:
+            raise ValueError(f"{name}: H and W must be >= ratio {self.ratio}, got {H} and {W}")
         q = Q.transpose(1, 2) * self.head_dim**-0.25  # [B, N, h, d]: as projections are laid out
         t = self.landmarks(q, H, W)
         if self.ratio == 1:
@@ -101,7 +108,7 @@ class SoftmaxFreeAttentionKernel(nn.Module):
         first = V.shape[2] - H * W
         maps = V[:, :, first:].mT.flatten(1, 2).unflatten(2, (H, W))
         weight = self.conv.weight.repeat_interleave(self.head_dim, dim=0)
-        out = F.conv2d(maps, weight, padding=self.use_conv // 2, groups=weight.shape[0])
+        out = conv2d(maps, weight, None, padding=self.use_conv // 2, groups=weight.shape[0])
         out = out.flatten(2).unflatten(1, (self.num_head, self.head_dim)).mT
         return torch.cat([V[:, :, :first].to(out.dtype), out], dim=2) if first else out
 

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._ops import linear_attention
+from ._tokens import as_map, as_tokens, convolve
 from .swin_block import DropPath, Mlp
+from .window_attention import pair
 
 
 class NonCausalSSD(nn.Module):
@@ -18,10 +20,11 @@ class NonCausalSSD(nn.Module):
         y_i = sum_j C_i . (dt_j |A| B_j) x_j + D x_i,    out = out_proj(LayerNorm(y) * z)
 
     The sum runs over all tokens. B and C belong to a group of heads (head i to group i % ngroups, as in the original)
-    and are broadcast over them with stride 0. `ssd_positve_dA=False` (the original's spelling) takes A instead of |A|.
-    `d_conv` must be odd. `chunk_size`, `use_mem_eff_path`, `layer_idx` and `dt_limit` belong to the causal scan; as in
-    the original's non-causal form they do nothing. What has no non-causal form raises: `linear_attn_duality=False` and
-    `learnable_init_states=True`.
+    and are broadcast over them with stride 0. `ssd_positve_dA=False` (the original's spelling) takes A instead of |A|;
+    one version of the original has it as its default, so that version's checkpoints need it passed. `d_conv` must be
+    odd. `chunk_size`, `bidirection`, `use_mem_eff_path`, `layer_idx` and `dt_limit` belong to the causal scan; as in
+    the original's non-causal form they do nothing. What is not covered raises: `linear_attn_duality=False` and
+    `learnable_init_states=True`, which have no non-causal form, and `lepe=True`.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class NonCausalSSD(nn.Module):
         dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4, dt_limit=(0.0, float("inf")), learnable_init_states=False,
         activation="silu", bias=False, conv_bias=True, chunk_size=256, use_mem_eff_path=False, layer_idx=None,
         device=None, dtype=None, linear_attn_duality=True, d_state=64, ssd_positve_dA=True,
+        bidirection=False, lepe=False,
     ):  # fmt: skip
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -47,6 +51,7 @@ class NonCausalSSD(nn.Module):
             ("activation", activation in ("silu", "swish"), "'silu' or 'swish'", activation),
             ("linear_attn_duality", linear_attn_duality, "True: the causal scan is another operator", False),
             ("learnable_init_states", not learnable_init_states, "False: only a scan has initial states", True),
+            ("lepe", not lepe, "False: the mixer has no position encoding of its own", True),
         ):
             if not ok:
                 raise ValueError(f"effvit::NonCausalSSD: {name} must be {expected}, got {got}")
@@ -76,8 +81,8 @@ class NonCausalSSD(nn.Module):
         bc = self.ngroups * self.d_state
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.d_inner + 2 * bc, self.nheads], dim=-1)
         # A channels-last view, so that neither the convolution nor what follows copies the map
-        xBC = self.act(self.conv2d(xBC.unflatten(1, (H, W)).permute(0, 3, 1, 2)))
-        x, B, C = xBC.permute(0, 2, 3, 1).flatten(1, 2).split([self.d_inner, bc, bc], dim=-1)
+        xBC = self.act(convolve(self.conv2d, as_map(xBC, (H, W))))
+        x, B, C = as_tokens(xBC).split([self.d_inner, bc, bc], dim=-1)
         x = x.unflatten(-1, (self.nheads, self.headdim))
         wide = torch.promote_types(dt.dtype, torch.float32)
         weight = F.softplus(dt.to(wide) + self.dt_bias.to(wide)) * self.A_log.to(wide).exp()
@@ -127,8 +132,8 @@ class StandardAttention(nn.Module):
 class VMAMBA2Block(nn.Module):
     """VSSD's block: depthwise position encodings, the mixer and an MLP; arguments and state_dict of the original.
 
-    `input_resolution` is the map's size where `forward` gets none. `qkv_bias` is accepted and does nothing, as in the
-    original. Further keyword arguments go to `NonCausalSSD`.
+    `input_resolution`, (H, W) or one number, is the map's size where `forward` gets none. `qkv_bias` is accepted and
+    does nothing, as in the original. Further keyword arguments go to `NonCausalSSD`.
     """
 
     def __init__(
@@ -139,7 +144,7 @@ class VMAMBA2Block(nn.Module):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.dim = dim
-        self.input_resolution = input_resolution
+        self.input_resolution = pair(input_resolution)
         self.num_heads = num_heads
         self.cpe1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
         self.norm1 = norm_layer(dim, **factory)
@@ -169,4 +174,4 @@ class VMAMBA2Block(nn.Module):
 
     @staticmethod
     def _position(conv, x, H, W):
-        return conv(x.unflatten(1, (H, W)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        return as_tokens(convolve(conv, as_map(x, (H, W))))

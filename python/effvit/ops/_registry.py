@@ -16,6 +16,7 @@ import torch
 
 LIBRARY = torch.library.Library("effvit", "FRAGMENT")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FLOAT32_LIMIT = 2.0**128 - 2.0**103  # from here on a number rounds to infinity
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
@@ -58,6 +59,8 @@ def define_op(
     LIBRARY.impl(name, checked_reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"effvit::{name}", checked_fake, lib=LIBRARY)
     OPS[name] = op
+    if backward_of is not None:  # its dtypes are those of the forward; products inside its reference stay in float32
+        register_autocast(name, lambda dtype, *tensors: tensors)
     return op
 
 
@@ -119,6 +122,16 @@ def as_finite(op: str, name: str, x: object) -> float:
         x = float(x)  # a SymFloat is specialised, as in as_pair
     if not -math.inf < x < math.inf:  # a comparison can be traced, math.isfinite cannot
         raise value_error(op, name, "finite", x)
+    if not -_FLOAT32_LIMIT < x < _FLOAT32_LIMIT:
+        raise value_error(op, name, "finite in float32", x)
+    return x
+
+
+def as_positive(op: str, name: str, x: object) -> float:
+    """A finite real number that is positive, also in float32 -> a float."""
+    x = as_finite(op, name, x)
+    if x <= 2.0**-150:  # rounds to 0
+        raise value_error(op, name, "positive", x)
     return x
 
 

@@ -36,9 +36,7 @@ def _validate(a, *, iterations=20, ridge=0.01, step=1.8):
     ridge = R.as_finite(NAME, "ridge", ridge)
     if ridge < 0:
         raise R.value_error(NAME, "ridge", "at least 0", ridge)
-    step = R.as_finite(NAME, "step", step)
-    if step <= 0:
-        raise R.value_error(NAME, "step", "positive", step)
+    step = R.as_positive(NAME, "step", step)
     return {"iterations": iterations, "ridge": ridge, "step": step}
 
 
@@ -111,7 +109,6 @@ torch.library.register_autograd(f"effvit::{NAME}_backward", _no_double_backward,
 
 # An inverse keeps the dtype that it is given; the rule keeps autocast away from the products of the reference.
 R.register_autocast(NAME, lambda dtype, a: (a,))
-R.register_autocast(f"{NAME}_backward", lambda dtype, grad_out, out: (grad_out, out))
 R.vmap_by_folding(NAME, foldable=(0,))
 R.vmap_by_folding(f"{NAME}_backward", foldable=(0, 1))
 

@@ -32,10 +32,7 @@ def _validate(op, q, k, *, gamma=0.5):
     for name, t in (("q", q), ("k", k)):
         R.check_like(op, name, t, "q", q)
         R.check_last_stride(op, name, t)
-    gamma = R.as_finite(op, "gamma", gamma)
-    if gamma <= 0:
-        raise R.value_error(op, "gamma", "positive", gamma)
-    return gamma
+    return R.as_positive(op, "gamma", gamma)
 
 
 def _validate_forward(q, k, *, gamma=0.5):
@@ -120,7 +117,6 @@ def _autocast(dtype, q, k):
 
 
 R.register_autocast(NAME, _autocast)
-R.register_autocast(f"{NAME}_backward", lambda dtype, *tensors: tensors)  # its dtypes are those of the forward
 R.vmap_by_folding(NAME, foldable=(0, 1))
 R.vmap_by_folding(f"{NAME}_backward", foldable=(0, 1, 2, 3))
 

@@ -82,6 +82,8 @@ class OpSpec:
     # {"batch": {tensor or output: dim}}: DTensor shardings that need no communication; absent tensors are replicated
     shardings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     autocast_tensors: Sequence[str] = ()  # arguments that autocast casts
+    # the op's keyword arguments -> those of the public function that mean the same; None where it has no such call
+    public_kwargs: Callable = dict
     output_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # outputs whose dtype is not the input's
     # (dtype) -> [(name, args, kwargs)]: large calls for the memory test; built in a process of their own
     memory_calls: Callable | None = None

@@ -684,6 +684,7 @@ BAD_INPUTS = [
          schema_match="argument 'normalize'", normalize=None),
     _bad("normalize_4", ValueError, "normalize must be between 0 and 3, got 4", public=False, normalize=4),
     # eps, clamp_min, scale, causal, quadratic
+    _bad("eps_huge", ValueError, r"eps must be finite in float32, got 1e\+39", eps=1e39),
     _bad("eps_nan", ValueError, "eps must be finite, got nan", eps=math.nan),
     _bad("eps_string", TypeError, "eps must be a real number, got str", schema_match="argument 'eps'", eps="1e-6"),
     _bad("clamp_min_inf", ValueError, "clamp_min must be finite, got inf", clamp_min=math.inf),
@@ -733,8 +734,20 @@ BAD_INPUTS = [
 # fmt: on
 
 
+def public_kwargs(kwargs):
+    """The public function takes names, chooses the form by itself, and returns the states if asked."""
+    if kwargs.get("quadratic"):
+        return None
+    named = {n: x for n, x in kwargs.items() if n != "quadratic"}
+    for name, names in (("feature_map", FEATURE_MAPS), ("normalize", NORMALIZERS)):
+        if name in named:
+            named[name] = names[named[name]]
+    return named | {"return_state": True}
+
+
 SPEC = OpSpec(
     name="linear_attention",
+    public_kwargs=public_kwargs,
     samples=SAMPLES,
     tensors=TENSORS,
     outputs=OUTPUTS,

@@ -278,6 +278,8 @@ BAD_INPUTS = [
     _bad("step_zero", ValueError, "step must be positive, got 0", step=0.0),
     _bad("step_negative", ValueError, r"step must be positive, got -1\.8", step=-1.8),
     _bad("step_nan", ValueError, "step must be finite, got nan", step=float("nan")),
+    _bad("step_huge", ValueError, r"step must be finite in float32, got 1e\+39", step=1e39),
+    _bad("step_tiny", ValueError, r"step must be positive, got 1e-60", step=1e-60),
     _bad("step_inf", ValueError, "step must be finite, got -inf", step=float("-inf")),
     _bad("step_list", TypeError, "step must be a real number, got list", schema_match="argument 'step'", step=[1.8]),
     # the backward op

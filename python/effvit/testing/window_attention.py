@@ -699,6 +699,7 @@ BAD_INPUTS = [
          halo=(torch.tensor([1, 2]), 0), bias_table=None),
     # scale, mask_value, roll_before_pad
     _bad("scale_nan", ValueError, r"scale must be finite, got nan", scale=math.nan),
+    _bad("scale_huge", ValueError, r"scale must be finite in float32, got 1e\+39", scale=1e39),
     _bad("scale_inf", ValueError, r"scale must be finite, got inf", scale=math.inf),
     _bad("scale_string", TypeError, r"scale must be a real number, got str", schema_match="argument 'scale'",
          scale="0.5"),
