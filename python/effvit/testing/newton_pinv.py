@@ -4,6 +4,7 @@ import torch
 
 from effvit.reference.newton_pinv import newton_pinv as reference
 from effvit.reference.rbf_gram import rbf_gram
+from effvit.testing._samples import IS_FLOAT, IS_TENSOR, changed, every_other, split_call, to
 from effvit.testing._spec import FLOAT_DTYPES, BadInput, Cost, OpSpec, Sample
 
 TENSORS = ("a",)
@@ -188,26 +189,15 @@ def good_call():
     return {"a": _dominant(2, 2, 6, torch.Generator("cpu").manual_seed(0)).float()}
 
 
-def _split(call, names):
-    call = dict(call)
-    return tuple(call.pop(n) for n in names), call
-
-
 def good_input():
-    return _split(good_call(), TENSORS)
-
-
-def _changed(call, changes):
-    for key, change in changes.items():
-        call[key] = change(call.get(key)) if callable(change) else change
-    return call
+    return split_call(good_call(), TENSORS)
 
 
 def _bad(name, error, match, *, schema_match=None, torch_ops=True, **changes):
     """changes: argument -> new value, or a function of the old one."""
 
     def make():
-        return _split(_changed(good_call(), changes), TENSORS)
+        return split_call(changed(good_call(), changes), TENSORS)
 
     return BadInput(name, make, error, match, schema_match, torch_ops)
 
@@ -215,21 +205,11 @@ def _bad(name, error, match, *, schema_match=None, torch_ops=True, **changes):
 def _bad_backward(name, error, match, *, schema_match=None, **changes):
     def make():
         call = {n: torch.zeros(2, 2, 6, 6) for n in BACKWARD_TENSORS}
-        return _split(_changed(call, changes), BACKWARD_TENSORS)
+        return split_call(changed(call, changes), BACKWARD_TENSORS)
 
     return BadInput(name, make, error, match, schema_match, public=False, op="newton_pinv_backward")
 
 
-def _to(what):
-    return lambda t: t.to(what)
-
-
-def _every_other(t):
-    return torch.stack((t, t), dim=-1).flatten(-2)[..., ::2]
-
-
-_TENSOR = r"must be a torch\.Tensor, got "
-_FLOAT = r"must be float32, bfloat16 or float16, got "
 _MATRICES = r"must be \[B, H, m, m\] with m between 1 and 256, got "
 
 # fmt: off
@@ -243,18 +223,18 @@ BAD_INPUTS = [
     _bad("a_tall", ValueError, rf"a {_MATRICES}\[2, 2, 6, 5\]", a=lambda t: t[..., :5].contiguous()),
     _bad("a_m_0", ValueError, rf"a {_MATRICES}\[2, 2, 0, 0\]", a=lambda t: t[:, :, :0, :0]),
     _bad("a_m_257", ValueError, rf"a {_MATRICES}\[1, 1, 257, 257\]", a=lambda t: torch.eye(257)[None, None]),
-    _bad("a_none", TypeError, f"a {_TENSOR}NoneType", schema_match=r"a must be .*got \[0\]", a=None),
-    _bad("a_list", TypeError, f"a {_TENSOR}list", schema_match="argument 'a'", a=lambda t: t.tolist()),
-    _bad("a_numpy", TypeError, f"a {_TENSOR}ndarray", schema_match="argument 'a'", a=lambda t: t.numpy()),
-    _bad("a_string", TypeError, f"a {_TENSOR}str", schema_match="argument 'a'", a="a"),
-    _bad("a_float64", TypeError, f"a {_FLOAT}.*(float64|Double)", a=_to(torch.float64)),
-    _bad("a_int32", TypeError, f"a {_FLOAT}.*(int32|Int)", a=_to(torch.int32)),
-    _bad("a_int8", TypeError, f"a {_FLOAT}.*(int8|Char)", a=_to(torch.int8)),
-    _bad("a_bool", TypeError, f"a {_FLOAT}.*(bool|Bool)", a=_to(torch.bool)),
-    _bad("a_complex64", TypeError, f"a {_FLOAT}.*(complex64|ComplexFloat)", a=_to(torch.complex64)),
-    _bad("a_float8", TypeError, f"a {_FLOAT}.*(float8|Float8)", a=_to(torch.float8_e4m3fn)),
+    _bad("a_none", TypeError, f"a {IS_TENSOR}NoneType", schema_match=r"a must be .*got \[0\]", a=None),
+    _bad("a_list", TypeError, f"a {IS_TENSOR}list", schema_match="argument 'a'", a=lambda t: t.tolist()),
+    _bad("a_numpy", TypeError, f"a {IS_TENSOR}ndarray", schema_match="argument 'a'", a=lambda t: t.numpy()),
+    _bad("a_string", TypeError, f"a {IS_TENSOR}str", schema_match="argument 'a'", a="a"),
+    _bad("a_float64", TypeError, f"a {IS_FLOAT}.*(float64|Double)", a=to(torch.float64)),
+    _bad("a_int32", TypeError, f"a {IS_FLOAT}.*(int32|Int)", a=to(torch.int32)),
+    _bad("a_int8", TypeError, f"a {IS_FLOAT}.*(int8|Char)", a=to(torch.int8)),
+    _bad("a_bool", TypeError, f"a {IS_FLOAT}.*(bool|Bool)", a=to(torch.bool)),
+    _bad("a_complex64", TypeError, f"a {IS_FLOAT}.*(complex64|ComplexFloat)", a=to(torch.complex64)),
+    _bad("a_float8", TypeError, f"a {IS_FLOAT}.*(float8|Float8)", a=to(torch.float8_e4m3fn)),
     _bad("a_sparse", TypeError, r"a must be (a )?dense.*got .*[sS]parse", a=lambda t: t.to_sparse()),
-    _bad("a_last_stride_2", ValueError, "a must .*last stride.*1.*got", a=_every_other),
+    _bad("a_last_stride_2", ValueError, "a must .*last stride.*1.*got", a=every_other),
     _bad("a_transposed", ValueError, "a must .*last stride.*1.*got", a=lambda t: t.mT),
     # iterations
     _bad("iterations_negative", ValueError, "iterations must be between 0 and 1000, got -1", iterations=-1),
@@ -287,8 +267,8 @@ BAD_INPUTS = [
     _bad_backward("backward_out_wide", ValueError, rf"out {_MATRICES}\[2, 2, 5, 6\]", out=lambda t: t[:, :, :5]),
     _bad_backward("backward_out_m_257", ValueError, rf"out {_MATRICES}\[1, 1, 257, 257\]",
                   out=lambda t: torch.eye(257)[None, None]),
-    _bad_backward("backward_out_float64", TypeError, f"out {_FLOAT}.*(float64|Double)",
-                  **dict.fromkeys(BACKWARD_TENSORS, _to(torch.float64))),
+    _bad_backward("backward_out_float64", TypeError, f"out {IS_FLOAT}.*(float64|Double)",
+                  **dict.fromkeys(BACKWARD_TENSORS, to(torch.float64))),
     _bad_backward("backward_out_strided", ValueError, "out must be contiguous as the forward returned it",
                   out=lambda t: t.mT),
     _bad_backward("backward_grad_shape", ValueError, r"grad_out must be \[B, H, m, m\] = \[2, 2, 6, 6\], got "
@@ -296,11 +276,11 @@ BAD_INPUTS = [
     _bad_backward("backward_grad_rank", ValueError, r"grad_out must be \[B, H, m, m\] = \[2, 2, 6, 6\], got "
                   r"\[2, 6, 6\]", grad_out=lambda t: t[0]),
     _bad_backward("backward_grad_dtype", TypeError, r"grad_out must be .*like out.*got .*(bfloat16|BFloat16)",
-                  grad_out=_to(torch.bfloat16)),
-    _bad_backward("backward_grad_meta", ValueError, "grad_out must be .*on cpu.*got .*meta", grad_out=_to("meta")),
+                  grad_out=to(torch.bfloat16)),
+    _bad_backward("backward_grad_meta", ValueError, "grad_out must be .*on cpu.*got .*meta", grad_out=to("meta")),
     _bad_backward("backward_grad_last_stride", ValueError, "grad_out must .*last stride.*1.*got",
                   grad_out=lambda t: t.mT),
-    _bad_backward("backward_grad_none", TypeError, f"grad_out {_TENSOR}NoneType",
+    _bad_backward("backward_grad_none", TypeError, f"grad_out {IS_TENSOR}NoneType",
                   schema_match=r"grad_out must be .*got \[0\]", grad_out=None),
 ]
 # fmt: on

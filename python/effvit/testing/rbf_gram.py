@@ -3,6 +3,7 @@
 import torch
 
 from effvit.reference.rbf_gram import rbf_gram as reference
+from effvit.testing._samples import IS_FLOAT, IS_TENSOR, changed, every_other, split_call, to
 from effvit.testing._spec import FLOAT_DTYPES, BadInput, Cost, OpSpec, Sample
 
 TENSORS = ("q", "k")
@@ -219,26 +220,15 @@ def good_call():
     return {"q": torch.randn(1, 6, 2, 8, generator=generator), "k": torch.randn(1, 4, 2, 8, generator=generator)}
 
 
-def _split(call, names):
-    call = dict(call)
-    return tuple(call.pop(n) for n in names), call
-
-
 def good_input():
-    return _split(good_call(), TENSORS)
-
-
-def _changed(call, changes):
-    for key, change in changes.items():
-        call[key] = change(call.get(key)) if callable(change) else change
-    return call
+    return split_call(good_call(), TENSORS)
 
 
 def _bad(name, error, match, *, schema_match=None, torch_ops=True, **changes):
     """changes: argument -> new value, or a function of the old one."""
 
     def make():
-        return _split(_changed(good_call(), changes), TENSORS)
+        return split_call(changed(good_call(), changes), TENSORS)
 
     return BadInput(name, make, error, match, schema_match, torch_ops)
 
@@ -246,21 +236,11 @@ def _bad(name, error, match, *, schema_match=None, torch_ops=True, **changes):
 def _bad_backward(name, error, match, *, schema_match=None, **changes):
     def make():
         call = good_call() | {n: torch.zeros(1, 2, 6, 4) for n in ("grad_out", "out")}
-        return _split(_changed(call, changes), BACKWARD_TENSORS)
+        return split_call(changed(call, changes), BACKWARD_TENSORS)
 
     return BadInput(name, make, error, match, schema_match, public=False, op="rbf_gram_backward")
 
 
-def _to(what):
-    return lambda t: t.to(what)
-
-
-def _every_other(t):
-    return torch.stack((t, t), dim=-1).flatten(-2)[..., ::2]
-
-
-_TENSOR = r"must be a torch\.Tensor, got "
-_FLOAT = r"must be float32, bfloat16 or float16, got "
 _LIKE_Q = r"k must be \[B, M, H, D\] like q \[1, 6, 2, 8\], got "
 _BOTH = TENSORS
 
@@ -270,34 +250,34 @@ BAD_INPUTS = [
     _bad("q_rank_3", ValueError, r"q must be \[B, L, H, D\].*got \[6, 2, 8\]", q=lambda t: t[0]),
     _bad("q_rank_5", ValueError, r"q must be \[B, L, H, D\].*got \[1, 1, 6, 2, 8\]", q=lambda t: t[None]),
     _bad("q_scalar", ValueError, r"q must be \[B, L, H, D\].*got \[\]", q=lambda t: t.sum()),
-    _bad("q_none", TypeError, f"q {_TENSOR}NoneType", schema_match=r"q must be .*got \[0\]", q=None),
-    _bad("q_list", TypeError, f"q {_TENSOR}list", schema_match="argument 'q'", q=lambda t: t.tolist()),
-    _bad("q_numpy", TypeError, f"q {_TENSOR}ndarray", schema_match="argument 'q'", q=lambda t: t.numpy()),
-    _bad("q_float64", TypeError, f"q {_FLOAT}.*(float64|Double)", **dict.fromkeys(_BOTH, _to(torch.float64))),
-    _bad("q_int32", TypeError, f"q {_FLOAT}.*(int32|Int)", **dict.fromkeys(_BOTH, _to(torch.int32))),
-    _bad("q_bool", TypeError, f"q {_FLOAT}.*(bool|Bool)", **dict.fromkeys(_BOTH, _to(torch.bool))),
-    _bad("q_complex64", TypeError, f"q {_FLOAT}.*(complex64|ComplexFloat)",
-         **dict.fromkeys(_BOTH, _to(torch.complex64))),
-    _bad("q_float8", TypeError, f"q {_FLOAT}.*(float8|Float8)", **dict.fromkeys(_BOTH, _to(torch.float8_e4m3fn))),
+    _bad("q_none", TypeError, f"q {IS_TENSOR}NoneType", schema_match=r"q must be .*got \[0\]", q=None),
+    _bad("q_list", TypeError, f"q {IS_TENSOR}list", schema_match="argument 'q'", q=lambda t: t.tolist()),
+    _bad("q_numpy", TypeError, f"q {IS_TENSOR}ndarray", schema_match="argument 'q'", q=lambda t: t.numpy()),
+    _bad("q_float64", TypeError, f"q {IS_FLOAT}.*(float64|Double)", **dict.fromkeys(_BOTH, to(torch.float64))),
+    _bad("q_int32", TypeError, f"q {IS_FLOAT}.*(int32|Int)", **dict.fromkeys(_BOTH, to(torch.int32))),
+    _bad("q_bool", TypeError, f"q {IS_FLOAT}.*(bool|Bool)", **dict.fromkeys(_BOTH, to(torch.bool))),
+    _bad("q_complex64", TypeError, f"q {IS_FLOAT}.*(complex64|ComplexFloat)",
+         **dict.fromkeys(_BOTH, to(torch.complex64))),
+    _bad("q_float8", TypeError, f"q {IS_FLOAT}.*(float8|Float8)", **dict.fromkeys(_BOTH, to(torch.float8_e4m3fn))),
     _bad("q_sparse", TypeError, r"q must be (a )?dense.*got .*[sS]parse", q=lambda t: t.to_sparse()),
     _bad("q_head_dim_0", ValueError, r"q must .*head dim between 1 and 256, got \[1, 6, 2, 0\]",
          **dict.fromkeys(_BOTH, lambda t: t[..., :0])),
     _bad("q_head_dim_257", ValueError, r"q must .*head dim between 1 and 256, got \[1, 6, 2, 257\]",
          **dict.fromkeys(_BOTH, lambda t: torch.zeros(*t.shape[:-1], 257))),
-    _bad("q_last_stride_2", ValueError, "q must .*last stride.*1.*got", q=_every_other),
+    _bad("q_last_stride_2", ValueError, "q must .*last stride.*1.*got", q=every_other),
     # k
-    _bad("k_none", TypeError, f"k {_TENSOR}NoneType", schema_match=r"k must be .*got \[0\]", k=None),
-    _bad("k_string", TypeError, f"k {_TENSOR}str", schema_match="argument 'k'", k="k"),
+    _bad("k_none", TypeError, f"k {IS_TENSOR}NoneType", schema_match=r"k must be .*got \[0\]", k=None),
+    _bad("k_string", TypeError, f"k {IS_TENSOR}str", schema_match="argument 'k'", k="k"),
     _bad("k_batch", ValueError, rf"{_LIKE_Q}\[2, 4, 2, 8\]", k=lambda t: torch.cat((t, t))),
     _bad("k_heads", ValueError, rf"{_LIKE_Q}\[1, 4, 1, 8\]", k=lambda t: t[:, :, :1]),
     _bad("k_head_dim", ValueError, rf"{_LIKE_Q}\[1, 4, 2, 7\]", k=lambda t: t[..., :7]),
     _bad("k_rank", ValueError, rf"{_LIKE_Q}\[1, 4, 16\]", k=lambda t: t.flatten(2)),
     _bad("k_heads_first", ValueError, rf"{_LIKE_Q}\[1, 2, 4, 8\]", k=lambda t: t.transpose(1, 2).contiguous()),
-    _bad("k_bfloat16", TypeError, r"k must be .*[fF]loat.*like q.*got .*(bfloat16|BFloat16)", k=_to(torch.bfloat16)),
-    _bad("k_float64", TypeError, r"k must be .*[fF]loat.*like q.*got .*(float64|Double)", k=_to(torch.float64)),
+    _bad("k_bfloat16", TypeError, r"k must be .*[fF]loat.*like q.*got .*(bfloat16|BFloat16)", k=to(torch.bfloat16)),
+    _bad("k_float64", TypeError, r"k must be .*[fF]loat.*like q.*got .*(float64|Double)", k=to(torch.float64)),
     _bad("k_sparse", TypeError, r"k must be (a )?dense.*got .*[sS]parse", k=lambda t: t.to_sparse()),
-    _bad("k_meta", ValueError, r"k must be .*on cpu.*got .*meta", k=_to("meta")),
-    _bad("k_last_stride_2", ValueError, "k must .*last stride.*1.*got", k=_every_other),
+    _bad("k_meta", ValueError, r"k must be .*on cpu.*got .*meta", k=to("meta")),
+    _bad("k_last_stride_2", ValueError, "k must .*last stride.*1.*got", k=every_other),
     # gamma
     _bad("gamma_zero", ValueError, r"gamma must be positive, got 0", gamma=0.0),
     _bad("gamma_negative", ValueError, r"gamma must be positive, got -0\.5", gamma=-0.5),
@@ -318,19 +298,19 @@ BAD_INPUTS = [
     _bad_backward("backward_grad_rank", ValueError, r"grad_out must be \[B, H, L, M\] = \[1, 2, 6, 4\], got "
                   r"\[2, 6, 4\]", grad_out=lambda t: t[0]),
     _bad_backward("backward_grad_dtype", TypeError, r"grad_out must be .*like q.*got .*(float16|Half)",
-                  grad_out=_to(torch.float16)),
-    _bad_backward("backward_grad_meta", ValueError, r"grad_out must be .*on cpu.*got .*meta", grad_out=_to("meta")),
+                  grad_out=to(torch.float16)),
+    _bad_backward("backward_grad_meta", ValueError, r"grad_out must be .*on cpu.*got .*meta", grad_out=to("meta")),
     _bad_backward("backward_grad_last_stride", ValueError, "grad_out must .*last stride.*1.*got",
-                  grad_out=_every_other),
-    _bad_backward("backward_grad_none", TypeError, f"grad_out {_TENSOR}NoneType",
+                  grad_out=every_other),
+    _bad_backward("backward_grad_none", TypeError, f"grad_out {IS_TENSOR}NoneType",
                   schema_match=r"grad_out must be .*got \[0\]", grad_out=None),
     _bad_backward("backward_out_shape", ValueError, r"out must be \[B, H, L, M\] = \[1, 2, 6, 4\], got \[1, 2, 5, 4\]",
                   out=lambda t: t[:, :, :5]),
     _bad_backward("backward_out_dtype", TypeError, r"out must be .*like q.*got .*(bfloat16|BFloat16)",
-                  out=_to(torch.bfloat16)),
+                  out=to(torch.bfloat16)),
     _bad_backward("backward_out_strided", ValueError, r"out must be contiguous as the forward returned it",
                   out=lambda t: t.mT.contiguous().mT),
-    _bad_backward("backward_out_meta", ValueError, r"out must be .*on cpu.*got .*meta", out=_to("meta")),
+    _bad_backward("backward_out_meta", ValueError, r"out must be .*on cpu.*got .*meta", out=to("meta")),
     _bad_backward("backward_k_heads", ValueError, rf"{_LIKE_Q}\[1, 4, 1, 8\]", k=lambda t: t[:, :, :1]),
     _bad_backward("backward_gamma", ValueError, r"gamma must be positive, got 0", gamma=0.0),
 ]
