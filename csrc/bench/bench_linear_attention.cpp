@@ -4,20 +4,18 @@
 //
 // Every instruction set's result is first compared with the generic one's. Packed qkv, relu, normalised by the sum.
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
-#include <random>
 #include <sstream>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "cpu/linear_attention.h"
+#include "micro.h"
 
 extern "C" int effvit_cpu_set_isa(const char* name);
 extern "C" const char* effvit_cpu_available_isas();
@@ -26,6 +24,8 @@ namespace {
 
 using effvit::DType;
 using effvit::LinearAttentionParams;
+using effvit::bench::Buffer;
+using effvit::bench::repeat_parallel;
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -34,68 +34,6 @@ double stamp(int threads) {
   timespec t;
   clock_gettime(threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
-}
-
-uint16_t to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-float from_bfloat16(uint16_t x) {
-  const uint32_t bits = uint32_t{x} << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-// A tensor of float32 or bfloat16 in 64-byte aligned memory.
-struct Buffer {
-  Buffer(int64_t count, DType dtype) : count(count), dtype(dtype) {
-    data = std::aligned_alloc(64, (bytes() + 63) / 64 * 64);
-    if (!data) std::abort();
-  }
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  size_t bytes() const { return count * (dtype == DType::kFloat32 ? 4 : 2); }
-  float at(int64_t i) const {
-    return dtype == DType::kFloat32 ? static_cast<const float*>(data)[i]
-                                    : from_bfloat16(static_cast<const uint16_t*>(data)[i]);
-  }
-  void fill_normal(unsigned seed) {
-    std::mt19937 generator(seed);
-    std::normal_distribution<float> normal;
-    for (int64_t i = 0; i < count; ++i) {
-      const float x = normal(generator);
-      if (dtype == DType::kFloat32)
-        static_cast<float*>(data)[i] = x;
-      else
-        static_cast<uint16_t*>(data)[i] = to_bfloat16(x);
-    }
-  }
-  void poison() { std::memset(data, 0xff, bytes()); }  // NaN: an element that a kernel forgets shows
-  std::vector<float> values() const {
-    std::vector<float> v(count);
-    for (int64_t i = 0; i < count; ++i) v[i] = at(i);
-    return v;
-  }
-
-  int64_t count;
-  DType dtype;
-  void* data;
-};
-
-// Runs body(begin, end) over [0, units) on every thread.
-template <class Body>
-void parallel(int threads, int64_t units, const Body& body) {
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) {
-    others.emplace_back([&, t] { body(units * t / threads, units * (t + 1) / threads); });
-  }
-  body(0, units / threads);
-  for (std::thread& t : others) t.join();
 }
 
 struct Problem {
@@ -129,8 +67,9 @@ struct Problem {
     for (int phase = 0; phase < kernel.phases(backward); ++phase) {
       const int64_t units = kernel.units(p, backward, phase);
       if (units == 0) continue;
-      parallel(threads, units,
-               [&](int64_t begin, int64_t end) { kernel.run(p, backward, phase, workspace.data(), begin, end); });
+      repeat_parallel(threads, units, 1, [&](int64_t begin, int64_t end) {
+        kernel.run(p, backward, phase, workspace.data(), begin, end);
+      });
     }
   }
 
