@@ -28,25 +28,6 @@ template <class T>
 constexpr bool kTiles = false;
 #endif
 
-// Bump allocator over the thread's scratch. The same code runs twice: once to count, once to hand out.
-class Scratch {
- public:
-  explicit Scratch(char* base = nullptr) : base_(base) {}
-  template <class U>
-  U* take(int64_t n) {
-    U* p = base_ ? reinterpret_cast<U*>(base_ + used_) : nullptr;
-    used_ += (n * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
-    return p;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 LinearAttentionRange tokens_of(const Params& p, int64_t sequence, int64_t size) {
   if (!p.cu_seqlens) return {sequence, 0, size};
   return linear_attention_range(p, sequence, size, p.cu_seqlens[sequence], p.cu_seqlens[sequence + 1]);
@@ -890,15 +871,6 @@ struct Forward {
 namespace effvit::cpu::EFFVIT_ISA_NAME {
 namespace linear_attention_impl {
 
-template <template <class> class Pass, class T, class... Args>
-void run_pass(const Params& p, const Plan& plan, Args... args) {
-  Scratch count;
-  Pass<T> sizes(p, plan, count);
-  Scratch scratch(static_cast<char*>(thread_scratch(count.used())));
-  Pass<T> pass(p, plan, scratch);
-  pass.run(args...);
-}
-
 int phases(bool backward) { return backward ? 5 : 3; }
 
 int64_t workspace(const Params& p, bool backward) { return Plan(p, backward).workspace; }
@@ -916,9 +888,9 @@ void run(const Params& p, bool backward, int phase, float* workspace, int64_t be
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     if (backward) {
-      run_pass<Backward, T>(p, plan, phase, workspace, begin, end);
+      run_pass<Backward<T>>(p, plan, phase, workspace, begin, end);
     } else {
-      run_pass<Forward, T>(p, plan, phase, workspace, begin, end);
+      run_pass<Forward<T>>(p, plan, phase, workspace, begin, end);
     }
   });
 }

@@ -84,23 +84,6 @@ struct Geometry {
   }
 };
 
-// Bump allocator over the thread's scratch. The same code runs twice: once to count, once to hand out.
-class Scratch {
- public:
-  explicit Scratch(char* base = nullptr) : base_(base) {}
-  template <class U>
-  U* take(int64_t n) {
-    U* p = base_ ? reinterpret_cast<U*>(base_ + used_) : nullptr;
-    used_ += (n * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
-    return p;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
 struct Run {
   int column, length, table;  // keys [column, column + length) lie at table, table + 1, ... of the flipped table
 };
@@ -1432,10 +1415,8 @@ struct Backward {
 template <class T>
 void reduce(const Params& p, const Geometry& g, const float* partials) {
   const Partials layout(p, g);
-  Scratch count;
-  count.take<float>(layout.stride + g.dp + kLanes);
-  Scratch scratch(static_cast<char*>(thread_scratch(count.used())));
-  float* sum = scratch.take<float>(layout.stride + g.dp + kLanes);
+  const int64_t floats = layout.stride + g.dp + kLanes;
+  float* const sum = static_cast<float*>(thread_scratch(static_cast<size_t>(floats) * sizeof(float)));
   float *unit = sum + layout.stride, *norm = unit + g.dp;
   for (int64_t head = 0; head < p.h; ++head) {
     zero(sum, layout.stride);
@@ -1462,15 +1443,6 @@ void reduce(const Params& p, const Geometry& g, const float* partials) {
 
 // ---- entry points --------------------------------------------------------------------------------------------------
 
-template <template <class> class Pass, class T, class... Args>
-void run_pass(const Params& p, const Geometry& g, Args... args) {
-  Scratch count;
-  Pass<T> sizes(p, g, count);
-  Scratch scratch(static_cast<char*>(thread_scratch(count.used())));
-  Pass<T> pass(p, g, scratch);
-  pass.run(args...);
-}
-
 int64_t forward_units(const Params& p) {
   const Geometry g(p);
   return p.B * g.windows * p.h;
@@ -1478,7 +1450,7 @@ int64_t forward_units(const Params& p) {
 
 void forward(const Params& p, int64_t begin, int64_t end) {
   const Geometry g(p);
-  dispatch_dtype(p.dtype, [&](auto type) { run_pass<Forward, decltype(type)>(p, g, begin, end); });
+  dispatch_dtype(p.dtype, [&](auto type) { run_pass<Forward<decltype(type)>>(p, g, begin, end); });
 }
 
 int64_t backward_units(const Params& p) {
@@ -1495,7 +1467,7 @@ int64_t backward_partials(const Params& p) {
 
 void backward(const Params& p, float* partials, int64_t begin, int64_t end) {
   const Geometry g(p);
-  dispatch_dtype(p.dtype, [&](auto type) { run_pass<Backward, decltype(type)>(p, g, partials, begin, end); });
+  dispatch_dtype(p.dtype, [&](auto type) { run_pass<Backward<decltype(type)>>(p, g, partials, begin, end); });
 }
 
 void backward_reduce(const Params& p, const float* partials) {

@@ -79,6 +79,7 @@ EFFVIT_GCC_PRAGMA(GCC target(EFFVIT_TARGET))
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
+#include "scratch.inl.h"
 #include "vec.inl.h"
 #if defined(EFFVIT_HAS_TILES)
 #include "tile.inl.h"

@@ -17,6 +17,7 @@ typedef float vf_unaligned __attribute__((vector_size(4 * EFFVIT_LANES), aligned
 typedef int32_t vi_unaligned __attribute__((vector_size(4 * EFFVIT_LANES), aligned(4), may_alias));
 
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 EFFVIT_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
 EFFVIT_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
