@@ -1,6 +1,7 @@
 """What the operator libraries import and export: the stable C ABI, the schemas' signatures, ISA code kept apart."""
 
 import ctypes
+import pathlib
 import re
 import shutil
 import subprocess
@@ -150,3 +151,25 @@ def test_wide_registers_only_in_isa_code():
     assert disassembly.wait() == 0
     assert isa_functions, "no function uses AVX: the disassembly was not understood"
     assert wide == set()
+
+
+HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="the system has no transparent huge pages"
+)
+def test_large_outputs_ask_for_huge_pages():
+    """Fresh memory costs a page fault for every 4 KiB otherwise: more than the kernel that fills it."""
+    q = torch.ones(1, 1, 1, 1).expand(8, 1 << 13, 4, 40)[..., :1]  # the output is fresh, the inputs are small
+    v = torch.ones(1, 1, 1, 40).expand(8, 1 << 13, 4, 40)
+    out, _, _ = torch.ops.effvit.linear_attention(q, q, v)
+    assert out.nbytes > 32 << 20
+    middle = out.data_ptr() + out.nbytes // 2
+    flags = None
+    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= middle < int(match[2], 16)
+        elif line.startswith("VmFlags:") and inside:
+            flags = line.split()
+    assert "hg" in flags, flags

@@ -19,6 +19,10 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "dtype.h"
 
 namespace effvit {
@@ -148,8 +152,24 @@ inline OptionalTensor contiguous_or_null(const OptionalTensor& t) {
   return t->is_contiguous() ? *t : torch::stable::contiguous(*t);
 }
 
+// malloc maps every block from here on afresh (glibc's DEFAULT_MMAP_THRESHOLD_MAX on 64 bits).
+constexpr uintptr_t kFreshBytes = 32 << 20;
+
+// A tensor for a kernel to fill. A large one on the CPU is fresh memory, a page fault for every 4 KiB written: that can
+// cost more than the kernel. Huge pages are asked for where the system leaves them to the program.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
-  return torch::stable::new_empty(like, size, dtype);
+  Tensor t = torch::stable::new_empty(like, size, dtype);
+#if defined(__linux__) && !defined(USE_CUDA)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t bytes = static_cast<uintptr_t>(t.numel()) * t.element_size();
+  if (bytes >= kFreshBytes) {
+    const uintptr_t data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+    const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage,
+                    end = (data + bytes) / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+  return t;
 }
 
 // ---- devices ------------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ struct Backward {
 #endif
     } else {
       gemm_into(plan.K, plan.Vp, n, TransposedA{qf, plan.Kp}, DenseB{u, plan.Vp}, StoreC{slot, plan.Vp, true},
-                [&] { ahead.step(); });
+                [&](int calls) { return ahead.step(calls); });
     }
     if (p.normalize != Normalize::kNone) {
       gemm(1, plan.Kp, n, RowMajorA{r, n}, DenseB{features, plan.Kp}, z_of(slot), plan.Kp, true);
@@ -130,11 +130,11 @@ struct Backward {
     const auto k = forward.k_rows(b), k_den = forward.k_den_rows(b), values = forward.v_rows(b);
     const auto dq = contiguous_rows<T>(p.dq, b, p.L, p.H, p.K), dq_den = contiguous_rows<T>(p.dq_den, b, p.L, p.H, p.K);
     ahead.clear();
-    ahead.read(q, p.K);
-    ahead.read(grad, p.V);
-    if (p.causal) ahead.read(k, p.K);
-    if (p.causal) ahead.read(values, p.V);
-    ahead.write(dq, p.K);
+    ahead.add(q, p.K);
+    ahead.add(grad, p.V);
+    if (p.causal) ahead.add(k, p.K);
+    if (p.causal) ahead.add(values, p.V);
+    ahead.add(dq, p.K);
     walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, (plan.chunk + plan.K) / kRows, false,
          [&](int64_t at, int n, int64_t head) {
            float *const st = state(head), *const z = zt_of(st);
@@ -159,13 +159,13 @@ struct Backward {
 #if defined(EFFVIT_HAS_TILES)
              if constexpr (kTiles<T>) {
                forward.tiles.load_rows(u, plan.Vp, forward.tiles.V32, n);
-               for (int i = 0; i < plan.chunk + plan.K; i += kRows) ahead.step();
+               ahead.fetch((plan.chunk + plan.K) / kRows + 1);
                forward.tiles.times_state_t(head - unit.h0, n, product);
              }
 #endif
            } else {
              gemm_into(n, plan.Kp, plan.V, RowMajorA{u, plan.Vp}, DenseB{st, plan.Kp}, StoreC{product, plan.Kp, false},
-                       [&] { ahead.step(); });
+                       [&](int calls) { return ahead.step(calls); });
            }
            if (p.causal) {
              pack_rows_scaled(v, values.at(at, head), values.stride_l, n, plan.V, nullptr);
@@ -246,13 +246,14 @@ struct Backward {
     const auto q = forward.q_rows(b), q_den = forward.q_den_rows(b), grad = grad_rows(b);
     const auto dk = contiguous_rows<T>(p.dk, b, p.M, p.H, p.K), dk_den = contiguous_rows<T>(p.dk_den, b, p.M, p.H, p.K);
     const auto dv = contiguous_rows<T>(p.dv, b, p.M, p.H, p.V);
+    const bool streamed = streams<T>(p.dv, p.V, p.B * p.M * p.H * p.V * static_cast<int64_t>(sizeof(T)));
     ahead.clear();
-    ahead.read(k, p.K);
-    ahead.read(values, p.V);
-    if (p.causal) ahead.read(q, p.K);
-    if (p.causal) ahead.read(grad, p.V);
-    ahead.write(dk, p.K);
-    ahead.write(dv, p.V);
+    ahead.add(k, p.K);
+    ahead.add(values, p.V);
+    if (p.causal) ahead.add(q, p.K);
+    if (p.causal) ahead.add(grad, p.V);
+    ahead.add(dk, p.K);
+    if (!streamed) ahead.add(dv, p.V);
     for (int64_t h = unit.h0; h < unit.h1; ++h) transpose_state(transposed_states(unit)(h), state(h), h - unit.h0);
     walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, 2 * plan.chunk / kRows, p.causal,
          [&](int64_t at, int n, int64_t head) {
@@ -265,7 +266,7 @@ struct Backward {
 #if defined(EFFVIT_HAS_TILES)
              if constexpr (kTiles<T>) {
                forward.tiles.load_rows(values.at(at, head), values.stride_l, plan.V, forward.tiles.V32, n);
-               for (int i = 0; i < 2 * plan.chunk; i += kRows) ahead.step();
+               ahead.fetch(2 * plan.chunk / kRows + 1);
                forward.tiles.times_state_t(head - unit.h0, n, product);
                forward.tiles.load_rows(kf, plan.Kp, forward.tiles.K32, n);
                forward.tiles.times_state(head - unit.h0, n, value_product);
@@ -275,14 +276,14 @@ struct Backward {
            } else {
              pack_rows_scaled(v, values.at(at, head), values.stride_l, n, plan.V, nullptr);
              gemm_into(n, plan.Kp, plan.V, RowMajorA{v, plan.Vp}, DenseB{st, plan.Kp}, StoreC{product, plan.Kp, false},
-                       [&] { ahead.step(); });
+                       [&](int calls) { return ahead.step(calls); });
            }
            if (p.causal) {
              load_tokens(workspace, b, at, n, head);
              pack_features(p.feature_map, qf, q.at(at, head), q.stride_l, n, plan.K);
              pack_rows_scaled(u, grad.at(at, head), grad.stride_l, n, plan.V, factor);
              gemm_into(n, plan.Vp, plan.K, RowMajorA{kf, plan.Kp}, DenseB{s, plan.Vp},
-                       StoreC{value_product, plan.Vp, false}, [&] { ahead.step(); });
+                       StoreC{value_product, plan.Vp, false}, [&](int calls) { return ahead.step(calls); });
              add_own_queries(n, n, Triangle::kUpper);
              store_rows(dv.at(at, head), dv.stride_l, value_product, plan.Vp, n, plan.V, w);
              const float* features_q = qf;
@@ -297,7 +298,7 @@ struct Backward {
              dz_stride = plan.Kp;
            } else if (!forward.use_tiles) {
              gemm_to_rows(n, plan.V, plan.K, RowMajorA{kf, plan.Kp}, DenseB{s, plan.Vp}, dv.at(at, head), dv.stride_l,
-                          w, [&] { ahead.step(); });
+                          w, streamed, [&](int calls) { return ahead.step(calls); });
            }
            if (k_den) {
              pack_features(p.feature_map, den, k_den.at(at, head), k_den.stride_l, n, plan.K);
@@ -309,6 +310,7 @@ struct Backward {
                                              (b * p.M + at) * p.H + head);
            });
          });
+    if (streamed) stream_fence();
   }
 
   States transposed_states(const Unit& unit) const { return {state_t, unit.h0, plan.slot_t()}; }
@@ -323,16 +325,18 @@ struct Backward {
                        value_product, plan.Vp);
   }
 
-  // z_rows[j] = dz + r_i features[i] over i >= j; dz goes on to the start of the chunk.
+  // z_rows[j] = dz + r_i features[i] over i >= j; dz goes on to the start of the chunk. The chunk's terms are added to
+  // each other first: one by one to a large dz they would each be rounded at its size.
   void running_dz(const float* features, int n, float* dz) {
-    for (int i = n - 1; i >= 0; --i) {
-      const vf ri = set1(r[i]);
-      for (int c = 0; c < plan.Kp; c += kLanes) {
-        vf here = load(dz + c);
-        if (p.normalize != Normalize::kNone) here = fma(ri, load(features + i * plan.Kp + c), here);
-        store(dz + c, here);
-        store(z_rows + i * plan.Kp + c, here);
+    const bool adds = p.normalize != Normalize::kNone;
+    for (int c = 0; c < plan.Kp; c += kLanes) {
+      const vf before = load(dz + c);
+      vf own{};
+      for (int i = n - 1; i >= 0; --i) {
+        if (adds) own = fma(set1(r[i]), load(features + i * plan.Kp + c), own);
+        store(z_rows + i * plan.Kp + c, before + own);
       }
+      store(dz + c, before + own);
     }
   }
 

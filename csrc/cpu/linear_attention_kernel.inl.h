@@ -19,6 +19,8 @@ constexpr int kMaxSplits = 32;
 constexpr int64_t kTargetUnits = 64;
 constexpr int64_t kAheadBytes = 512;  // of a token's heads in a unit: from there on the next chunk is fetched ahead
 constexpr int64_t kStateFloats = 48 << 10;  // of the states that a unit works on: they stay in L2
+constexpr int64_t kChunkBytes = 128 << 10;  // of a chunk's rows, all heads of a unit
+constexpr int64_t kStreamBytes = 16 << 20;  // of out: from there on nobody finds it in a cache afterwards
 static_assert(kBlock % kLanes == 0 && kChunk % kBlock == 0);
 #if defined(EFFVIT_HAS_TILES)
 template <class T>
@@ -67,6 +69,9 @@ struct Plan {
     if (p.quadratic) splits = 1;
     const int64_t heads = std::max<int64_t>(1, std::min(together, pairs * splits / (kTargetUnits / 2)));
     groups = p.quadratic ? p.H : ceil_div(p.H, heads);
+    // The chunk at work and the next one are to stay in L2 beside the states.
+    const int64_t bytes = chunk * std::min(heads, p.H) * (K + V) * element_bytes(p.dtype);
+    if (!p.causal && !p.quadratic && bytes > kChunkBytes) chunk = kChunk / 2;
     whole = splits == 1;
     const int64_t slots = whole ? 0 : p.N * splits * p.H * slot;
     grads_offset = backward && !p.causal ? 0 : slots;
@@ -118,45 +123,67 @@ template <class T>
 class Ahead {
  public:
   void clear() { count_ = 0; }
-  void read(const Rows<const T>& rows, int64_t width) {
-    if (rows)
-      operands_[count_++] = {reinterpret_cast<const char*>(rows.data), rows.stride_l, rows.stride_h, width, false};
-  }
-  void write(const Rows<T>& rows, int64_t width) {
-    if (rows)
-      operands_[count_++] = {reinterpret_cast<const char*>(rows.data), rows.stride_l, rows.stride_h, width, true};
+  // Rows to be read, or written: nobody else holds a line of theirs, so that reading it makes it writable as well.
+  template <class U>
+  void add(const Rows<U>& rows, int64_t width) {
+    if (!rows) return;
+    operands_[count_] = {reinterpret_cast<const char*>(rows.data), rows.stride_l * item(), rows.stride_h * item(),
+                         width * item()};
+    ++count_;
   }
   // Tokens [begin, end) of heads [h0, h1), in `steps` calls of step().
   void plan(int64_t begin, int64_t end, int64_t h0, int64_t h1, int64_t steps) {
-    begin_ = begin, end_ = end, h0_ = h0, h1_ = h1;
+    runs_ = 0;
     int64_t lines = 0;
     for (int i = 0; i < count_; ++i) {
       const Operand& o = operands_[i];
-      const int64_t rows = (end - begin) * (o.stride_h == o.width ? 1 : h1 - h0);
-      lines += rows * ceil_div((o.stride_h == o.width ? h1 - h0 : 1) * o.width * item(), 64);
       // A few heads of a short sequence are in the cache already, or soon.
-      if ((h1 - h0) * o.width * item() < kAheadBytes) end_ = begin;
+      if ((h1 - h0) * o.width < kAheadBytes || end <= begin) {
+        runs_ = 0;
+        break;
+      }
+      const bool dense = o.stride_h == o.width;
+      Run run{o.data + begin * o.stride_l + h0 * o.stride_h,
+              dense ? (h1 - h0) * o.width : o.width,
+              o.stride_l,
+              o.stride_h,
+              end - begin,
+              dense ? 1 : h1 - h0};
+      if (runs_ > 0 && dense && run_[runs_ - 1].columns == 1 && run_[runs_ - 1].stride == run.stride &&
+          run_[runs_ - 1].data + run_[runs_ - 1].bytes == run.data) {
+        run_[runs_ - 1].bytes += run.bytes;  // k and v of one projection lie side by side
+      } else {
+        run_[runs_++] = run;
+      }
+    }
+    for (int i = 0; i < runs_; ++i) {
+      Run& run = run_[i];
+      if (run.columns == 1 && run.bytes == run.stride) run.bytes *= run.rows, run.rows = 1;
+      lines += run.rows * run.columns * ceil_div(run.bytes, 64);
     }
     lines_per_step_ = static_cast<int>(ceil_div(lines, std::max<int64_t>(steps, 1)));
-    operand_ = 0;
-    if (begin_ < end_ && count_ > 0) {
-      start_operand();
-    } else {
-      operand_ = count_;
-    }
+    current_ = 0, row_ = 0, column_ = 0;
+    at_ = runs_ ? run_[0].data : nullptr;
+    row_end_ = runs_ ? at_ + run_[0].bytes : nullptr;
   }
-  EFFVIT_INLINE void step() {
-    if (operand_ == count_) return;
-    for (int64_t left = lines_per_step_; left > 0;) {
-      const int64_t lines = std::min(left, (row_end_ - at_ + 63) / 64);
-      const char* const to = at_ + 64 * lines;
-      if (operands_[operand_].written) {
-        for (; at_ < to; at_ += 64) __builtin_prefetch(at_, 1, 2);
-      } else {
-        for (; at_ < to; at_ += 64) __builtin_prefetch(at_, 0, 2);
-      }
-      left -= lines;
-      if (at_ >= row_end_ && !next_row()) return;
+  // The next lines, for a product that makes so many calls: what is left of a row at once, a piece of the next one by
+  // the product.
+  EFFVIT_INLINE Fetch step(int calls) {
+    if (!at_) return {};
+    int left = lines_per_step_;
+    while (at_ + 64 * left > row_end_) {
+      for (; at_ < row_end_; at_ += 64, --left) __builtin_prefetch(at_, 0, 2);
+      if (!next_row() || left <= 0) return {};
+    }
+    const Fetch fetch{at_, ceil_div(64 * left, calls)};
+    at_ += 64 * left;
+    return fetch;
+  }
+  // The lines of so many steps at once, where no product does it.
+  void fetch(int steps) {
+    for (; steps > 0 && at_; --steps) {
+      const Fetch lines = step(lines_per_step_);
+      for (int i = 0; lines.data && i < lines_per_step_; ++i) lines(i);
     }
   }
 
@@ -164,43 +191,38 @@ class Ahead {
   struct Operand {
     const char* data;
     int64_t stride_l, stride_h, width;
-    bool written;
+  };
+  struct Run {  // rows x columns pieces of memory
+    const char* data;
+    int64_t bytes, stride, stride_column, rows, columns;
   };
   static constexpr int64_t item() { return static_cast<int64_t>(sizeof(T)); }
-  void start_operand() {
-    const Operand& o = operands_[operand_];
-    dense_ = o.stride_h == o.width;
-    token_ = begin_, head_ = h0_;
-    start_row();
-  }
-  void start_row() {
-    const Operand& o = operands_[operand_];
-    at_ = o.data + (token_ * o.stride_l + head_ * o.stride_h) * item();
-    row_end_ = at_ + (dense_ ? h1_ - h0_ : 1) * o.width * item();
-  }
   bool next_row() {
-    if (!dense_ && ++head_ < h1_) {
-      start_row();
-      return true;
+    const Run* run = run_ + current_;
+    if (++column_ == run->columns) {
+      column_ = 0;
+      if (++row_ == run->rows) {
+        row_ = 0;
+        if (++current_ == runs_) {
+          at_ = nullptr;
+          return false;
+        }
+        run = run_ + current_;
+      }
     }
-    head_ = h0_;
-    if (++token_ < end_) {
-      start_row();
-      return true;
-    }
-    if (++operand_ == count_) return false;
-    start_operand();
+    at_ = run->data + row_ * run->stride + column_ * run->stride_column;
+    row_end_ = at_ + run->bytes;
     return true;
   }
   Operand operands_[6];
-  int count_ = 0, operand_ = 0, lines_per_step_ = 0;
-  int64_t begin_ = 0, end_ = 0, h0_ = 0, h1_ = 0, token_ = 0, head_ = 0;
+  Run run_[6];
+  int count_ = 0, runs_ = 0, current_ = 0, lines_per_step_ = 0;
+  int64_t row_ = 0, column_ = 0;
   const char *at_ = nullptr, *row_end_ = nullptr;
-  bool dense_ = false;
 };
 
 // Calls f(first token, tokens, head) for the chunks of [begin, end), all heads within a chunk; from the last chunk
-// backwards if asked to. f calls ahead.step() about `steps` times.
+// backwards if asked to. f takes about `steps` steps of `ahead`.
 template <class T, class F>
 EFFVIT_INLINE void walk(Ahead<T>& ahead, int64_t begin, int64_t end, int64_t h0, int64_t h1, int chunk, int steps,
                         bool reverse, const F& f) {
@@ -352,8 +374,11 @@ void transpose_packed(float* dst, int64_t ld, const float* src, int n, int width
   transpose_rows(dst, ld, n, width, [&](int i) { return src + i * padded; });
 }
 
+// How a row of the result is written: whole vectors only, with a partial one at its end, or whole ones past the caches.
+enum class Write { kWhole, kPartial, kStream };
+
 // Epilogue of a product: row r times factor[r], rounded to T, `width` columns. Null factor: 1.
-template <class T, bool kWhole>
+template <class T, Write kWrite>
 struct StoreRows {
   T* data;
   int64_t stride;
@@ -362,7 +387,9 @@ struct StoreRows {
   EFFVIT_INLINE void operator()(int r, int c, vf x) const {
     if (factor) x = x * set1(factor[r]);
     T* to = data + r * stride + c;
-    if (kWhole || c + kLanes <= width) {
+    if constexpr (kWrite == Write::kStream) {
+      stream(to, x);
+    } else if (kWrite == Write::kWhole || c + kLanes <= width) {
       store(to, x);
     } else {
       store_some(to, x, width - c);
@@ -373,13 +400,23 @@ struct StoreRows {
 // dst[m, width] = factor * (A[m, k] B[k, width]), rounded to T; `width` is that of whole vectors or below.
 template <class T, class A, class B, class F>
 EFFVIT_INLINE void gemm_to_rows(int m, int width, int k, A a, B b, T* dst, int64_t stride, const float* factor,
-                                const F& between) {
+                                bool streamed, const F& ahead) {
   const int padded = round_up(width, kLanes);
-  if (width == padded) {
-    gemm_into(m, padded, k, a, b, StoreRows<T, true>{dst, stride, width, factor}, between);
-  } else {
-    gemm_into(m, padded, k, a, b, StoreRows<T, false>{dst, stride, width, factor}, between);
+  if constexpr (std::is_same_v<T, float>) {
+    if (streamed) return gemm_into(m, padded, k, a, b, StoreRows<T, Write::kStream>{dst, stride, width, factor}, ahead);
   }
+  if (width == padded) {
+    gemm_into(m, padded, k, a, b, StoreRows<T, Write::kWhole>{dst, stride, width, factor}, ahead);
+  } else {
+    gemm_into(m, padded, k, a, b, StoreRows<T, Write::kPartial>{dst, stride, width, factor}, ahead);
+  }
+}
+
+// Whether rows of `width` elements are written past the caches: much memory, all of it at whole vectors.
+template <class T>
+bool streams(const void* rows, int64_t width, int64_t bytes) {
+  return std::is_same_v<T, float> && bytes >= kStreamBytes && width % kLanes == 0 &&
+         reinterpret_cast<uintptr_t>(rows) % (kLanes * sizeof(float)) == 0;
 }
 
 template <class T>
@@ -397,29 +434,29 @@ EFFVIT_INLINE const float* load_weights(const Params& p, int64_t batch, int64_t 
 }
 
 // From dots = phi(q).z: factor = scale / d, and slope = -1/d, 0 where d does not depend on the dot. `count` is the
-// number of keys of the first row; it grows by `step` from row to row. slope may be null.
+// number of keys of the first row; it grows by `step` from row to row. slope may be null. Whole vectors are written.
 EFFVIT_INLINE void normalizers(const Params& p, const float* dots, int n, int64_t count, int step, float* factor,
                                float* slope) {
-  for (int i = 0; i < n; ++i) {
-    float d = 1.f;
-    bool varies = true;
+  for (int i = 0; i < n; i += kLanes) {
+    vf d = load(dots + i);
+    vi varies = lanes_below(p.normalize == Normalize::kNone ? 0 : kLanes);
     switch (p.normalize) {
       case Normalize::kNone:
-        varies = false;
+        d = set1(1.f);
         break;
       case Normalize::kSum:
-        d = dots[i] + p.eps;
+        d = d + set1(p.eps);
         break;
       case Normalize::kMean:
-        d = dots[i] + static_cast<float>(count + int64_t{i} * step) * p.eps;
+        for (int j = 0; j < kLanes; ++j) d[j] += static_cast<float>(count + int64_t{i + j} * step) * p.eps;
         break;
       case Normalize::kClamp:
-        varies = !(dots[i] < p.clamp_min);
-        d = varies ? dots[i] : p.clamp_min;
+        varies = ~(d < set1(p.clamp_min));
+        d = max(set1(p.clamp_min), d);
         break;
     }
-    factor[i] = p.scale / d;
-    if (slope) slope[i] = varies ? -1.f / d : 0.f;
+    store(factor + i, set1(p.scale) / d);
+    if (slope) store(slope + i, (vf)((vi)(set1(-1.f) / d) & varies));
   }
 }
 
@@ -645,14 +682,14 @@ struct Forward {
     if constexpr (kTiles<T>) {
       if (use_tiles) {
         tiles.load_rows(v.at(at, head), v.stride_l, plan.V, tiles.V32, n);
-        for (int i = 0; i < plan.K; i += kRows) ahead.step();
+        ahead.fetch(plan.K / kRows + 1);
         return tiles.add_outer(kf, n, slot);
       }
     }
 #endif
     pack_rows_scaled(vf_, v.at(at, head), v.stride_l, n, plan.V, nullptr);
     gemm_into(plan.K, plan.Vp, n, TransposedA{kf, plan.Kp}, DenseB{vf_, plan.Vp}, StoreC{slot, plan.Vp, true},
-              [&] { ahead.step(); });
+              [&](int calls) { return ahead.step(calls); });
   }
 
   // Adds the unit's keys to its states, slot(head).
@@ -660,9 +697,9 @@ struct Forward {
     const auto range = unit.tokens(p, plan, p.M);
     const auto k = k_rows(range.batch), v = v_rows(range.batch), k_den = k_den_rows(range.batch);
     ahead.clear();
-    ahead.read(k, p.K);
-    ahead.read(v, p.V);
-    ahead.read(k_den, p.K);
+    ahead.add(k, p.K);
+    ahead.add(v, p.V);
+    ahead.add(k_den, p.K);
     walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, plan.K / kRows, false,
          [&](int64_t at, int n, int64_t head) { add_keys(k, v, k_den, range.batch, at, n, head, slot(head)); });
   }
@@ -672,10 +709,12 @@ struct Forward {
     const auto range = unit.tokens(p, plan, p.L), keys = tokens_of(p, unit.n, p.M);
     const auto q = q_rows(range.batch), q_den = q_den_rows(range.batch);
     const auto out = contiguous_rows<T>(p.out, range.batch, p.L, p.H, p.V);
+    const bool streamed = streams<T>(p.out, p.V, p.B * p.L * p.H * p.V * static_cast<int64_t>(sizeof(T)));
     ahead.clear();
-    ahead.read(q, p.K);
-    ahead.read(q_den, p.K);
-    ahead.write(out, p.V);
+    ahead.add(q, p.K);
+    ahead.add(q_den, p.K);
+    if (!streamed) ahead.add(out, p.V);
+
 #if defined(EFFVIT_HAS_TILES)
     if constexpr (kTiles<T>) {
       for (int64_t h = unit.h0; h < unit.h1; ++h) tiles.load_state(slot(h), h - unit.h0, true, false);
@@ -696,15 +735,16 @@ struct Forward {
 #if defined(EFFVIT_HAS_TILES)
            if constexpr (kTiles<T>) {
              tiles.load_rows(qf, plan.Kp, tiles.K32, n);
-             for (int i = 0; i < plan.chunk; i += kRows) ahead.step();
+             ahead.fetch(plan.chunk / kRows + 1);
              tiles.times_state(head - unit.h0, n, o);
              store_rows(out.at(at, head), out.stride_l, o, plan.Vp, n, plan.V, factor);
              return;
            }
 #endif
            gemm_to_rows(n, plan.V, plan.K, RowMajorA{qf, plan.Kp}, DenseB{state, plan.Vp}, out.at(at, head),
-                        out.stride_l, factor, [&] { ahead.step(); });
+                        out.stride_l, factor, streamed, [&](int calls) { return ahead.step(calls); });
          });
+    if (streamed) stream_fence();
   }
 
   // dots[i] = phi(q_den_i) . z_i, where z_i runs over the keys up to i; z goes on to the end of the chunk.
@@ -727,9 +767,9 @@ struct Forward {
     const auto q = q_rows(b), k = k_rows(b), v = v_rows(b), q_den = q_den_rows(b), k_den = k_den_rows(b);
     const auto out = contiguous_rows<T>(p.out, b, p.L, p.H, p.V);
     ahead.clear();
-    ahead.read(q, p.K);
-    ahead.read(k, p.K);
-    ahead.read(v, p.V);
+    ahead.add(q, p.K);
+    ahead.add(k, p.K);
+    ahead.add(v, p.V);
     walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, (plan.chunk + plan.K) / kRows, false,
          [&](int64_t at, int n, int64_t head) {
            float* const state = slot(head);
@@ -749,13 +789,13 @@ struct Forward {
            running_dots(dq, dk, n, z_of(state));
            normalizers(p, dots, n, at - start + 1, 1, factor, nullptr);
            gemm_into(n, plan.Vp, plan.K, RowMajorA{qf, plan.Kp}, DenseB{state, plan.Vp}, StoreC{o, plan.Vp, false},
-                     [&] { ahead.step(); });
+                     [&](int calls) { return ahead.step(calls); });
            transpose_packed(kt, kChunk, kf, n, plan.K);
            add_scores_product(Triangle::kLower, n, n, plan.K, qf, plan.Kp, kt, kChunk, vf_, plan.Vp, plan.Vp, scores, o,
                               plan.Vp);
            store_rows(out.at(at, head), out.stride_l, o, plan.Vp, n, plan.V, factor);
            gemm_into(plan.K, plan.Vp, n, TransposedA{kf, plan.Kp}, DenseB{vf_, plan.Vp}, StoreC{state, plan.Vp, true},
-                     [&] { ahead.step(); });
+                     [&](int calls) { return ahead.step(calls); });
          });
   }
 

@@ -118,7 +118,7 @@ void forward_units_of(const Params& p, int64_t begin, int64_t end) {
         for (int i = 0; i < rows; ++i) q_norm[i] = dot(q + int64_t{i} * g.ldd, q + int64_t{i} * g.ldd, g.Dp);
         T* const out = static_cast<T*>(p.out) + (head * p.L + row) * p.M + int64_t{tile} * kTileKeys;
         gemm_into(rows, padded, g.D, RowMajorA{q, g.ldd}, DenseB{kt, g.ldk},
-                  GramSink<T>{out, p.M, keys, q_norm, k_norm, -p.gamma}, [] {});
+                  GramSink<T>{out, p.M, keys, q_norm, k_norm, -p.gamma});
       }
     }
   }

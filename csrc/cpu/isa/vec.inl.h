@@ -21,6 +21,21 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 EFFVIT_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
 EFFVIT_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
+// Past the caches, for what is not read again soon; p lies at a whole vector. stream_fence() before anyone reads it.
+EFFVIT_INLINE void stream(float* p, vf v) {
+#if defined(EFFVIT_HAS_AVX512)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(EFFVIT_HAS_AVX2)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+EFFVIT_INLINE void stream_fence() {
+#if defined(EFFVIT_HAS_AVX512) || defined(EFFVIT_HAS_AVX2)
+  _mm_sfence();
+#endif
+}
 EFFVIT_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const vi_unaligned*>(p); }
 
 EFFVIT_INLINE vf set1(float x) {
@@ -115,6 +130,23 @@ EFFVIT_INLINE vf exp(vf x) {
   p = fma(p, f, set1(1.f));
   const vi result = (vi)((vu)p + ((vu)r << 23));  // unsigned: it wraps for the x that the next line discards
   return (vf)(result & ~(x < set1(-87.33654f)));  // a NaN compares false and stays
+}
+
+// 2^x for x <= 127; below -126 it fades out to exactly 0 at -127. A NaN stays. About 1 ulp. At -127 the polynomial is
+// exactly 1, whose exponent field the shifted n takes away.
+EFFVIT_INLINE vf exp2(vf x) {
+  x = max(set1(-127.f), x);  // a NaN is the second operand, and stays
+  const vf magic = set1(12582912.f);
+  const vf r = x + magic;
+  const vf f = x - (r - magic);
+  vf p = set1(1.535336189e-4f);
+  p = fma(p, f, set1(1.339887442e-3f));
+  p = fma(p, f, set1(9.618437358e-3f));
+  p = fma(p, f, set1(5.550332471e-2f));
+  p = fma(p, f, set1(2.402264791e-1f));
+  p = fma(p, f, set1(6.931472029e-1f));
+  p = fma(p, f, set1(1.f));
+  return (vf)((vu)p + ((vu)r << 23));
 }
 
 // exp of any float: overflows to infinity, fades out through the subnormals, keeps NaN. 2^n goes in two factors.
@@ -431,8 +463,21 @@ struct StoreC {
     store(to, accumulate ? load(to) + x : x);
   }
 };
-template <int MR, int NV, class A, class B, class C>
-EFFVIT_INLINE void gemm_tile(int k, A a, B b, C sink, int row, int column) {
+// Memory to fetch into L2 during a product, a line at a time: a burst of prefetches would fill the cache's miss
+// buffers, and whatever else misses would wait. A line may be asked for more than once.
+struct NoFetch {
+  EFFVIT_INLINE void operator()(int) const {}
+  EFFVIT_INLINE NoFetch from(int) const { return {}; }
+};
+struct Fetch {
+  const char* data;  // null: nothing
+  int64_t step;  // bytes per call
+  EFFVIT_INLINE void operator()(int i) const { __builtin_prefetch(data + i * step, 0, 2); }
+  EFFVIT_INLINE Fetch from(int i) const { return {data + i * step, step}; }
+};
+
+template <int MR, int NV, class A, class B, class C, class P>
+EFFVIT_INLINE void gemm_tile(int k, A a, B b, C sink, int row, int column, P fetch) {
   vf acc[MR][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
@@ -441,6 +486,7 @@ EFFVIT_INLINE void gemm_tile(int k, A a, B b, C sink, int row, int column) {
   }
   for (int t = 0; t < k; ++t) {
     const float* from = b(t);
+    fetch(t);
     vf bv[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) bv[j] = load(from + j * kLanes);
@@ -459,50 +505,56 @@ EFFVIT_INLINE void gemm_tile(int k, A a, B b, C sink, int row, int column) {
 }
 
 // MR rows of C, from `row` on; n a multiple of kLanes. Columns go in blocks of nearly equal width: 7 is 4 + 3.
-template <int MR, class A, class B, class C>
-inline __attribute__((noinline)) void gemm_rows(int n, int k, A a, B b, C sink, int row) {
+template <int MR, class A, class B, class C, class P>
+inline __attribute__((noinline)) void gemm_rows(int n, int k, A a, B b, C sink, int row, P fetch) {
   int vectors = n / kLanes, blocks = (vectors + kCols - 1) / kCols, column = 0;
   for (; blocks > 0; --blocks) {
     const int width = blocks == 1 ? vectors : (vectors + blocks - 1) / blocks;
     switch (width) {
       case 1:
-        gemm_tile<MR, 1>(k, a, b, sink, row, column);
+        gemm_tile<MR, 1>(k, a, b, sink, row, column, fetch);
         break;
       case 2:
-        gemm_tile<MR, 2>(k, a, b, sink, row, column);
+        gemm_tile<MR, 2>(k, a, b, sink, row, column, fetch);
         break;
       case 3:
-        gemm_tile<MR, 3>(k, a, b, sink, row, column);
+        gemm_tile<MR, 3>(k, a, b, sink, row, column, fetch);
         break;
       default:
-        gemm_tile<MR, 4>(k, a, b, sink, row, column);
+        gemm_tile<MR, 4>(k, a, b, sink, row, column, fetch);
         break;
     }
     vectors -= width;
     column += width * kLanes;
     b = b.columns_from(width * kLanes);
+    fetch = fetch.from(k);
   }
 }
 
-// A[m, k] B[k, n], handed to the sink; between() is called before every few rows.
+// A[m, k] B[k, n], handed to the sink. ahead(calls) is asked before every few rows for a Fetch to make meanwhile.
 template <class A, class B, class C, class F>
-EFFVIT_INLINE void gemm_into(int m, int n, int k, A a, B b, C sink, const F& between) {
+EFFVIT_INLINE void gemm_into(int m, int n, int k, A a, B b, C sink, const F& ahead) {
+  const int calls = k * ((n / kLanes + kCols - 1) / kCols);
   int r = 0;
   for (; r + kRows <= m; r += kRows) {
-    between();
-    gemm_rows<kRows>(n, k, a.rows_from(r), b, sink, r);
+    if (const Fetch fetch = ahead(calls); fetch.data) {
+      gemm_rows<kRows>(n, k, a.rows_from(r), b, sink, r, fetch);
+    } else {
+      gemm_rows<kRows>(n, k, a.rows_from(r), b, sink, r, NoFetch{});
+    }
   }
-  for (; r + 2 <= m; r += 2) {
-    between();
-    gemm_rows<2>(n, k, a.rows_from(r), b, sink, r);
-  }
-  if (r < m) gemm_rows<1>(n, k, a.rows_from(r), b, sink, r);
+  for (; r + 2 <= m; r += 2) gemm_rows<2>(n, k, a.rows_from(r), b, sink, r, NoFetch{});
+  if (r < m) gemm_rows<1>(n, k, a.rows_from(r), b, sink, r, NoFetch{});
+}
+template <class A, class B, class C>
+EFFVIT_INLINE void gemm_into(int m, int n, int k, A a, B b, C sink) {
+  gemm_into(m, n, k, a, b, sink, [](int) { return Fetch{}; });
 }
 
 // C[m, n] (+)= A[m, k] B[k, n]
 template <class A, class B>
 EFFVIT_INLINE void gemm(int m, int n, int k, A a, B b, float* c, int64_t ldc, bool accumulate) {
-  gemm_into(m, n, k, a, b, StoreC{c, ldc, accumulate}, [] {});
+  gemm_into(m, n, k, a, b, StoreC{c, ldc, accumulate});
 }
 
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME
