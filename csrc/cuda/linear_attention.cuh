@@ -1,6 +1,6 @@
 // Linear attention, forward and backward: device code and launch, on prim only.
 //
-// Everything the operator computes is one of four passes over tiles of 64 tokens by CTAs of four warps:
+// Everything the operator computes is one of six passes over tiles of 64 tokens by CTAs of four warps:
 //
 //   state   S = sum_j a_j^T b_j and a weighted sum of rows, over a piece ("split") of a sequence; partial results per
 //           split go to the workspace. Forward: a = w phi(k), b = v. Backward (dS): a = phi(q), b = u = scale do / d.
@@ -11,8 +11,16 @@
 //   chunk   y_i = x_i S + rho_i z + sum_j (x_i . a_j + rho_i gamma_j) b_j: the same with a sum over keys added.
 //           Causal, over the keys of the own tile up to i (in reverse, from i on), after which S += a^T b and z +=
 //           gamma b. Quadratic, over all keys, without S.
+//   query gradient, key gradient: the backward of heads up to 64 x 64, neither causal nor quadratic, fused. The first
+//           computes d, r, dq and the partial sums of dS and dz, the second dk, dv and dweight.
 //
-// A fifth, small one, row_dot, computes the causal denominators phi(q_i) . z_i in float32.
+// A seventh, small one, row_dot, computes the causal denominators phi(q_i) . z_i in float32.
+//
+// Tensors of tokens that are read or written, the state apart: the forward takes 4 (k, v; q, out) and one for each of
+// q_den and k_den. The fused backward takes 7, each once (q, do, dq; k, v, dk, dv), and two for each of q_den and
+// k_den; it keeps nothing per token. The other backward takes 12 where S has one slab (gradient of d: q, do; dS: q, do;
+// dq: do, q, dq; dk: v, k, dk; dv: k, dv), and keeps d and its gradient, two floats a query and head, and with weights
+// one float a key and head.
 //
 // A CTA of a walk owns all rows of the state and a slab of its columns: 64 columns if it has up to 64 rows, 32 if up to
 // 128, else 16. So a slab is 64 x 64 at most, 32 accumulators a thread, and no CTA waits for another's partial sum.
@@ -20,11 +28,12 @@
 // 16-bit elements. Products run on the tensor cores with float32 accumulators. Operands are bfloat16: its range is
 // float32's, so neither a state beyond 65504, nor exp(q), nor scale do / d overflows. float16 inputs have three more
 // significant bits, so their operands are split into a sum of two bfloat16, hi + lo, which holds 16 bits, and a product
-// is hi hi + hi lo + lo hi: three times the tensor operations. Where exp overflows or an input is infinite, such a
-// product may be NaN instead of infinity.
+// is hi hi + hi lo + lo hi: three times the tensor operations.
 //
 // A tile arrives by cp.async as it is in memory. After its own wait, and before the barrier, each thread applies the
 // feature map and the factor of the row to the 16-byte pieces that it copied itself: no barrier is needed in between.
+// The fused passes keep 16-bit tiles as they are, for the map's derivative, and apply the map to fragments in
+// registers; their results leave by way of the tiles whose gradients they are.
 #pragma once
 #include "../common/linear_attention_params.h"
 #include "common.cuh"
@@ -54,7 +63,8 @@ struct Traits {
   using Element = std::conditional_t<kTensorCores, prim::bfloat16, float>;  // of an operand
   static constexpr int kVec = 16 / sizeof(T);  // elements of a 16-byte access
   static constexpr int kSkew = kVec;  // rows are an odd multiple of 16 bytes: no bank conflicts
-  static constexpr int kScoreStride = kTile + kSkew;
+  // CTAs a multiprocessor of the fused backward, as many as shared memory lets in or registers without spills.
+  static constexpr int kQueryCtas = kTensorCores ? 3 : 2, kKeyCtas = kTensorCores ? 4 : 2;
   static constexpr bool odd(int cols) { return (cols + kSkew) * sizeof(Element) / 16 % 2 == 1; }
   static_assert(odd(16) && odd(32) && odd(64), "row stride must be an odd multiple of 16 bytes");
   static_assert(sizeof(Element) == sizeof(T), "a tile is transformed where it lies");
@@ -105,6 +115,7 @@ struct Pass {
   float* grad_den;  // [B, L, H] gradient of the denominator
   float* row_sum;  // [B, rows, H] row_dot's result; the sum over slabs for dweight
   bool row_sum_given;  // that sum starts from what is there
+  bool has_den;  // fused: the denominators have rows of their own, z_rows
   float* partial;  // state pass: [N, H, splits, slot]
   int64_t slot;  // floats of a state and a vector in the workspace
   int64_t slot_z;  // where in a slot the vector is
@@ -122,6 +133,7 @@ struct Pass {
   int32_t blocks, x_shift;  // blocks of columns of x and a, and log2 of a block's 16-byte pieces
   int32_t slab_cols, slab_shift, slabs;
   bool slab_loop;  // a CTA does all slabs, one after the other, for it sums over them
+  bool state_vec;  // the state's rows may be read 16 bytes at a time
   int32_t splits;
   int64_t ctas;
   // Byte offsets in shared memory.
@@ -132,6 +144,8 @@ struct Pass {
 // The vectors in shared memory, in floats from s_vectors.
 constexpr int kZden = 0, kZvec = kMaxDim, kRowDen = kZvec + kTile, kRho = kRowDen + 2 * kTile, kGamma = kRho + kTile;
 constexpr int kRowSum = kGamma + kTile, kVectors = kRowSum + kTile;
+// Of a fused pass: z or its gradient, and later the warps' sums of that; then what a row's denominator is divided by.
+constexpr int kFusedRow = kWarps * kTile, kFusedVectors = kFusedRow + kTile;
 
 // What a CTA does: tokens [first, stop) of a sequence that begins at `begin`, at one head and slab.
 struct Work {
@@ -179,11 +193,12 @@ EFFVIT_DEVICE int64_t query_index(const LinearAttentionParams& p, const Work& wo
   return (work.batch * p.L + token) * p.H + work.head;
 }
 
-// The denominator of a query from phi(q) . z.
-EFFVIT_DEVICE float denominator(const LinearAttentionParams& p, const Work& work, int64_t token, float dot) {
+// The denominator of a query from phi(q) . z. causal: only if the call may be.
+EFFVIT_DEVICE float denominator(const LinearAttentionParams& p, const Work& work, int64_t token, float dot,
+                                bool causal = true) {
   if (p.normalize == Normalize::kClamp) return dot < p.clamp_min ? p.clamp_min : dot;
   if (p.normalize == Normalize::kSum) return dot + p.eps;
-  return dot + p.eps * (p.causal ? static_cast<float>(token - work.begin + 1) : work.keys);
+  return dot + p.eps * (p.causal && causal ? static_cast<float>(token - work.begin + 1) : work.keys);
 }
 
 EFFVIT_DEVICE float row_factor(const Pass& g, Factor factor, const Work& work, int64_t token) {
@@ -241,22 +256,29 @@ EFFVIT_DEVICE Tile<T> tile_at(int hi, int lo, int rows, int shift) {
   return tile;
 }
 
-// What x is beyond its bfloat16 `hi`. An infinite hi has no rest.
-EFFVIT_DEVICE float residual(float x, float hi) {
-  const float rest = x - hi;
-  return rest - rest == 0.f ? rest : 0.f;
-}
-EFFVIT_DEVICE uint32_t pack_residual(float low, float high, uint32_t hi) {
-  return prim::pack2<prim::bfloat16>(residual(low, prim::bit_cast<float>(hi << 16)),
-                                     residual(high, prim::bit_cast<float>(hi & 0xffff0000u)));
+// Two numbers as bfloat16 `hi` and, of float16 inputs, `lo`, which holds the rest. hi is finite: where it would be
+// infinite or NaN, it is 1 or -1 and lo has the number. So hi hi + hi lo + lo hi is infinite where the product is, for
+// lo meets hi only, which is zero only where the number is; an infinite hi would meet lo of numbers that need none.
+template <class T>
+EFFVIT_DEVICE void split_pair(float low, float high, uint32_t& hi, uint32_t& lo) {
+  hi = prim::pack2<prim::bfloat16>(low, high);
+  if constexpr (Traits<T>::kSplit) {
+    lo = prim::pack2<prim::bfloat16>(low - prim::bit_cast<float>(hi << 16),
+                                     high - prim::bit_cast<float>(hi & 0xffff0000u));
+    // Adding 1 to an exponent of all ones carries into the bit above.
+    const uint32_t special = ((((hi & 0x7f807f80u) + 0x00800080u) & 0x80008000u) >> 15) * 0xffffu;
+    lo = (lo & ~special) | (hi & special);
+    hi = (hi & ~(special & 0x7fff7fffu)) | (special & 0x3f803f80u);
+  }
 }
 
 template <class T>
 EFFVIT_DEVICE void store_pair(const Tile<T>& to, int i, float low, float high) {
   if constexpr (Traits<T>::kTensorCores) {
-    const uint32_t hi = prim::pack2<prim::bfloat16>(low, high);
+    uint32_t hi, rest;
+    split_pair<T>(low, high, hi, rest);
     to.hi.store_vec(i, hi);
-    if constexpr (Traits<T>::kSplit) to.lo.store_vec(i, pack_residual(low, high, hi));
+    if constexpr (Traits<T>::kSplit) to.lo.store_vec(i, rest);
   } else {
     to.hi.store_vec(i, Vec<float, 2>{{low, high}});
   }
@@ -266,10 +288,7 @@ EFFVIT_DEVICE void store_piece(const Tile<T>& to, int i, const float (&x)[Traits
   if constexpr (Traits<T>::kTensorCores) {
     Vec<uint32_t, 4> hi, lo;
     EFFVIT_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      hi.v[e] = prim::pack2<prim::bfloat16>(x[2 * e], x[2 * e + 1]);
-      if constexpr (Traits<T>::kSplit) lo.v[e] = pack_residual(x[2 * e], x[2 * e + 1], hi.v[e]);
-    }
+    for (int e = 0; e < 4; ++e) split_pair<T>(x[2 * e], x[2 * e + 1], hi.v[e], lo.v[e]);
     to.hi.store_vec(i, hi);
     if constexpr (Traits<T>::kSplit) to.lo.store_vec(i, lo);
   } else {
@@ -306,16 +325,26 @@ EFFVIT_DEVICE Vec<T, Traits<T>::kVec> load_raw(const Operand& from, const T* at,
   return x;
 }
 
-// Starts to copy columns [col, ...) of 64 tokens; zeros where there is no token or column. A thread's pieces have the
-// same column in every row.
+// The rows of a tile that a thread copies and transforms, 16-byte pieces at one column: those of its own warp's 16
+// rows, so that a pass whose warps read their own rows only needs no barrier of the CTA.
+struct PieceRows {
+  int column, first, last, step;  // column in pieces
+};
+EFFVIT_DEVICE PieceRows piece_rows(int shift) {
+  const int lane = prim::lane_id(), first = prim::warp_id() * 16;
+  return {lane & ((1 << shift) - 1), first + (lane >> shift), first + 16, prim::kWarpSize >> shift};
+}
+
+// Starts to copy columns [col, ...) of 64 tokens; zeros where there is no token or column.
 template <class T>
 EFFVIT_DEVICE void load_tile(const Tile<T>& to, const Operand& from, const Work& work, int64_t first, int64_t stop,
                              int col) {
-  const int piece = (prim::thread_id() & ((1 << to.shift) - 1)) * Traits<T>::kVec;
+  const PieceRows rows = piece_rows(to.shift);
+  const int piece = rows.column * Traits<T>::kVec;
   const int length = piece_length<T>(from, col + piece);
   const T* const base = row_at<T>(from, work, first) + col + piece;
   EFFVIT_NO_UNROLL
-  for (int row = prim::thread_id() >> to.shift; row < kTile; row += kThreads >> to.shift) {
+  for (int row = rows.first; row < rows.last; row += rows.step) {
     const int n = first + row < stop ? length : 0;
     if (n != 0 && from.vec) {
       prim::cp_async16(to.hi, row * to.stride + piece, base + row * from.stride_l, n * static_cast<int>(sizeof(T)));
@@ -334,10 +363,10 @@ EFFVIT_DEVICE void transform_tile(const Pass& g, const Tile<T>& tile, const Oper
   const bool same = !Traits<T>::kSplit && from.map == FeatureMap::kNone &&
                     (from.factor == Factor::kOne || (from.factor == Factor::kWeight && g.p.weight == nullptr));
   if (same && !visit) return;
-  const int at = (prim::thread_id() & ((1 << tile.shift) - 1)) * kVec;
-  const int length = piece_length<T>(from, col + at);
+  const PieceRows rows = piece_rows(tile.shift);
+  const int at = rows.column * kVec, length = piece_length<T>(from, col + at);
   EFFVIT_NO_UNROLL
-  for (int row = prim::thread_id() >> tile.shift; row < kTile; row += kThreads >> tile.shift) {
+  for (int row = rows.first; row < rows.last; row += rows.step) {
     const bool inside = first + row < stop;
     const auto raw = tile.hi.template load_vec<Vec<T, kVec>>(row * tile.stride + at);
     float x[kVec];
@@ -358,11 +387,38 @@ struct NoPiece {
 
 // ---- matrix products ----
 
+// Where a fragment of A comes from: a tile that is an operand already, or one that is as in memory, of which the
+// feature map is taken on the way to the tensor cores. float32's tiles always are operands.
+enum class Source { kOperand, kMemory };
+
+// Two elements as they are in memory.
+template <class T>
+EFFVIT_DEVICE void unpack2(uint32_t raw, float& low, float& high) {
+  low = prim::to_float(T{static_cast<uint16_t>(raw)});
+  high = prim::to_float(T{static_cast<uint16_t>(raw >> 16)});
+}
+
+template <class T, bool kTransposed, Source kSource>
+EFFVIT_DEVICE void load_fragment(uint32_t (&hi)[4], uint32_t (&lo)[4], const Tile<T>& a, int i, FeatureMap map) {
+  prim::ldmatrix_x4<kTransposed>(hi, a.hi, i);
+  if constexpr (kSource == Source::kOperand) {
+    if constexpr (Traits<T>::kSplit) prim::ldmatrix_x4<kTransposed>(lo, a.lo, i);
+  } else {
+    if (!Traits<T>::kSplit && map == FeatureMap::kNone) return;
+    float x[8];
+    EFFVIT_UNROLL
+    for (int e = 0; e < 4; ++e) unpack2<T>(hi[e], x[2 * e], x[2 * e + 1]);
+    apply_map(map, x);
+    EFFVIT_UNROLL
+    for (int e = 0; e < 4; ++e) split_pair<T>(x[2 * e], x[2 * e + 1], hi[e], lo[e]);
+  }
+}
+
 // acc[first + n] += A B for 16 rows of A and columns n0 + 8 n of B, n < n_tiles (even), over `depth` (a multiple of
 // 16). A is stored [m][k], with kATransposed [k][m]; B is stored [n][k], with kBTransposed [k][n].
-template <class T, bool kATransposed, bool kBTransposed>
+template <class T, bool kATransposed, bool kBTransposed, Source kSource = Source::kOperand>
 EFFVIT_DEVICE void product(float (&acc)[kTiles][4], int first, int n_tiles, const Tile<T>& a, int m0, const Tile<T>& b,
-                           int bk0, int depth) {
+                           int bk0, int depth, FeatureMap map = FeatureMap::kNone) {
   const int lane = prim::lane_id();
   if constexpr (Traits<T>::kTensorCores) {
     using E = prim::bfloat16;
@@ -372,8 +428,7 @@ EFFVIT_DEVICE void product(float (&acc)[kTiles][4], int first, int n_tiles, cons
       const int ai =
           kATransposed ? (k + low + quarter) * a.stride + m0 + half : (m0 + low + half) * a.stride + k + quarter;
       uint32_t af[4], al[4];
-      prim::ldmatrix_x4<kATransposed>(af, a.hi, ai);
-      if constexpr (Traits<T>::kSplit) prim::ldmatrix_x4<kATransposed>(al, a.lo, ai);
+      load_fragment<T, kATransposed, kSource>(af, al, a, ai, map);
       EFFVIT_UNROLL
       for (int i = 0; i < kTiles; i += 2) {
         const int n = i - first;
@@ -463,8 +518,7 @@ EFFVIT_DEVICE void score_product(float (&acc)[kTiles][4], int n_tiles, const flo
       EFFVIT_UNROLL
       for (int e = 0; e < 4; ++e) {
         const float (&c)[4] = p[2 * k + e / 2];
-        af[e] = prim::pack2<E>(c[e % 2 * 2], c[e % 2 * 2 + 1]);
-        if constexpr (Traits<T>::kSplit) al[e] = pack_residual(c[e % 2 * 2], c[e % 2 * 2 + 1], af[e]);
+        split_pair<T>(c[e % 2 * 2], c[e % 2 * 2 + 1], af[e], al[e]);
       }
       EFFVIT_UNROLL
       for (int n = 0; n < kTiles; n += 2) {
@@ -532,6 +586,7 @@ struct Cta {
   EFFVIT_DEVICE Shared<float> rho() const { return vector(kRho, kTile); }
   EFFVIT_DEVICE Shared<float> gamma() const { return vector(kGamma, kTile); }
   EFFVIT_DEVICE Shared<float> row_sum() const { return vector(kRowSum, kTile); }
+  EFFVIT_DEVICE Shared<float> row_inverse() const { return vector(kFusedRow, kTile); }
   EFFVIT_DEVICE Shared<float> stage() const { return Shared<float>(g.s_stage, kTile * g.stage_stride); }
   EFFVIT_DEVICE Tile<T> x_tile(int i) const {
     return tile_at<T>(i == 0 ? g.s_x[0] : g.s_x[1], g.s_x_lo, kTile, g.x_shift);
@@ -547,20 +602,33 @@ struct Cta {
   }
 };
 
-// A slab of the state as an operand.
+// A slab of the state as an operand. Neighbouring threads read neighbouring addresses: those of a row's pieces, or of a
+// transposed state rows.
 template <class T>
 EFFVIT_DEVICE void load_planes(const Cta<T>& c, const Tile<T>& to, const float* from, int first_col) {
   constexpr int kVec = Traits<T>::kVec;
   const Pass& g = c.g;
+  const int rows = g.blocks * c.block_cols;
+  const bool transposed = g.state_col != 1;
   EFFVIT_NO_UNROLL
-  for (int i = prim::thread_id(); i < g.blocks * c.block_cols << to.shift; i += kThreads) {
-    const int row = i >> to.shift, piece = (i & ((1 << to.shift) - 1)) * kVec;
-    const float* const at = from + static_cast<int64_t>(row) * g.state_row;
+  for (int i = prim::thread_id(); i < rows << to.shift; i += kThreads) {
+    const int row = transposed ? i % rows : i >> to.shift;
+    const int piece = (transposed ? i / rows : i & ((1 << to.shift) - 1)) * kVec, col = first_col + piece;
+    const float* const at = from + static_cast<int64_t>(row) * g.state_row + static_cast<int64_t>(col) * g.state_col;
     float x[kVec];
-    EFFVIT_UNROLL
-    for (int e = 0; e < kVec; ++e) {
-      const int col = first_col + piece + e;
-      x[e] = row < g.dim_x && col < g.dim_out ? prim::load_global(at + static_cast<int64_t>(col) * g.state_col) : 0.f;
+    if (g.state_vec && row < g.dim_x && col + kVec <= g.dim_out) {
+      EFFVIT_UNROLL
+      for (int e = 0; e < kVec; e += 4) {
+        const auto four = prim::load_global_vec<Vec<float, 4>>(at + e);
+        EFFVIT_UNROLL
+        for (int f = 0; f < 4; ++f) x[e + f] = four.v[f];
+      }
+    } else {
+      EFFVIT_UNROLL
+      for (int e = 0; e < kVec; ++e) {
+        const bool inside = row < g.dim_x && col + e < g.dim_out;
+        x[e] = inside ? prim::load_global(at + static_cast<int64_t>(e) * g.state_col) : 0.f;
+      }
     }
     store_piece(to, row * to.stride + piece, x);
   }
@@ -577,7 +645,8 @@ EFFVIT_DEVICE void load_state(const Cta<T>& c, float (&state)[kTiles][4], const 
     prim::sync_threads();  // the previous readers
     EFFVIT_NO_UNROLL
     for (int i = prim::thread_id(); i < kTile * g.slab_cols; i += kThreads) {
-      const int row = i / g.slab_cols, col = i - row * g.slab_cols;
+      const int row = g.state_col == 1 ? i / g.slab_cols : i % kTile;
+      const int col = g.state_col == 1 ? i - row * g.slab_cols : i / kTile;
       const bool inside = block * kTile + row < g.dim_x && first_col + col < g.dim_out;
       const float* const at = from + static_cast<int64_t>(block * kTile + row) * g.state_row +
                               static_cast<int64_t>(first_col + col) * g.state_col;
@@ -608,6 +677,22 @@ EFFVIT_DEVICE void store_state(const Cta<T>& c, const Tile<T>& to, const float (
   }
 }
 
+// The same slab to the workspace.
+template <class T>
+EFFVIT_DEVICE void store_partial(const Cta<T>& c, float* to, const float (&state)[kTiles][4], int first_col) {
+  if (c.warp_row >= c.block_cols) return;
+  EFFVIT_UNROLL
+  for (int i = 0; i < kTiles; ++i) {
+    const int block = i >> c.tiles_shift, col = first_col + (i & (c.slab_tiles - 1)) * 8 + c.column;
+    EFFVIT_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const int row = block * kTile + c.row + e / 2 * 8;
+      if (row < c.g.dim_x && col + e % 2 < c.g.dim_out)
+        prim::store_global(to + static_cast<int64_t>(row) * c.g.dim_out + col + e % 2, state[i][e]);
+    }
+  }
+}
+
 // Adds x . zden of the rows of x's own denominators to row_den, from the pieces that pass by.
 template <class T>
 EFFVIT_DEVICE void add_row_den(const Cta<T>& c, int at, int row, int col, const float (&x)[Traits<T>::kVec]) {
@@ -631,10 +716,10 @@ EFFVIT_DEVICE void transform_x(const Cta<T>& c, const Tile<T>& tile, const Work&
   });
   if (!with_den || own) return;
   const Operand& from = g.z_rows;
-  const int at = (prim::thread_id() & ((1 << tile.shift) - 1)) * Traits<T>::kVec;
-  const int length = piece_length<T>(from, col + at);
+  const PieceRows rows = piece_rows(tile.shift);
+  const int at = rows.column * Traits<T>::kVec, length = piece_length<T>(from, col + at);
   EFFVIT_NO_UNROLL
-  for (int row = prim::thread_id() >> tile.shift; row < kTile; row += kThreads >> tile.shift) {
+  for (int row = rows.first; row < rows.last; row += rows.step) {
     const bool inside = first + row < work.stop;
     const auto raw = load_raw<T>(from, row_at<T>(from, work, first + row) + col + at, inside ? length : 0);
     float x[Traits<T>::kVec];
@@ -644,6 +729,19 @@ EFFVIT_DEVICE void transform_x(const Cta<T>& c, const Tile<T>& tile, const Work&
     EFFVIT_UNROLL
     for (int e = 0; e < Traits<T>::kVec; ++e) x[e] = inside && e < length ? x[e] : 0.f;
     add_row_den(c, den_at, row, col + at, x);
+  }
+}
+
+// A piece of the output, of which `n` elements exist.
+template <class T>
+EFFVIT_DEVICE void store_output(T* to, const Vec<T, Traits<T>::kVec>& x, int n, bool vec) {
+  if (n == Traits<T>::kVec && vec) {
+    prim::store_global_vec(to, x);
+  } else {
+    EFFVIT_UNROLL
+    for (int e = 0; e < Traits<T>::kVec; ++e) {
+      if (e < n) prim::store_global(to + e, x.v[e]);
+    }
   }
 }
 
@@ -711,14 +809,7 @@ EFFVIT_DEVICE void write_rows(const Cta<T>& c, const Work& work, int slab, int64
         EFFVIT_UNROLL
         for (int e = 0; e < kVec; ++e) out.v[e] = prim::from_float<T>(y[e] * factor);
         T* const to = static_cast<T*>(g.out) + ((work.batch * length + token) * p.H + work.head) * g.dim_out + col;
-        if (n == kVec && g.out_vec) {
-          prim::store_global_vec(to, out);
-        } else {
-          EFFVIT_UNROLL
-          for (int e = 0; e < kVec; ++e) {
-            if (e < n) prim::store_global(to + e, out.v[e]);
-          }
-        }
+        store_output<T>(to, out, n, g.out_vec);
       }
     }
     if (dots) {
@@ -752,13 +843,13 @@ EFFVIT_DEVICE void write_rows(const Cta<T>& c, const Work& work, int slab, int64
   }
 }
 
-// The factors of the rows of a tile and of its keys. A barrier must follow.
+// The factors of a warp's rows of a tile, as queries and as keys. A barrier must follow.
 template <class T>
 EFFVIT_DEVICE void load_factors(const Cta<T>& c, const Work& work, int64_t first) {
   const Pass& g = c.g;
-  const int row = prim::thread_id() % kTile;
+  const int row = c.warp_row + c.lane % 16;
   const bool inside = first + row < work.stop;
-  if (prim::thread_id() < kTile) {
+  if (c.lane < 16) {
     if (g.with_rho) c.rho().store(row, inside ? row_factor(g, g.rho, work, first + row) : 0.f);
   } else if (g.has_rank) {
     c.gamma().store(row, inside ? row_factor(g, g.gamma, work, first + row) : 0.f);
@@ -854,16 +945,7 @@ linear_attention_state_kernel(EFFVIT_GRID_CONSTANT Pass g) {
         first = next;
         block = next_block;
       }
-      EFFVIT_UNROLL
-      for (int i = 0; i < kTiles; ++i) {
-        const int block = i >> c.tiles_shift, col = first_col + (i & (c.slab_tiles - 1)) * 8 + c.column;
-        EFFVIT_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          const int row = block * kTile + c.row + e / 2 * 8;
-          if (row < g.dim_x && col + e % 2 < g.dim_out && c.warp_row < c.block_cols)
-            prim::store_global(to + static_cast<int64_t>(row) * g.dim_out + col + e % 2, state[i][e]);
-        }
-      }
+      store_partial(c, to, state, first_col);
     }
     if (work.slab != 0) continue;
     if (sum_z) {
@@ -927,11 +1009,11 @@ linear_attention_walk_kernel(EFFVIT_GRID_CONSTANT Pass g) {
       while (first < work.stop) {
         const Tile<T> x = c.x_tile(x_at);
         prim::cp_async_wait<0>();
-        // The readers of what has one buffer: lo, and rho.
-        if (Traits<T>::kSplit || g.with_rho) prim::sync_threads();
+        // From here on a warp touches its own 16 rows only, of x and of the vectors: warps do not wait for each other.
+        if (Traits<T>::kSplit || g.with_rho) prim::sync_warp();  // the readers of what has one buffer: lo, and rho
         if (g.has_x) transform_x(c, x, work, first, block, den_at, g.den_fused);
         if (block == 0) load_factors(c, work, first);
-        prim::sync_threads();  // this tile is complete, and the other buffer's readers are done
+        prim::sync_warp();  // these rows are complete, and the other buffer's readers are done
         const int next_block = block + 1 == blocks ? 0 : block + 1;
         const int64_t next = next_block == 0 ? first + kTile : first;
         x_at = 1 - x_at;
@@ -1048,6 +1130,297 @@ linear_attention_chunk_kernel(EFFVIT_GRID_CONSTANT Pass g) {
           c.zvec().store(prim::thread_id(), z);
         }
       }
+    }
+  }
+}
+
+// ---- the fused backward: K and V up to 64, not causal, not quadratic ----
+
+// phi of two neighbouring elements of a tile, and its derivative, which follows from it.
+template <class T>
+EFFVIT_DEVICE void load_pair(const Tile<T>& from, int i, FeatureMap map, float (&phi)[2]) {
+  if constexpr (Traits<T>::kTensorCores) {
+    unpack2<T>(from.hi.template load_vec<uint32_t>(i), phi[0], phi[1]);
+    apply_map(map, phi);
+  } else {  // the tile is an operand
+    const auto pair = from.hi.template load_vec<Vec<float, 2>>(i);
+    phi[0] = pair.v[0], phi[1] = pair.v[1];
+  }
+}
+EFFVIT_DEVICE float derivative_of(FeatureMap map, float phi) {
+  if (map == FeatureMap::kNone) return 1.f;
+  if (map == FeatureMap::kRelu) return phi > 0.f ? 1.f : 0.f;
+  return map == FeatureMap::kElu1 && phi >= 1.f ? 1.f : phi;
+}
+
+// Two elements of an output, where the tile of an input was.
+template <class T>
+EFFVIT_DEVICE void store_result(const Tile<T>& to, int i, float low, float high) {
+  if constexpr (Traits<T>::kTensorCores) {
+    to.hi.store_vec(i, prim::pack2<T>(low, high));
+  } else {
+    to.hi.store_vec(i, Vec<float, 2>{{low, high}});
+  }
+}
+
+// Writes this warp's 16 rows of a tile of results to [B, length, H, dim].
+template <class T>
+EFFVIT_DEVICE void write_tile(const Cta<T>& c, const Tile<T>& from, const Work& work, int64_t first, int64_t length,
+                              void* out, int dim) {
+  constexpr int kVec = Traits<T>::kVec;
+  const PieceRows rows = piece_rows(from.shift);
+  const int col = rows.column * kVec, n = dim - col < kVec ? dim - col : kVec;
+  if (n <= 0) return;
+  EFFVIT_NO_UNROLL
+  for (int row = rows.first; row < rows.last && first + row < work.stop; row += rows.step) {
+    T* const to = static_cast<T*>(out) + ((work.batch * length + first + row) * c.g.p.H + work.head) * dim + col;
+    store_output<T>(to, from.hi.template load_vec<Vec<T, kVec>>(row * from.stride + col), n, c.g.out_vec);
+  }
+}
+
+// Starts to copy a tile of each input into buffer `at`.
+template <class T>
+EFFVIT_DEVICE void load_inputs(const Cta<T>& c, const Work& work, int64_t first, int at) {
+  const Pass& g = c.g;
+  load_tile<T>(c.x_tile(at), g.x, work, first, work.stop, 0);
+  load_tile<T>(c.b_tile(at), g.b, work, first, work.stop, 0);
+  if (g.has_den) load_tile<T>(c.a_tile(at), g.z_rows, work, first, work.stop, 0);
+  prim::cp_async_commit();
+}
+
+// Starts to copy the first tile, and loads the state, and z or its gradient.
+template <class T>
+EFFVIT_DEVICE void start_fused(const Cta<T>& c, const Work& work) {
+  prim::sync_threads();  // the previous piece of work
+  if (work.first == work.stop) return;
+  load_inputs(c, work, work.first, 0);
+  load_planes(c, c.state_tile(), c.g.state + work.block * c.g.state_stride, 0);
+  load_vectors(c, work, 0);
+  prim::sync_threads();
+}
+
+// Takes phi of the rows that this thread copied where a tile is to be an operand: float32.
+template <class T>
+EFFVIT_DEVICE void map_rows(const Pass& g, const Tile<T>& tile, const Operand& from, const Work& work, int64_t first) {
+  if constexpr (!Traits<T>::kTensorCores) transform_tile<T>(g, tile, from, work, first, work.stop, 0, false, NoPiece{});
+}
+
+// Turns do into u = scale do / d where the thread copied it, and leaves -1 / d, of which the gradient of d is a
+// multiple, in `row_of`; 0 where d does not depend on q, or there is no query.
+template <class T>
+EFFVIT_DEVICE void prepare_queries(const Cta<T>& c, const Tile<T>& den, const Tile<T>& u, const Shared<float>& row_of,
+                                   const Work& work, int64_t first) {
+  constexpr int kVec = Traits<T>::kVec;
+  const Pass& g = c.g;
+  const auto& p = g.p;
+  const bool normalized = p.normalize != Normalize::kNone;
+  const PieceRows rows = piece_rows(u.shift);
+  const int col = rows.column * kVec;
+  float z[kVec];
+  EFFVIT_UNROLL
+  for (int e = 0; e < kVec; ++e) z[e] = normalized ? c.zden().load(col + e) : 0.f;
+  EFFVIT_NO_UNROLL
+  for (int row = rows.first; row < rows.last; row += rows.step) {
+    const bool inside = first + row < work.stop;
+    float factor = p.scale, inverse = 0.f;
+    if (normalized) {
+      const auto raw = den.hi.template load_vec<Vec<T, kVec>>(row * den.stride + col);
+      float x[kVec], dot = 0.f;
+      EFFVIT_UNROLL
+      for (int e = 0; e < kVec; ++e) x[e] = prim::to_float(raw.v[e]);
+      apply_map(g.z_rows.map, x);
+      EFFVIT_UNROLL
+      for (int e = 0; e < kVec; ++e) dot += x[e] * z[e];
+      for (int m = (1 << u.shift) / 2; m > 0; m /= 2) dot += prim::shuffle_xor(dot, m);
+      if (inside) {
+        const float d = denominator(p, work, first + row, dot, false);
+        factor = p.scale / d;
+        inverse = p.normalize == Normalize::kClamp && dot < p.clamp_min ? 0.f : -1.f / d;
+      }
+      if (rows.column == 0) row_of.store(row, inverse);
+    }
+    const auto raw = u.hi.template load_vec<Vec<T, kVec>>(row * u.stride + col);
+    float x[kVec];
+    EFFVIT_UNROLL
+    for (int e = 0; e < kVec; ++e) x[e] = inside ? prim::to_float(raw.v[e]) * factor : 0.f;
+    store_piece(u, row * u.stride + col, x);
+  }
+}
+
+// dq, dq_den and the partial sums of dS and dz, in one pass over q, q_den and do: with t = u S^T, the gradient of the
+// denominator is r = -(phi(q) . t) / d, that of phi(q) is t + r z, dS = sum phi(q)^T u and dz = sum r phi(q).
+template <class T>
+EFFVIT_KERNEL(kThreads, Traits<T>::kQueryCtas)
+linear_attention_query_gradient_kernel(EFFVIT_GRID_CONSTANT Pass g) {
+  const Cta<T> c(g);
+  const Tile<T> planes = c.state_tile();
+  const auto& p = g.p;
+  const bool normalized = p.normalize != Normalize::kNone;
+  EFFVIT_NO_UNROLL
+  for (int64_t id = prim::cta_id(); id < g.ctas; id += prim::cta_count()) {
+    const Work work = work_at(g, id);
+    float state[kTiles][4], dz[kTiles][2] = {};
+    clear(state);
+    start_fused(c, work);
+    int at = 0;
+    EFFVIT_NO_UNROLL
+    for (int64_t first = work.first; first < work.stop; first += kTile) {
+      const Tile<T> x = c.x_tile(at), u = c.b_tile(at), den = g.has_den ? c.a_tile(at) : x;
+      prim::cp_async_wait<0>();
+      prepare_queries(c, den, u, c.row_inverse(), work, first);
+      map_rows(g, x, g.x, work, first);
+      if (g.has_den) map_rows(g, den, g.z_rows, work, first);
+      prim::sync_threads();  // this tile is complete, and the other buffer's readers are done
+      at = 1 - at;
+      if (first + kTile < work.stop) load_inputs(c, work, first + kTile, at);
+      if (c.warp_row < c.block_cols)
+        product<T, true, true, Source::kMemory>(state, 0, c.slab_tiles, x, c.warp_row, u, 0, kTile, g.x.map);
+      float acc[kTiles][4];
+      clear(acc);
+      product<T, false, false>(acc, 0, c.slab_tiles, u, c.warp_row, planes, 0, c.block_cols);
+      float dot[2] = {0.f, 0.f}, r[2] = {0.f, 0.f};
+      if (normalized) {
+        EFFVIT_UNROLL
+        for (int n = 0; n < kTiles; ++n) {
+          EFFVIT_UNROLL
+          for (int half = 0; half < 2 && n < c.slab_tiles; ++half) {
+            float phi[2];
+            load_pair(x, (c.row + 8 * half) * x.stride + n * 8 + c.column, g.x.map, phi);
+            dot[half] += phi[0] * acc[n][2 * half] + phi[1] * acc[n][2 * half + 1];
+          }
+        }
+        EFFVIT_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const float inverse = c.row_inverse().load(c.row + 8 * half), sum = prim::warp_sum<4>(dot[half]);
+          r[half] = inverse == 0.f ? 0.f : sum * inverse;
+        }
+      }
+      prim::sync_threads();  // the readers of x and of u: the results take x's place, the next tile u's
+      EFFVIT_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        EFFVIT_UNROLL
+        for (int n = 0; n < kTiles && n < c.slab_tiles; ++n) {
+          const int col = n * 8 + c.column, i = (c.row + 8 * half) * x.stride + col;
+          float phi[2], y[2] = {acc[n][2 * half], acc[n][2 * half + 1]};
+          load_pair(x, i, g.x.map, phi);
+          if (normalized) {
+            const auto z = c.zden().template load_vec<Vec<float, 2>>(col);
+            float rows[2] = {phi[0], phi[1]}, gradient[2];
+            if (g.has_den) load_pair(den, i, g.z_rows.map, rows);
+            EFFVIT_UNROLL
+            for (int e = 0; e < 2; ++e) {
+              // Without a gradient of d nothing is added, an infinite z or phi(q) times zero neither.
+              gradient[e] = r[half] == 0.f ? 0.f : r[half] * z.v[e];
+              dz[n][e] += r[half] == 0.f ? 0.f : r[half] * rows[e];
+              if (!g.has_den) y[e] += gradient[e];
+            }
+            if (g.has_den)
+              store_result(den, i, gradient[0] * derivative_of(g.z_rows.map, rows[0]),
+                           gradient[1] * derivative_of(g.z_rows.map, rows[1]));
+          }
+          store_result(x, i, y[0] * derivative_of(g.x.map, phi[0]), y[1] * derivative_of(g.x.map, phi[1]));
+        }
+      }
+      prim::sync_warp();
+      write_tile(c, x, work, first, p.L, p.dq, g.dim_x);
+      if (g.has_den) write_tile(c, den, work, first, p.L, p.dq_den, g.dim_x);
+    }
+
+    float* const to = g.partial + (work.block * g.splits + work.split) * g.slot;
+    store_partial(c, to, state, 0);
+    if (!normalized) {
+      for (int i = prim::thread_id(); i < g.dim_x; i += kThreads) prim::store_global(to + g.slot_z + i, 0.f);
+      continue;
+    }
+    prim::sync_threads();  // the readers of z
+    EFFVIT_UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+      EFFVIT_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        for (int m = 4; m < prim::kWarpSize; m *= 2) dz[n][e] += prim::shuffle_xor(dz[n][e], m);
+        if (c.lane < 4) c.zden().store(prim::warp_id() * kTile + n * 8 + c.column + e, dz[n][e]);
+      }
+    }
+    prim::sync_threads();
+    const int i = prim::thread_id();
+    if (i < g.dim_x) {
+      float total = 0.f;
+      for (int w = 0; w < kWarps; ++w) total += c.zden().load(w * kTile + i);
+      prim::store_global(to + g.slot_z + i, total);
+    }
+  }
+}
+
+// dk, dv, dk_den and dweight, in one pass over k, v and k_den: dv = w phi(k) dS, and the gradient of w phi(k) is
+// t + dz with t = v dS^T, its product with phi(k) that of w. A warp has its own 16 rows of all of them.
+template <class T>
+EFFVIT_KERNEL(kThreads, Traits<T>::kKeyCtas)
+linear_attention_key_gradient_kernel(EFFVIT_GRID_CONSTANT Pass g) {
+  const Cta<T> c(g);
+  const Tile<T> planes = c.state_tile();
+  const auto& p = g.p;
+  EFFVIT_NO_UNROLL
+  for (int64_t id = prim::cta_id(); id < g.ctas; id += prim::cta_count()) {
+    const Work work = work_at(g, id);
+    if (work.first == work.stop) continue;
+    start_fused(c, work);
+    int at = 0;
+    EFFVIT_NO_UNROLL
+    for (int64_t first = work.first; first < work.stop; first += kTile) {
+      const Tile<T> x = c.x_tile(at), v = c.b_tile(at), den = g.has_den ? c.a_tile(at) : x;
+      prim::cp_async_wait<0>();
+      map_rows(g, x, g.x, work, first);
+      if (g.has_den) map_rows(g, den, g.z_rows, work, first);
+      prim::sync_warp();  // these rows are complete, and the other buffer's readers are done
+      at = 1 - at;
+      if (first + kTile < work.stop) load_inputs(c, work, first + kTile, at);
+      float dv[kTiles][4], dk[kTiles][4], factor[2], dot[2] = {0.f, 0.f};
+      clear(dv);
+      clear(dk);
+      product<T, false, true, Source::kMemory>(dv, 0, c.slab_tiles, x, c.warp_row, planes, 0, c.block_cols, g.x.map);
+      product<T, false, false, Source::kMemory>(dk, 0, c.slab_tiles, v, c.warp_row, planes, 0, c.block_cols);
+      EFFVIT_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int64_t token = first + c.row + 8 * half;
+        factor[half] = token < work.stop ? row_factor(g, Factor::kWeight, work, token) : 0.f;
+      }
+      prim::sync_warp();  // the readers of x and v, whose places the results take
+      EFFVIT_UNROLL
+      for (int n = 0; n < kTiles; ++n) {
+        EFFVIT_UNROLL
+        for (int half = 0; half < 2 && n < c.slab_tiles; ++half) {
+          const int col = n * 8 + c.column, i = (c.row + 8 * half) * x.stride + col;
+          const auto z = c.zden().template load_vec<Vec<float, 2>>(col);
+          float phi[2], y[2] = {dk[n][2 * half], dk[n][2 * half + 1]};
+          load_pair(x, i, g.x.map, phi);
+          if (g.has_den) {
+            float rows[2];
+            load_pair(den, i, g.z_rows.map, rows);
+            dot[half] += (phi[0] * y[0] + phi[1] * y[1]) + (rows[0] * z.v[0] + rows[1] * z.v[1]);
+            store_result(den, i, z.v[0] * factor[half] * derivative_of(g.z_rows.map, rows[0]),
+                         z.v[1] * factor[half] * derivative_of(g.z_rows.map, rows[1]));
+          } else {
+            y[0] += z.v[0], y[1] += z.v[1];
+            dot[half] += phi[0] * y[0] + phi[1] * y[1];
+          }
+          store_result(x, i, y[0] * factor[half] * derivative_of(g.x.map, phi[0]),
+                       y[1] * factor[half] * derivative_of(g.x.map, phi[1]));
+          store_result(v, i, dv[n][2 * half] * factor[half], dv[n][2 * half + 1] * factor[half]);
+        }
+      }
+      if (p.weight != nullptr) {
+        EFFVIT_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const float sum = prim::warp_sum<4>(dot[half]);
+          const int64_t token = first + c.row + 8 * half;
+          if (c.lane % 4 == 0 && token < work.stop)
+            store_small(p.dweight, (work.batch * p.M + token) * p.H + work.head, p.weight_dtype, sum);
+        }
+      }
+      prim::sync_warp();
+      write_tile(c, x, work, first, p.M, p.dk, g.dim_x);
+      write_tile(c, v, work, first, p.M, p.dv, g.dim_out);
+      if (g.has_den) write_tile(c, den, work, first, p.M, p.dk_den, g.dim_x);
     }
   }
 }
@@ -1175,6 +1548,13 @@ linear_attention_fill_kernel(EFFVIT_GRID_CONSTANT LinearAttentionParams p, void*
 
 // Quadratic and causal at once is what the causal passes compute.
 inline bool is_quadratic(const LinearAttentionParams& p) { return p.quadratic && !p.causal; }
+// The backward is fused where the state fits a CTA's registers and the tiles 99 KiB of shared memory, the least that a
+// supported GPU has.
+inline bool is_fused(const LinearAttentionParams& p) {
+  const bool large = p.dtype == DType::kFloat32 && (p.q_den != nullptr || p.k_den != nullptr);
+  const int64_t most = large ? kTile / 2 : kTile;
+  return !p.causal && !is_quadratic(p) && p.K <= most && p.V <= most;
+}
 
 struct Operands {
   Operand q, k, v, grad, q_den, k_den;  // as they are in memory: no map, no factor
@@ -1249,9 +1629,10 @@ struct Workspace {
     const bool sums = !quadratic || normalized;
     state = take(sums && (!backward || p.causal || quadratic), p.N * p.H * key_splits * slot);
     grad = take(sums && backward, p.N * p.H * query_splits * slot);
-    den = take(normalized && (backward || p.causal), p.B * p.L * p.H);
-    grad_den = take(normalized && backward, p.B * p.L * p.H);
-    row_sum = take(backward && p.weight != nullptr, p.B * p.M * p.H);
+    const bool rows = backward && !is_fused(p);
+    den = take(normalized && (rows || p.causal), p.B * p.L * p.H);
+    grad_den = take(normalized && rows, p.B * p.L * p.H);
+    row_sum = take(rows && p.weight != nullptr, p.B * p.M * p.H);
     bytes = static_cast<size_t>(at) * sizeof(float);
   }
 };
@@ -1271,7 +1652,7 @@ inline Pass make_pass(const LinearAttentionParams& p, const Workspace& w, int64_
   return g;
 }
 
-enum class Kernel { kState, kWalk, kChunk };
+enum class Kernel { kState, kWalk, kChunk, kFused };
 
 template <class T>
 void plan_shared(Pass& g, Kernel kernel) {
@@ -1281,7 +1662,7 @@ void plan_shared(Pass& g, Kernel kernel) {
     while (n > 1) n /= 2, ++shift;
     return shift;
   };
-  const int32_t block_cols = padded_cols(g.dim_x);
+  const int32_t block_cols = kernel == Kernel::kFused ? g.slab_cols : padded_cols(g.dim_x);
   g.x_shift = log2(block_cols / Tr::kVec);
   g.slab_shift = log2(g.slab_cols / Tr::kVec);
   int32_t at = 0;
@@ -1295,7 +1676,7 @@ void plan_shared(Pass& g, Kernel kernel) {
     hi[1] = kernel == Kernel::kChunk ? hi[0] : take(kTile, cols);
     if (Tr::kSplit) lo = take(kTile, cols);
   };
-  if (kernel != Kernel::kState && g.has_x) {
+  if ((kernel == Kernel::kWalk || kernel == Kernel::kChunk) && g.has_x) {
     tiles(g.s_x, g.s_x_lo, block_cols);
     g.s_state = take(g.blocks * block_cols, g.slab_cols);
     if (Tr::kSplit) g.s_state_lo = take(g.blocks * block_cols, g.slab_cols);
@@ -1303,6 +1684,18 @@ void plan_shared(Pass& g, Kernel kernel) {
   if ((kernel == Kernel::kState && g.want_state) || (kernel == Kernel::kChunk && g.has_x))
     tiles(g.s_a, g.s_a_lo, block_cols);
   if ((kernel == Kernel::kState && g.want_state) || kernel == Kernel::kChunk) tiles(g.s_b, g.s_b_lo, g.slab_cols);
+  if (kernel == Kernel::kFused) {
+    const auto pair = [&](int32_t (&hi)[2]) { hi[0] = take(kTile, block_cols), hi[1] = take(kTile, block_cols); };
+    pair(g.s_x);
+    pair(g.s_b);
+    if (Tr::kSplit && !g.rows_are_keys) g.s_b_lo = take(kTile, block_cols);
+    if (g.has_den) pair(g.s_a);
+    g.s_state = take(block_cols, block_cols);
+    if (Tr::kSplit) g.s_state_lo = take(block_cols, block_cols);
+    g.s_vectors = at;
+    g.shared_bytes = at + kFusedVectors * 4;
+    return;
+  }
   // The state pass uses the stage when its tiles are no longer needed, and no vectors. The scores of float32 and the
   // stage share their place: a warp has the same rows of both.
   const bool scores = kernel == Kernel::kChunk && !Tr::kTensorCores;
@@ -1431,6 +1824,7 @@ inline void set_state(Pass& g, const Workspace& w, bool grad, bool transposed) {
   }
   g.state_row = static_cast<int32_t>(transposed ? 1 : p.V);
   g.state_col = static_cast<int32_t>(transposed ? p.V : 1);
+  g.state_vec = g.state_col == 1 && g.state_row % 4 == 0 && aligned16(g.state, 4, {g.state_stride, g.state_split});
 }
 
 template <class T>
@@ -1545,6 +1939,43 @@ cudaError_t launch_query_sums(const LinearAttentionParams& p, const Workspace& w
   return launch_reduce(p, w, true, p.grad_state, p.grad_z, p.dinitial_state, p.dinitial_z, stream);
 }
 
+template <class T>
+cudaError_t launch_fused_backward(const LinearAttentionParams& p, const Workspace& w, cudaStream_t stream) {
+  const Operands t(p);
+  const auto plan = [&](bool keys) {
+    Pass g = make_pass(p, w, p.K, p.V);
+    g.rows_are_keys = keys;
+    set_vector(g, w, keys);
+    set_state(g, w, keys, false);
+    g.zden = g.zvec, g.zden_stride = g.zvec_stride;
+    g.den_fused = true;
+    g.x = mapped(keys ? t.k : t.q, p.feature_map);
+    g.b = keys ? t.v : t.grad;
+    g.z_rows = mapped(keys ? t.k_den : t.q_den, p.feature_map);
+    g.has_den = (keys ? p.k_den : p.q_den) != nullptr;
+    g.partial = w.grad;
+    g.slab_cols = padded_cols(p.K < p.V ? p.V : p.K);
+    g.slabs = 1;
+    const bool q_vec = aligned16(keys ? p.dk : p.dq, element_bytes(p.dtype), {p.K});
+    const bool den_vec = aligned16(keys ? p.dk_den : p.dq_den, element_bytes(p.dtype), {p.K});
+    const bool v_vec = !keys || aligned16(p.dv, element_bytes(p.dtype), {p.V});
+    g.out_vec = q_vec && den_vec && v_vec;
+    g.splits = keys ? split_count(p, p.M, 1, ceil_div(p.M, kTile), 1) : w.query_splits;
+    plan_shared<T>(g, Kernel::kFused);
+    count_ctas(g);
+    return g;
+  };
+  const Pass queries = plan(false), keys = plan(true);
+  if (queries.ctas == 0) return cudaSuccess;
+  cudaError_t status = EFFVIT_LAUNCH((linear_attention_query_gradient_kernel<T>), grid_size(queries.ctas), kThreads,
+                                     queries.shared_bytes, stream, queries);
+  if (status != cudaSuccess) return status;
+  status = launch_reduce(p, w, true, p.grad_state, p.grad_z, p.dinitial_state, p.dinitial_z, stream);
+  if (status != cudaSuccess || p.M == 0) return status;
+  return EFFVIT_LAUNCH((linear_attention_key_gradient_kernel<T>), grid_size(keys.ctas), kThreads, keys.shared_bytes,
+                       stream, keys);
+}
+
 // Bytes from the first to the last element of [B, tokens, H, dim].
 inline uint64_t extent_bytes(const LinearAttentionParams& p, int64_t tokens, int64_t b, int64_t l, int64_t h,
                              int64_t dim, DType type) {
@@ -1633,15 +2064,17 @@ cudaError_t launch_linear_attention_bwd(const LinearAttentionParams& p, void* wo
     const auto then = [&](bool wanted, auto launch) {
       if (status == cudaSuccess && wanted) status = launch();
     };
-    then(w.state != nullptr, [&] { return launch_key_sums<T>(p, w, nullptr, nullptr, stream); });
+    const bool fused = is_fused(p);
+    then(fused, [&] { return launch_fused_backward<T>(p, w, stream); });
+    then(!fused && w.state != nullptr, [&] { return launch_key_sums<T>(p, w, nullptr, nullptr, stream); });
     then(normalized && p.causal, [&] { return launch_denominators<T>(p, w, stream); });
-    then(normalized, [&] { return launch_queries<T>(p, w, Epilogue::kRows, stream); });
-    then(w.grad != nullptr, [&] { return launch_query_sums<T>(p, w, stream); });
-    then(true, [&] { return launch_gradient<T>(p, w, false, false, p.dq, stream); });
-    then(true, [&] { return launch_gradient<T>(p, w, true, false, p.dk, stream); });
-    then(p.q_den != nullptr, [&] { return launch_gradient<T>(p, w, false, true, p.dq_den, stream); });
-    then(p.k_den != nullptr, [&] { return launch_gradient<T>(p, w, true, true, p.dk_den, stream); });
-    then(true, [&] { return launch_value_gradient<T>(p, w, stream); });
+    then(!fused && normalized, [&] { return launch_queries<T>(p, w, Epilogue::kRows, stream); });
+    then(!fused && w.grad != nullptr, [&] { return launch_query_sums<T>(p, w, stream); });
+    then(!fused, [&] { return launch_gradient<T>(p, w, false, false, p.dq, stream); });
+    then(!fused, [&] { return launch_gradient<T>(p, w, true, false, p.dk, stream); });
+    then(!fused && p.q_den != nullptr, [&] { return launch_gradient<T>(p, w, false, true, p.dq_den, stream); });
+    then(!fused && p.k_den != nullptr, [&] { return launch_gradient<T>(p, w, true, true, p.dk_den, stream); });
+    then(!fused, [&] { return launch_value_gradient<T>(p, w, stream); });
     for (void* const to : {p.dq, p.dk, p.dq_den, p.dk_den})
       then(true, [&] { return launch_fill(p, to, query_bytes, stream); });
     then(true, [&] { return launch_fill(p, p.dv, value_bytes, stream); });

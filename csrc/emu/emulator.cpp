@@ -387,7 +387,9 @@ void note_read(uint64_t offset, uint32_t bytes, uint32_t align) {
       cell->reader = static_cast<uint16_t>(g.thread);
     } else {
       if (cell->read_warp != g.warp) cell->read_warp = kMany;
-      if (cell->reader != g.thread) cell->reader = kMany;
+      // Of reads before a __syncwarp, those of this warp no longer count.
+      if (cell->reader != g.thread)
+        cell->reader = ordered_in_warp(cell->reader, cell->read_sync) ? static_cast<uint16_t>(g.thread) : kMany;
     }
     cell->read_sync = g.warp_sync[g.warp];
   }

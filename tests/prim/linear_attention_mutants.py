@@ -14,6 +14,7 @@ CASES = [
     ((1, 140, 140, 1, 20, 16, 2, 2, 1, 0), True, False),  # causal: two splits, padded columns that phi makes 1
     ((2, 20, 70, 1, 16, 12, 1, 1, 0, 1), False, True),  # quadratic: two key tiles
     ((1, 40, 30, 1, 72, 40, 1, 1, 0, 0), True, False),  # two blocks of rows and two slabs of the state
+    ((1, 270, 150, 1, 36, 20, 2, 1, 0, 0), True, True),  # fused: a derivative between 0 and 1, several tiles a CTA
 ]
 NAMES = ("out", "state", "z", "dq", "dk", "dv", "dweight", "dq_den")
 
@@ -23,7 +24,7 @@ MUTANTS = [
            "        const int next_block = block + 1 == g.blocks",
            "        const int next_block = block + 1 == g.blocks", "race|uninitialised"),
     Mutant("walk_barrier", LINEAR,
-           "        prim::sync_threads();  // this tile is complete, and the other buffer's readers are done\n"
+           "        prim::sync_warp();  // these rows are complete, and the other buffer's readers are done\n"
            "        const int next_block = block + 1 == blocks",
            "        const int next_block = block + 1 == blocks", "race|uninitialised"),
     Mutant("chunk_barrier", LINEAR, "        prim::sync_threads();  // the readers of the state and of zvec\n", "",
@@ -54,6 +55,26 @@ MUTANTS = [
            "          prim::mma_m16n8k16<E>(acc[n + 1], af, bf[2], bf[3]);\n          if constexpr",
            "          prim::mma_m16n8k16<E>(acc[n], af, bf[0], bf[1]);\n"
            "          prim::mma_m16n8k16<E>(acc[n + 1], af, bf[0], bf[3]);\n          if constexpr"),
+    Mutant("fused_query_tile", LINEAR,
+           "      prim::sync_threads();  // this tile is complete, and the other buffer's readers are done\n"
+           "      at = 1 - at;",
+           "      at = 1 - at;", "race|uninitialised"),
+    Mutant("fused_query_results", LINEAR,
+           "      prim::sync_threads();  // the readers of x and of u: the results take x's place, the next tile u's\n",
+           "", "race"),
+    Mutant("fused_key_tile", LINEAR,
+           "      prim::sync_warp();  // these rows are complete, and the other buffer's readers are done\n"
+           "      at = 1 - at;",
+           "      at = 1 - at;", "race|uninitialised"),
+    Mutant("fused_key_results", LINEAR,
+           "      prim::sync_warp();  // the readers of x and v, whose places the results take\n", "", "race"),
+    Mutant("fused_sign", LINEAR, "? 0.f : -1.f / d;", "? 0.f : 1.f / d;"),
+    Mutant("fused_derivative", LINEAR, "return map == FeatureMap::kElu1 && phi >= 1.f ? 1.f : phi;", "return phi;"),
+    Mutant("fused_map", LINEAR, "    apply_map(map, x);\n    EFFVIT_UNROLL\n    for (int e = 0; e < 4; ++e) split_pair",
+           "    EFFVIT_UNROLL\n    for (int e = 0; e < 4; ++e) split_pair"),
+    Mutant("fused_lost_warp", LINEAR, "for (int w = 0; w < kWarps; ++w) total += c.zden()",
+           "for (int w = 1; w < kWarps; ++w) total += c.zden()"),
+    Mutant("fused_unweighted", LINEAR, "dv[n][2 * half] * factor[half]", "dv[n][2 * half]"),
 ]  # fmt: skip
 
 
