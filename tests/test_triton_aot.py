@@ -25,21 +25,55 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cud
            "gfx942": ("hip", "gfx942", 64)}  # fmt: skip
 # Shared memory of one block, in bytes.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-# Every launch is compiled for the first target; each kernel once, in its first launch, for the others.
+# Every launch is compiled for this target, one launch of each configuration for the others.
 FULL_TARGET = "sm_90"
 # Spilled bytes that are known, by (target, launch, kernel). Any other spill, and any growth of these, fails.
 KNOWN_SPILLS = {
+    # 256 x 16 products on the FMA units: a thread holds a row and a column of 256.
+    ("sm_80", "d256-causal-fp32", "linear_attention_bwd_dkv_kernel"): 208,
+    ("sm_80", "d256-causal-fp32", "linear_attention_bwd_dq_kernel"): 288,
+    ("sm_80", "d256-causal-fp32", "linear_attention_fwd_kernel"): 448,
+    ("sm_90", "d256-causal-fp32", "linear_attention_bwd_dkv_kernel"): 216,
+    ("sm_90", "d256-causal-fp32", "linear_attention_bwd_dq_kernel"): 432,
+    ("sm_90", "d256-causal-fp32", "linear_attention_fwd_kernel"): 392,
+    ("sm_100", "d256-causal-fp32", "linear_attention_bwd_dkv_kernel"): 264,
+    ("sm_100", "d256-causal-fp32", "linear_attention_bwd_dq_kernel"): 400,
+    ("sm_100", "d256-causal-fp32", "linear_attention_fwd_kernel"): 360,
+    # The rest.
+    ("sm_80", "d64-causal-bf16", "linear_attention_bwd_dkv_kernel"): 144,
+    ("sm_80", "d64-causal-fp16", "linear_attention_bwd_dkv_kernel"): 312,
+    ("sm_80", "d64-quadratic-fp16", "linear_attention_quadratic_fwd_kernel"): 8,
     ("sm_80", "window16-bf16", "window_attention_bwd_dkv_kernel"): 32,
+    ("sm_80", "window16-fp16", "window_attention_bwd_dkv_kernel"): 32,
+    ("sm_80", "window16-fp32", "window_attention_bwd_dkv_kernel"): 16,
+    ("sm_80", "window16-fp32", "window_attention_bwd_dq_kernel"): 32,
+    ("sm_80", "window7-shift-fp32", "window_attention_bwd_fused_kernel"): 8,
+    ("sm_80", "window7-shift-fp32", "window_attention_fwd_kernel"): 8,
     ("sm_90", "window16-fp32", "window_attention_bwd_dq_kernel"): 32,
     ("sm_90", "window8-halo2-pads-fp32", "window_attention_bwd_dq_kernel"): 24,
-    ("sm_90", "window8-halo2-pads-fp32", "window_attention_fwd_kernel"): 40,
-    ("sm_90", "window7-shift-fp32", "window_attention_bwd_fused_kernel"): 64,
     ("sm_90", "window7-cosine-pads-bf16", "window_attention_bwd_fused_kernel"): 200,
     ("sm_90", "window7-cosine-pads-fp32", "window_attention_bwd_fused_kernel"): 1704,
-    ("gfx942", "window16-bf16", "window_attention_bwd_dkv_kernel"): 45,  # registers, not bytes
-    ("gfx942", "window7-shift-bf16", "window_attention_bwd_fused_kernel"): 24,
+    ("sm_90", "window7-shift-fp32", "window_attention_bwd_fused_kernel"): 64,
+    ("sm_90", "window8-halo2-pads-fp32", "window_attention_fwd_kernel"): 40,
+    ("sm_100", "d256-weight-bf16", "linear_attention_bwd_dq_kernel"): 8,
+    ("sm_100", "d256-causal-bf16", "linear_attention_state_kernel"): 32,
+    ("sm_100", "window16-fp32", "window_attention_bwd_dkv_kernel"): 16,
+    ("sm_100", "window16-fp32", "window_attention_bwd_dq_kernel"): 40,
+    ("sm_100", "window7-shift-fp32", "window_attention_bwd_fused_kernel"): 56,
+    # Registers, not bytes.
+    ("gfx942", "window16-fp32", "window_attention_bwd_dkv_kernel"): 127,
+    ("gfx942", "window16-fp32", "window_attention_bwd_dq_kernel"): 16,
+    ("gfx942", "window7-shift-fp32", "window_attention_bwd_fused_kernel"): 35,
+    ("gfx942", "window7-shift-fp32", "window_attention_fwd_kernel"): 9,
 }
 WORKERS = 2
+
+
+def configuration(kernel, signature, constexprs, options):
+    """What decides about registers and shared memory, next to which features are on: dtype, blocks, flags, warps."""
+    dtype = next(t for t in signature.values() if t.startswith("*"))
+    chosen = {n: x for n, x in constexprs.items() if n.startswith("BLOCK") or isinstance(x, bool)}
+    return f"{kernel.__name__} {dtype} {chosen} {options}"
 
 
 def compile_share(worker, workers, only=()):
@@ -47,6 +81,8 @@ def compile_share(worker, workers, only=()):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from effvit.triton_kernels._common import for_warp_size
 
     tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
     jobs, seen, declared = [], set(), set()
@@ -59,17 +95,19 @@ def compile_share(worker, workers, only=()):
                 if name.endswith("_kernel"):
                     declared.add(name)
         for launch in getattr(module, "aot_signatures", list)():
-            kernel = launch[1].__name__
+            _, kernel, signature, constexprs, _, options = launch
             for target in TARGETS:
-                key = (kernel, target, str(launch[2:]))
-                if key in seen or (target != FULL_TARGET and (kernel, target) in seen):
-                    continue
-                seen.update((key, (kernel, target)))
-                jobs.append((target, *launch))
+                key = (target, str(launch[1:]))
+                if target != FULL_TARGET:
+                    key = (target, configuration(kernel, signature, constexprs, options))
+                if key not in seen:
+                    seen.add(key)
+                    jobs.append((target, *launch))
     if worker == 0:
         print(json.dumps({"declared": sorted(declared)}))
     for target, name, kernel, signature, constexprs, attrs, options in jobs[worker::workers]:
         source = ASTSource(kernel, signature, constexprs, attrs)
+        options = for_warp_size(options, TARGETS[target][2])
         compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
         report = {"target": target, "launch": name, "kernel": kernel.__name__, "shared": compiled.metadata.shared}
         if "cubin" in compiled.asm:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -31,6 +32,16 @@ def next_power_of_two(n):
     return 1 << max(n - 1, 0).bit_length()
 
 
+@functools.cache
+def _warp_size():
+    return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+
+
+def for_warp_size(options, warp_size):
+    """Compile options, chosen for warps of 32 threads, where warps have another size: for as many threads."""
+    return {**options, "num_warps": max(1, options["num_warps"] * 32 // warp_size)}
+
+
 @dataclasses.dataclass
 class Launch:
     """One kernel launch: the jit function, the size of its 1-D grid, its arguments by name and the compile options."""
@@ -38,11 +49,15 @@ class Launch:
     kernel: Any
     grid: int
     args: dict
-    num_warps: int = 4
+    num_warps: int = 4  # of 32 threads
     num_stages: int = 2
 
+    @property
+    def options(self):
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
     def run(self):
-        self.kernel[(self.grid,)](**self.args, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[(self.grid,)](**self.args, **for_warp_size(self.options, _warp_size()))
 
     def aot(self, name):
         """(name, kernel, signature, constexprs, attrs, options) for ``triton.compile(ASTSource(...))``.
@@ -64,8 +79,7 @@ class Launch:
                 signature[key] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if value % 16 == 0 and not parameter.do_not_specialize:
                     attrs[(index,)] = [["tt.divisibility", 16]]
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return name, self.kernel, signature, constexprs, attrs, options
+        return name, self.kernel, signature, constexprs, attrs, self.options
 
 
 def run(launches, device):

@@ -4,22 +4,18 @@ Linear form, forward: the sequence of a (sequence, head) is cut into splits; a p
 (`state` kernel), `scan` adds the splits up in a fixed order, and `fwd` multiplies phi(q) by the state. Causal: `scan`
 leaves in every split's slot the state before it, and `fwd` walks the split chunk by chunk with the state in registers.
 
-Backward: `bwd_dq` walks the queries; where the state fits in one block it also sums phi(q)^T u (u = grad_out * scale /
-denominator), from which `scan` makes dS; `bwd_dkv` walks the keys, in the causal form from the last chunk to the first.
+Backward: `bwd_dq` walks the queries; `state` sums phi(q)^T u (u = grad_out * scale / denominator), from which `scan`
+makes dS; `bwd_dkv` walks the keys, in the causal form from the last chunk to the first. A state of FUSED_STATE elements
+leaves registers for a second one: there, but for the causal form, `bwd_dq` itself sums phi(q)^T u.
 The numerator's gradient is linear in u, so the products take grad_out as it is, and the rows are scaled afterwards.
 
 A head dim that a product sums over is one block, so states of more than STATE_BLOCK elements are cut along the other
 head dim, and each block is a program's. Then phi(q) . (u S^T) and the denominator are sums over blocks: `bwd_dq` runs
-twice, first to write these sums per token and block, then to write dq; dS comes from `state`, and dk and dv from one
-launch each.
+twice, first to write these sums per token and block, then to write dq; dk and dv come from one launch each.
 
 No float atomics. The number of splits follows from the shapes alone, never from the device, and is at most MAX_SPLITS:
 every run gives the same bits on every device. Scratch memory: splits states, and the rows' scale / denominator and
-gradient of the denominator where dk and dv need them again.
-
-Operands of the products: float32 as it is, bfloat16 for bfloat16. For float16 they are float32 with TF32 precision,
-which has float16's significand and float32's exponent: phi(q) phi(k)^T, the state, and exp overflow float16 long before
-float32, and u and dS fall below float16's smallest numbers. Sums and states are always float32.
+gradient of the denominator where dS, dk and dv need them again.
 """
 
 import torch
@@ -38,6 +34,31 @@ from ._common import (
     tl,
     triton,
 )
+from ._linear_attention_quadratic import (
+    linear_attention_quadratic_bwd_dkv_kernel,
+    linear_attention_quadratic_bwd_dq_kernel,
+    linear_attention_quadratic_fwd_kernel,
+)
+from ._linear_attention_tiles import (
+    _NONE,
+    SIZES,
+    _dot,
+    _load_den_features,
+    _load_features,
+    _load_rows,
+    _load_state,
+    _load_tokens,
+    _operand,
+    _place,
+    _program,
+    _row_gradients,
+    _store_key_gradients,
+    _store_out,
+    _store_query_gradients,
+    _store_rows,
+    _store_state,
+    _zero_outside,
+)
 
 MAX_SPLITS = 32
 # About this many programs fill any GPU a few times over. Under the interpreter every program costs milliseconds.
@@ -49,186 +70,13 @@ MIN_SPLIT_TOKENS = 16 if INTERPRETED else 128
 TILE_BYTES = 8 << 10
 # Elements of the block of the state that a program keeps in registers, by element size; half in the causal form.
 STATE_BLOCK = {2: 128 * 128, 4: 64 * 64}
-
-_INTERPRETED = tl.constexpr(INTERPRETED)
-# Values of the schema's ints; python/effvit/ops/linear_attention.py has the same lists.
-_RELU, _ELU1, _EXP = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-_NONE, _SUM, _MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_LOG2E, _LOG2E_LOW, _LN2 = tl.constexpr(1.4426950216293335), tl.constexpr(1.9259629911266175e-8), tl.constexpr(
-    0.6931471805599453)  # fmt: skip
-
-# Sizes that change from call to call; specialising on their values would only recompile.
-_SIZES = ["heads", "sequences", "L", "M", "splits", "count_state", "count_z", "base"]
-
-
-# ------------------------------------------------------------------------------------------------- tokens of a program
-
-
-@device_function
-def _program(base):
-    pid = tl.program_id(0)
-    if base is not None:
-        pid = pid.to(tl.int64) + base
-    return pid
-
-
-@device_function
-def _sequence(cu_seqlens, n, size):
-    """(batch, first token, end) of sequence n. Offsets outside of the tokens or out of order are cut: they could not
-    be checked without waiting for the GPU."""
-    b = n
-    begin = n * 0
-    end = begin + size
-    if cu_seqlens is not None:
-        b = n * 0
-        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), size)
-        end = tl.maximum(tl.minimum(tl.load(cu_seqlens + n + 1).to(tl.int64), size), begin)
-    return b, begin, end
-
-
-@device_function
-def _split(begin, end, split, splits, BLOCK: tl.constexpr):
-    """(first token, end, number of blocks) of a split; whole blocks, so that every kernel cuts at the same tokens."""
-    blocks = (end - begin + (BLOCK - 1)) // BLOCK
-    walk = (blocks + splits - 1) // splits
-    first = tl.minimum(begin + split * walk * BLOCK, end)
-    stop = tl.minimum(first + walk * BLOCK, end)
-    return first, stop, ((stop - first + (BLOCK - 1)) // BLOCK).to(tl.int32)
-
-
-@device_function
-def _zero_outside(
-    pointer, cu_seqlens, sequences, share, shares, size, head, heads, column, D: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Zeros to the rows [size, heads, D] of tokens that belong to no sequence; a program writes one of `shares`."""
-    before = tl.minimum(tl.maximum(tl.load(cu_seqlens).to(tl.int64), 0), size)
-    after = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequences).to(tl.int64), 0), size)
-    first, stop, blocks = _split(before * 0, before + size - after, share, shares, BLOCK)
-    for step in range(0, _loop_bound(blocks)):
-        token = first + step * BLOCK + tl.arange(0, BLOCK)
-        ok = token < stop
-        token = tl.where(token < before, token, token - before + after)
-        zero = (token[:, None] * 0 + column[None, :] * 0).to(pointer.dtype.element_ty)
-        offset = (token * heads + head) * D
-        tl.store(pointer + offset[:, None] + column[None, :], zero, mask=ok[:, None] & (column < D)[None, :])
-
-
-# --------------------------------------------------------------------------------------------------------------- tiles
-
-
-@device_function
-def _mask(ok, column, D: tl.constexpr):
-    """Rows `ok` of a tile, and columns below D where the tile has others."""
-    mask = ok[:, None]
-    if _INTERPRETED or D % column.shape[0] != 0:
-        mask = mask & (column < D)[None, :]
-    return mask
-
-
-@device_function
-def _load_rows(pointer, row, ok, stride, column, D: tl.constexpr):
-    pointers = pointer + (row * stride)[:, None] + column[None, :]
-    return tl.load(pointers, mask=_mask(ok, column, D), other=0.0).to(tl.float32)
-
-
-@device_function
-def _store_rows(pointer, row, ok, stride, column, x, D: tl.constexpr):
-    pointers = pointer + (row * stride)[:, None] + column[None, :]
-    tl.store(pointers, x.to(pointer.dtype.element_ty), mask=_mask(ok, column, D))
-
-
-@device_function
-def _load_state(pointer, row, column, K: tl.constexpr, V: tl.constexpr):
-    """Rows and columns of a state [K, V]."""
-    mask = (row < K)[:, None] & (column < V)[None, :]
-    return tl.load(pointer + row[:, None] * V + column[None, :], mask=mask, other=0.0)
-
-
-@device_function
-def _operand(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """A float32 tile as an operand of tl.dot; the interpreter gets the rounded values in float32."""
-    if DTYPE == tl.bfloat16:
-        x = x.to(tl.bfloat16)
-        if UPCAST:
-            x = x.to(tl.float32)
-    return x
-
-
-if INTERPRETED:
-
-    def _exp(x, ACCURATE):
-        return tl.exp(x)
-
-else:
-
-    @triton.jit
-    def _exp(x, ACCURATE: tl.constexpr):
-        """e^x. ACCURATE: tl.exp rounds x * log2(e) before the exponential, which |x| makes worse; add it back."""
-        if ACCURATE:
-            t = x * _LOG2E
-            lost = tl.fma(x, _LOG2E, -t) + x * _LOG2E_LOW
-            lost = tl.where(tl.abs(t) < 256.0, lost, 0.0)  # infinity minus infinity
-            y = tl.exp2(t)
-            y = tl.where(y < float("inf"), tl.fma(y, lost * _LN2, y), y)
-        else:
-            y = tl.exp(x)
-        return y
-
-
-@device_function
-def _feature(x, ok, column, D: tl.constexpr, FEATURE: tl.constexpr, ACCURATE: tl.constexpr):
-    """phi(x), 0 outside of the tile. NaN stays NaN."""
-    if FEATURE == _RELU:
-        x = tl.where(x < 0.0, 0.0, x)
-    elif FEATURE == _ELU1:
-        x = tl.where(x > 0.0, x + 1.0, _exp(x, ACCURATE))
-    elif FEATURE == _EXP:
-        x = _exp(x, ACCURATE)
-    if FEATURE >= _ELU1:  # phi(0) is not 0
-        x = tl.where(_mask(ok, column, D), x, 0.0)
-    return x
-
-
-@device_function
-def _feature_backward(g, phi, FEATURE: tl.constexpr):
-    """g * phi'(x), from phi(x): one tile less in registers."""
-    if FEATURE == _RELU:
-        g = tl.where(phi > 0.0, g, 0.0)
-    elif FEATURE == _ELU1:
-        g = g * tl.where(phi > 1.0, 1.0, phi)
-    elif FEATURE == _EXP:
-        g = g * phi
-    return g
-
-
-@device_function
-def _denominator(d, count, eps, clamp_min, NORMALIZE: tl.constexpr):
-    """phi(q_den) . z -> what the numerator is divided by; count: the number of keys in the sums."""
-    if NORMALIZE == _SUM:
-        d = d + eps
-    elif NORMALIZE == _MEAN:
-        d = d + count.to(tl.float32) * eps
-    else:
-        d = tl.where(d < clamp_min, clamp_min, d)
-    return d
-
-
-@device_function
-def _row_gradients(d, t, count, ok, eps, clamp_min, scale, NORMALIZE: tl.constexpr):
-    """(scale / denominator, gradient of phi(q_den) . z) of rows, from d = phi(q_den) . z and t = phi(q) . (grad_out
-    S^T); 0 in rows that do not exist, whose denominator may be 0."""
-    denominator = _denominator(d, count, eps, clamp_min, NORMALIZE)
-    inverse = tl.where(ok, scale / denominator, 0.0)
-    r = tl.where(ok, -(t * inverse) / denominator, 0.0)
-    if NORMALIZE > _MEAN:
-        r = tl.where(d >= clamp_min, r, 0.0)
-    return inverse, r
+FUSED_STATE = 64 * 64
 
 
 # -------------------------------------------------------------------------------------------------------------- states
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def linear_attention_state_kernel(
     x,  # [B, M, H, K], last stride 1
     y,  # [B, M, H, V], last stride 1
@@ -239,17 +87,14 @@ def linear_attention_state_kernel(
     partial_state,  # [splits, N, H, K, V] float32
     partial_z,  # [splits, N, H, K] float32, or None
     heads, sequences, M, splits, base,
-    x_stride_b, x_stride_l, x_stride_h,
-    y_stride_b, y_stride_l, y_stride_h,
+    x_stride_b, x_stride_l, x_stride_h, y_stride_b, y_stride_l, y_stride_h,
     x_den_stride_b, x_den_stride_l, x_den_stride_h,
-    y_weight_stride_b, y_weight_stride_l, y_weight_stride_h,
-    z_weight_stride_b, z_weight_stride_l, z_weight_stride_h,
+    y_weight_stride_b, y_weight_stride_l, y_weight_stride_h, z_weight_stride_b, z_weight_stride_l, z_weight_stride_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    FEATURE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FEATURE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per split: sum of phi(x)^T (y_weight y), and of z_weight phi(x_den). A program owns a block of the state."""
     DTYPE: tl.constexpr = x.dtype.element_ty
-    ACCURATE: tl.constexpr = DTYPE == tl.float32
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     BLOCKS_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
 
@@ -258,46 +103,31 @@ def linear_attention_state_kernel(
     pid = pid // BLOCKS_K
     block_v = pid % BLOCKS_V
     column_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    pid = pid // BLOCKS_V
-    head = (pid % heads).to(tl.int64)
-    pid = pid // heads
-    split = (pid % splits).to(tl.int64)
-    n = (pid // splits).to(tl.int64)
-    b, begin, end = _sequence(cu_seqlens, n, M)
-    first, stop, blocks = _split(begin, end, split, splits, BLOCK)
-    x += b * x_stride_b + head * x_stride_h
-    y += b * y_stride_b + head * y_stride_h
-    if x_den is not None:
-        x_den += b * x_den_stride_b + head * x_den_stride_h
-    if y_weight is not None:
-        y_weight += b * y_weight_stride_b + head * y_weight_stride_h
-    if z_weight is not None:
-        z_weight += b * z_weight_stride_b + head * z_weight_stride_h
+    head, split, n, b, _, _, first, stop, blocks = _place(pid // BLOCKS_V, heads, splits, cu_seqlens, M, BLOCK)
+    x = (x, b * x_stride_b + head * x_stride_h, x_stride_l)
+    y = (y, b * y_stride_b + head * y_stride_h, y_stride_l)
+    x_den = (x_den, b * x_den_stride_b + head * x_den_stride_h, x_den_stride_l)
+    y_weight = (y_weight, b * y_weight_stride_b + head * y_weight_stride_h, y_weight_stride_l)
+    z_weight = (z_weight, b * z_weight_stride_b + head * z_weight_stride_h, z_weight_stride_l)
 
     state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     z = tl.zeros([BLOCK_K], tl.float32)
     for step in range(0, _loop_bound(blocks)):
         row = first + step * BLOCK + tl.arange(0, BLOCK)
         ok = row < stop
-        phi = _feature(_load_rows(x, row, ok, x_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
-        y_tile = _load_rows(y, row, ok, y_stride_l, column_v, V)
-        if y_weight is not None:
-            w = tl.load(y_weight + row * y_weight_stride_l, mask=ok, other=0.0).to(tl.float32)
-            y_tile = y_tile * w[:, None]
-        state = tl.dot(tl.trans(_operand(phi, DTYPE, UPCAST)), _operand(y_tile, DTYPE, UPCAST), state,
-                       input_precision=PRECISION)  # fmt: skip
+        phi = _load_features(x, row, ok, column_k, K, FEATURE)
+        y_tile = _load_rows(y, row, ok, column_v, V)
+        if y_weight[0] is not None:
+            y_tile = y_tile * _load_tokens(y_weight, row, ok)[:, None]
+        state = _dot(tl.trans(_operand(phi, DTYPE)), _operand(y_tile, DTYPE), state, DTYPE)
         if partial_z is not None:
-            if x_den is not None:
-                phi = _load_rows(x_den, row, ok, x_den_stride_l, column_k, K)
-                phi = _feature(phi, ok, column_k, K, FEATURE, ACCURATE)
-            if z_weight is not None:
-                w = tl.load(z_weight + row * z_weight_stride_l, mask=ok, other=0.0).to(tl.float32)
-                phi = phi * w[:, None]
+            phi = _load_den_features(phi, x_den, row, ok, column_k, K, FEATURE)
+            if z_weight[0] is not None:
+                phi = phi * _load_tokens(z_weight, row, ok)[:, None]
             z += tl.sum(phi, axis=0)
 
     slot = (split * sequences + n) * heads + head
-    pointers = partial_state + slot * K * V + column_k[:, None] * V + column_v[None, :]
-    tl.store(pointers, state, mask=(column_k < K)[:, None] & (column_v < V)[None, :])
+    _store_state(partial_state, slot, column_k, column_v, state, K, V)
     if partial_z is not None:
         tl.store(partial_z + slot * K + column_k, z, mask=(column_k < K) & (block_v == 0))
 
@@ -331,7 +161,7 @@ def _scan_columns(
         tl.store(total + column, tl.sum(x, axis=0), mask=ok)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def linear_attention_scan_kernel(
     partial_state,  # [splits, count_state] float32
     partial_z,  # [splits, count_z] float32, or None
@@ -358,7 +188,7 @@ def linear_attention_scan_kernel(
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def linear_attention_fwd_kernel(
     q,  # [B, L, H, K], last stride 1
     k,  # [B, L, H, K], last stride 1; causal only, like v, k_den and weight
@@ -371,196 +201,90 @@ def linear_attention_fwd_kernel(
     z,  # [N, H, K] float32; causal: [splits, N, H, K]
     out,  # [B, L, H, V], contiguous
     heads, sequences, L, M, splits, base,
-    q_stride_b, q_stride_l, q_stride_h,
-    k_stride_b, k_stride_l, k_stride_h,
-    v_stride_b, v_stride_l, v_stride_h,
-    q_den_stride_b, q_den_stride_l, q_den_stride_h,
-    k_den_stride_b, k_den_stride_l, k_den_stride_h,
+    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
+    q_den_stride_b, q_den_stride_l, q_den_stride_h, k_den_stride_b, k_den_stride_l, k_den_stride_h,
     weight_stride_b, weight_stride_l, weight_stride_h,
     eps, clamp_min, scale,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns the queries of a split and BLOCK_V columns of out; BLOCK_K holds all of K."""
     DTYPE: tl.constexpr = q.dtype.element_ty
-    ACCURATE: tl.constexpr = DTYPE == tl.float32
+    RELOAD: tl.constexpr = DTYPE == tl.float32
     BLOCKS_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
 
     pid = _program(base)
     column_k = tl.arange(0, BLOCK_K)
     column_v = pid % BLOCKS_V * BLOCK_V + tl.arange(0, BLOCK_V)
-    pid = pid // BLOCKS_V
-    head = (pid % heads).to(tl.int64)
-    pid = pid // heads
-    split = (pid % splits).to(tl.int64)
-    n = (pid // splits).to(tl.int64)
-    b, begin, end = _sequence(cu_seqlens, n, L)
-    first, stop, blocks = _split(begin, end, split, splits, BLOCK)
+    head, split, n, b, begin, end, first, stop, blocks = _place(pid // BLOCKS_V, heads, splits, cu_seqlens, L, BLOCK)
     slot = n * heads + head
     keys = M
     if cu_seqlens is not None:
         keys = end - begin
-    q += b * q_stride_b + head * q_stride_h
-    if q_den is not None:
-        q_den += b * q_den_stride_b + head * q_den_stride_h
+    q = (q, b * q_stride_b + head * q_stride_h, q_stride_l)
+    k = (k, b * k_stride_b + head * k_stride_h, k_stride_l)
+    v = (v, b * v_stride_b + head * v_stride_h, v_stride_l)
+    q_den = (q_den, b * q_den_stride_b + head * q_den_stride_h, q_den_stride_l)
+    k_den = (k_den, b * k_den_stride_b + head * k_den_stride_h, k_den_stride_l)
+    weight = (weight, b * weight_stride_b + head * weight_stride_h, weight_stride_l)
+    out_rows = (out, (b * L * heads + head) * V, heads.to(tl.int64) * V)
     if CAUSAL:
         slot += split * sequences * heads
-        k += b * k_stride_b + head * k_stride_h
-        v += b * v_stride_b + head * v_stride_h
-        if k_den is not None:
-            k_den += b * k_den_stride_b + head * k_den_stride_h
-        if weight is not None:
-            weight += b * weight_stride_b + head * weight_stride_h
         keep = tl.arange(0, BLOCK)[:, None] >= tl.arange(0, BLOCK)[None, :]
 
-    s = _load_state(state + slot * K * V, column_k, column_v, K, V)
-    s_operand = _operand(s, DTYPE, UPCAST)
-    RELOAD: tl.constexpr = ACCURATE and not UPCAST
+    s = _load_state(state, slot, column_k, column_v, K, V)
+    s_operand = _operand(s, DTYPE)
     if NORMALIZE != _NONE:
         z_row = tl.load(z + slot * K + column_k, mask=column_k < K, other=0.0)
 
     for step in range(0, _loop_bound(blocks)):
         row = first + step * BLOCK + tl.arange(0, BLOCK)
         ok = row < stop
-        phi_q = _feature(_load_rows(q, row, ok, q_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
-        q_operand = _operand(phi_q, DTYPE, UPCAST)
-        phi_qd = phi_q
-        if NORMALIZE != _NONE and q_den is not None:
-            phi_qd = _load_rows(q_den, row, ok, q_den_stride_l, column_k, K)
-            phi_qd = _feature(phi_qd, ok, column_k, K, FEATURE, ACCURATE)
+        phi_q = _load_features(q, row, ok, column_k, K, FEATURE)
+        q_operand = _operand(phi_q, DTYPE)
         if RELOAD and not CAUSAL:
-            s = _load_state(state + slot * K * V, column_k, column_v, K, V)
+            s = _load_state(state, slot, column_k, column_v, K, V)
         if RELOAD or CAUSAL:
-            s_operand = _operand(s, DTYPE, UPCAST)
-        o = tl.dot(q_operand, s_operand, input_precision=PRECISION)
+            s_operand = _operand(s, DTYPE)
+        o = _dot(q_operand, s_operand, None, DTYPE)
+        d = None
         if NORMALIZE != _NONE:
+            phi_qd = _load_den_features(phi_q, q_den, row, ok, column_k, K, FEATURE)
             d = tl.sum(phi_qd * z_row[None, :], axis=1)
         if CAUSAL:
-            phi_k = _feature(_load_rows(k, row, ok, k_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
-            k_operand = _operand(phi_k, DTYPE, UPCAST)
-            v_tile = _load_rows(v, row, ok, v_stride_l, column_v, V)
-            a = tl.where(keep, tl.dot(q_operand, tl.trans(k_operand), input_precision=PRECISION), 0.0)
-            if weight is not None:
-                w = tl.load(weight + row * weight_stride_l, mask=ok, other=0.0).to(tl.float32)
+            phi_k = _load_features(k, row, ok, column_k, K, FEATURE)
+            k_operand = _operand(phi_k, DTYPE)
+            v_tile = _load_rows(v, row, ok, column_v, V)
+            a = tl.where(keep, _dot(q_operand, tl.trans(k_operand), None, DTYPE), 0.0)
+            if weight[0] is not None:
+                w = _load_tokens(weight, row, ok)
                 a = a * w[None, :]
-            o = tl.dot(_operand(a, DTYPE, UPCAST), _operand(v_tile, DTYPE, UPCAST), o, input_precision=PRECISION)
+            o = _dot(_operand(a, DTYPE), _operand(v_tile, DTYPE), o, DTYPE)
             if NORMALIZE != _NONE:
-                phi_kd = phi_k
-                if k_den is not None:
-                    phi_kd = _load_rows(k_den, row, ok, k_den_stride_l, column_k, K)
-                    phi_kd = _feature(phi_kd, ok, column_k, K, FEATURE, ACCURATE)
-                if q_den is not None or k_den is not None:
-                    a = tl.dot(_operand(phi_qd, DTYPE, UPCAST), tl.trans(_operand(phi_kd, DTYPE, UPCAST)),
-                               input_precision=PRECISION)  # fmt: skip
+                phi_kd = _load_den_features(phi_k, k_den, row, ok, column_k, K, FEATURE)
+                if q_den[0] is not None or k_den[0] is not None:
+                    a = _dot(_operand(phi_qd, DTYPE), tl.trans(_operand(phi_kd, DTYPE)), None, DTYPE)
                     a = tl.where(keep, a, 0.0)
-                    if weight is not None:
+                    if weight[0] is not None:
                         a = a * w[None, :]
                 d += tl.sum(a, axis=1)
-                if weight is not None:
+                if weight[0] is not None:
                     phi_kd = phi_kd * w[:, None]
                 z_row += tl.sum(phi_kd, axis=0)
-            if weight is not None:
+            if weight[0] is not None:
                 v_tile = v_tile * w[:, None]
-            s = tl.dot(tl.trans(k_operand), _operand(v_tile, DTYPE, UPCAST), s, input_precision=PRECISION)
-        factor = scale
-        if NORMALIZE != _NONE:
-            count = row + 1 - begin if CAUSAL else keys
-            factor = (scale / _denominator(d, count, eps, clamp_min, NORMALIZE))[:, None]
-        _store_rows(out + (b * L * heads + head) * V, row, ok, heads.to(tl.int64) * V, column_v, o * factor, V)
+            s = _dot(tl.trans(k_operand), _operand(v_tile, DTYPE), s, DTYPE)
+        count = row + 1 - begin if CAUSAL else keys
+        _store_out(out_rows, row, ok, column_v, o, d, count, eps, clamp_min, scale, V, NORMALIZE)
     if cu_seqlens is not None:
         _zero_outside(out, cu_seqlens, sequences, n * splits + split, sequences * splits, L, head, heads, column_v, V,
                       BLOCK)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def linear_attention_quadratic_fwd_kernel(
-    q, k, v, q_den, k_den, weight, out,  # as in the linear form; k and v of M tokens
-    heads, L, M, base,
-    q_stride_b, q_stride_l, q_stride_h,
-    k_stride_b, k_stride_l, k_stride_h,
-    v_stride_b, v_stride_l, v_stride_h,
-    q_den_stride_b, q_den_stride_l, q_den_stride_h,
-    k_den_stride_b, k_den_stride_l, k_den_stride_h,
-    weight_stride_b, weight_stride_l, weight_stride_h,
-    eps, clamp_min, scale,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """A program owns a block of queries and BLOCK_V columns of out, and walks the keys."""
-    DTYPE: tl.constexpr = q.dtype.element_ty
-    ACCURATE: tl.constexpr = DTYPE == tl.float32
-    BLOCKS_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-
-    pid = _program(base)
-    column_k = tl.arange(0, BLOCK_K)
-    column_v = pid % BLOCKS_V * BLOCK_V + tl.arange(0, BLOCK_V)
-    pid = pid // BLOCKS_V
-    head = (pid % heads).to(tl.int64)
-    pid = pid // heads
-    tiles = (L + (BLOCK - 1)) // BLOCK
-    tile = pid % tiles
-    b = (pid // tiles).to(tl.int64)
-    q += b * q_stride_b + head * q_stride_h
-    k += b * k_stride_b + head * k_stride_h
-    v += b * v_stride_b + head * v_stride_h
-    if q_den is not None:
-        q_den += b * q_den_stride_b + head * q_den_stride_h
-    if k_den is not None:
-        k_den += b * k_den_stride_b + head * k_den_stride_h
-    if weight is not None:
-        weight += b * weight_stride_b + head * weight_stride_h
-
-    row = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = row < L
-    phi_q = _feature(_load_rows(q, row, ok, q_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
-    q_operand = _operand(phi_q, DTYPE, UPCAST)
-    qd_operand = q_operand
-    if q_den is not None:
-        phi_qd = _load_rows(q_den, row, ok, q_den_stride_l, column_k, K)
-        qd_operand = _operand(_feature(phi_qd, ok, column_k, K, FEATURE, ACCURATE), DTYPE, UPCAST)
-    o = tl.zeros([BLOCK, BLOCK_V], tl.float32)
-    d = tl.zeros([BLOCK], tl.float32)
-    steps = (M + (BLOCK - 1)) // BLOCK
-    keys = M
-    if CAUSAL:
-        steps = tile + 1
-        keys = row + 1
-    for step in range(0, _loop_bound(steps)):
-        key = step * tl.full([], BLOCK, tl.int64) + tl.arange(0, BLOCK)
-        key_ok = key < M
-        phi_k = _feature(_load_rows(k, key, key_ok, k_stride_l, column_k, K), key_ok, column_k, K, FEATURE, ACCURATE)
-        k_operand = _operand(phi_k, DTYPE, UPCAST)
-        a = tl.dot(q_operand, tl.trans(k_operand), input_precision=PRECISION)
-        if CAUSAL:
-            a = tl.where(row[:, None] >= key[None, :], a, 0.0)
-        if weight is not None:
-            w = tl.load(weight + key * weight_stride_l, mask=key_ok, other=0.0).to(tl.float32)
-            a = a * w[None, :]
-        v_tile = _operand(_load_rows(v, key, key_ok, v_stride_l, column_v, V), DTYPE, UPCAST)
-        o = tl.dot(_operand(a, DTYPE, UPCAST), v_tile, o, input_precision=PRECISION)
-        if NORMALIZE != _NONE:
-            if q_den is not None or k_den is not None:
-                if k_den is not None:
-                    phi_k = _load_rows(k_den, key, key_ok, k_den_stride_l, column_k, K)
-                    k_operand = _operand(_feature(phi_k, key_ok, column_k, K, FEATURE, ACCURATE), DTYPE, UPCAST)
-                a = tl.dot(qd_operand, tl.trans(k_operand), input_precision=PRECISION)
-                if CAUSAL:
-                    a = tl.where(row[:, None] >= key[None, :], a, 0.0)
-                if weight is not None:
-                    a = a * w[None, :]
-            d += tl.sum(a, axis=1)
-    factor = scale
-    if NORMALIZE != _NONE:
-        factor = (scale / _denominator(d, keys, eps, clamp_min, NORMALIZE))[:, None]
-    _store_rows(out + (b * L * heads + head) * V, row, ok, heads.to(tl.int64) * V, column_v, o * factor, V)
-
-
 # ------------------------------------------------------------------------------------------------------------ backward
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def linear_attention_bwd_dq_kernel(
     grad_out,  # [B, L, H, V], last stride 1
     q, k, v, q_den, k_den, weight, cu_seqlens, state, z,  # as in the forward
@@ -573,55 +297,43 @@ def linear_attention_bwd_dq_kernel(
     row_sums,  # [2, blocks of K, B, H, L] float32: phi(q_den) . z and phi(q) . (grad_out S^T) of the blocks, or None
     heads, sequences, L, M, splits, base,
     grad_out_stride_b, grad_out_stride_l, grad_out_stride_h,
-    q_stride_b, q_stride_l, q_stride_h,
-    k_stride_b, k_stride_l, k_stride_h,
-    v_stride_b, v_stride_l, v_stride_h,
-    q_den_stride_b, q_den_stride_l, q_den_stride_h,
-    k_den_stride_b, k_den_stride_l, k_den_stride_h,
+    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
+    q_den_stride_b, q_den_stride_l, q_den_stride_h, k_den_stride_b, k_den_stride_l, k_den_stride_h,
     weight_stride_b, weight_stride_l, weight_stride_h,
     eps, clamp_min, scale,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns the queries of a split and BLOCK_K columns of dq; BLOCK_V holds all of V. SUMS: writes only
     row_sums, which a second launch adds up."""
     DTYPE: tl.constexpr = q.dtype.element_ty
-    ACCURATE: tl.constexpr = DTYPE == tl.float32
+    RELOAD: tl.constexpr = DTYPE == tl.float32
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
 
     pid = _program(base)
     block_k = pid % BLOCKS_K
     column_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
     column_v = tl.arange(0, BLOCK_V)
-    pid = pid // BLOCKS_K
-    head = (pid % heads).to(tl.int64)
-    pid = pid // heads
-    split = (pid % splits).to(tl.int64)
-    n = (pid // splits).to(tl.int64)
-    b, begin, end = _sequence(cu_seqlens, n, L)
-    first, stop, blocks = _split(begin, end, split, splits, BLOCK)
+    head, split, n, b, begin, end, first, stop, blocks = _place(pid // BLOCKS_K, heads, splits, cu_seqlens, L, BLOCK)
     slot = n * heads + head
     keys = M
     if cu_seqlens is not None:
         keys = end - begin
-    grad_out += b * grad_out_stride_b + head * grad_out_stride_h
-    q += b * q_stride_b + head * q_stride_h
-    if q_den is not None:
-        q_den += b * q_den_stride_b + head * q_den_stride_h
+    grad_out = (grad_out, b * grad_out_stride_b + head * grad_out_stride_h, grad_out_stride_l)
+    q = (q, b * q_stride_b + head * q_stride_h, q_stride_l)
+    k = (k, b * k_stride_b + head * k_stride_h, k_stride_l)
+    v = (v, b * v_stride_b + head * v_stride_h, v_stride_l)
+    q_den = (q_den, b * q_den_stride_b + head * q_den_stride_h, q_den_stride_l)
+    k_den = (k_den, b * k_den_stride_b + head * k_den_stride_h, k_den_stride_l)
+    weight = (weight, b * weight_stride_b + head * weight_stride_h, weight_stride_l)
+    dq_rows = (dq, (b * L * heads + head) * K, heads.to(tl.int64) * K)
+    dq_den_rows = (dq_den, (b * L * heads + head) * K, heads.to(tl.int64) * K)
     if CAUSAL:
         slot += split * sequences * heads
-        k += b * k_stride_b + head * k_stride_h
-        v += b * v_stride_b + head * v_stride_h
-        if k_den is not None:
-            k_den += b * k_den_stride_b + head * k_den_stride_h
-        if weight is not None:
-            weight += b * weight_stride_b + head * weight_stride_h
         keep = tl.arange(0, BLOCK)[:, None] >= tl.arange(0, BLOCK)[None, :]
 
-    s = _load_state(state + slot * K * V, column_k, column_v, K, V)
-    s_operand = _operand(s, DTYPE, UPCAST)
-    RELOAD: tl.constexpr = ACCURATE and not UPCAST
+    s = _load_state(state, slot, column_k, column_v, K, V)
+    s_operand = _operand(s, DTYPE)
     if NORMALIZE != _NONE:
         z_row = tl.load(z + slot * K + column_k, mask=column_k < K, other=0.0)
     if partial_dstate is not None:
@@ -635,43 +347,39 @@ def linear_attention_bwd_dq_kernel(
     for step in range(0, _loop_bound(blocks)):
         row = first + step * BLOCK + tl.arange(0, BLOCK)
         ok = row < stop
-        phi_q = _feature(_load_rows(q, row, ok, q_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
-        do = _load_rows(grad_out, row, ok, grad_out_stride_l, column_v, V)
-        do_operand = _operand(do, DTYPE, UPCAST)
+        phi_q = _load_features(q, row, ok, column_k, K, FEATURE)
+        do = _load_rows(grad_out, row, ok, column_v, V)
+        do_operand = _operand(do, DTYPE)
         if RELOAD and not CAUSAL:
-            s = _load_state(state + slot * K * V, column_k, column_v, K, V)
+            s = _load_state(state, slot, column_k, column_v, K, V)
         if RELOAD or CAUSAL:
-            s_operand = _operand(s, DTYPE, UPCAST)
-        g = tl.dot(do_operand, tl.trans(s_operand), input_precision=PRECISION)
+            s_operand = _operand(s, DTYPE)
+        g = _dot(do_operand, tl.trans(s_operand), None, DTYPE)
+        phi_qd = phi_q
+        zs = None
         if NORMALIZE != _NONE:
-            phi_qd = phi_q
-            if q_den is not None:
-                phi_qd = _load_rows(q_den, row, ok, q_den_stride_l, column_k, K)
-                phi_qd = _feature(phi_qd, ok, column_k, K, FEATURE, ACCURATE)
+            phi_qd = _load_den_features(phi_q, q_den, row, ok, column_k, K, FEATURE)
             zs = z_row[None, :]
         if CAUSAL:
-            phi_k = _feature(_load_rows(k, row, ok, k_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
-            k_operand = _operand(phi_k, DTYPE, UPCAST)
-            v_tile = _load_rows(v, row, ok, v_stride_l, column_v, V)
-            p = tl.dot(do_operand, tl.trans(_operand(v_tile, DTYPE, UPCAST)), input_precision=PRECISION)
-            p = tl.where(keep, p, 0.0)
+            phi_k = _load_features(k, row, ok, column_k, K, FEATURE)
+            k_operand = _operand(phi_k, DTYPE)
+            v_tile = _load_rows(v, row, ok, column_v, V)
+            p = tl.where(keep, _dot(do_operand, tl.trans(_operand(v_tile, DTYPE)), None, DTYPE), 0.0)
             w = tl.full([BLOCK], 1.0, tl.float32)
-            if weight is not None:
-                w = tl.load(weight + row * weight_stride_l, mask=ok, other=0.0).to(tl.float32)
+            if weight[0] is not None:
+                w = _load_tokens(weight, row, ok)
                 p = p * w[None, :]
                 v_tile = v_tile * w[:, None]
-            g = tl.dot(_operand(p, DTYPE, UPCAST), k_operand, g, input_precision=PRECISION)
-            s = tl.dot(tl.trans(k_operand), _operand(v_tile, DTYPE, UPCAST), s, input_precision=PRECISION)
+            g = _dot(_operand(p, DTYPE), k_operand, g, DTYPE)
+            s = _dot(tl.trans(k_operand), _operand(v_tile, DTYPE), s, DTYPE)
             if NORMALIZE != _NONE:
-                phi_kd = phi_k
-                if k_den is not None:
-                    phi_kd = _load_rows(k_den, row, ok, k_den_stride_l, column_k, K)
-                    phi_kd = _feature(phi_kd, ok, column_k, K, FEATURE, ACCURATE)
-                ws = _operand(tl.where(keep, w[None, :], 0.0), DTYPE, UPCAST)
-                zs = zs + tl.dot(ws, _operand(phi_kd, DTYPE, UPCAST), input_precision=PRECISION)
+                phi_kd = _load_den_features(phi_k, k_den, row, ok, column_k, K, FEATURE)
+                ws = _operand(tl.where(keep, w[None, :], 0.0), DTYPE)
+                zs = zs + _dot(ws, _operand(phi_kd, DTYPE), None, DTYPE)
                 z_row += tl.sum(phi_kd * w[:, None], axis=0)
 
         inverse = tl.where(ok, scale, 0.0)
+        r = inverse
         if NORMALIZE != _NONE:
             d = tl.sum(phi_qd * zs, axis=1)
             t = tl.sum(phi_q * g, axis=1)
@@ -689,32 +397,21 @@ def linear_attention_bwd_dq_kernel(
             count = row + 1 - begin if CAUSAL else keys
             inverse, r = _row_gradients(d, t, count, ok, eps, clamp_min, scale, NORMALIZE)
         if not SUMS:
-            g = g * inverse[:, None]
-            offset = (b * L * heads + head) * K
-            stride = heads.to(tl.int64) * K
-            if NORMALIZE != _NONE:
-                g_den = r[:, None] * zs
-                if dq_den is None:
-                    g += g_den
-                else:
-                    g_den = _feature_backward(g_den, phi_qd, FEATURE)
-                    _store_rows(dq_den + offset, row, ok, stride, column_k, g_den, K)
-            g = _feature_backward(g, phi_q, FEATURE)
-            _store_rows(dq + offset, row, ok, stride, column_k, g, K)
+            _store_query_gradients(dq_rows, dq_den_rows, row, ok, column_k, g, zs, inverse, r, phi_q, phi_qd, K,
+                                   FEATURE)  # fmt: skip
             if row_scale is not None:
                 tl.store(row_scale + row_offset + row, inverse, mask=ok & (block_k == 0))
                 if NORMALIZE != _NONE:
                     tl.store(row_grad + row_offset + row, r, mask=ok & (block_k == 0))
             if partial_dstate is not None:
-                u = _operand(do * inverse[:, None], DTYPE, UPCAST)
-                ds = tl.dot(tl.trans(_operand(phi_q, DTYPE, UPCAST)), u, ds, input_precision=PRECISION)
+                u = _operand(do * inverse[:, None], DTYPE)
+                ds = _dot(tl.trans(_operand(phi_q, DTYPE)), u, ds, DTYPE)
                 if NORMALIZE != _NONE:
                     dz += tl.sum(phi_qd * r[:, None], axis=0)
 
     if partial_dstate is not None:
         slot = (split * sequences + n) * heads + head
-        pointers = partial_dstate + slot * K * V + column_k[:, None] * V + column_v[None, :]
-        tl.store(pointers, ds, mask=(column_k < K)[:, None] & (column_v < V)[None, :])
+        _store_state(partial_dstate, slot, column_k, column_v, ds, K, V)
         if partial_dz is not None:
             tl.store(partial_dz + slot * K + column_k, dz, mask=column_k < K)
     if cu_seqlens is not None and not SUMS:
@@ -724,7 +421,7 @@ def linear_attention_bwd_dq_kernel(
             _zero_outside(dq_den, cu_seqlens, sequences, share, sequences * splits, L, head, heads, column_k, K, BLOCK)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def linear_attention_bwd_dkv_kernel(
     grad_out, q, k, v, q_den, k_den, weight, cu_seqlens,  # as above; grad_out, q and q_den in the causal form only
     row_scale, row_grad,  # as above, causal only
@@ -736,19 +433,15 @@ def linear_attention_bwd_dkv_kernel(
     dweight,  # [blocks of K, B, M, H], or None
     heads, sequences, M, splits, base,
     grad_out_stride_b, grad_out_stride_l, grad_out_stride_h,
-    q_stride_b, q_stride_l, q_stride_h,
-    k_stride_b, k_stride_l, k_stride_h,
-    v_stride_b, v_stride_l, v_stride_h,
-    q_den_stride_b, q_den_stride_l, q_den_stride_h,
-    k_den_stride_b, k_den_stride_l, k_den_stride_h,
+    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
+    q_den_stride_b, q_den_stride_l, q_den_stride_h, k_den_stride_b, k_den_stride_l, k_den_stride_h,
     weight_stride_b, weight_stride_l, weight_stride_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns the keys of a split and a block of columns. dk: BLOCK_V holds all of V; dv: BLOCK_K all of K."""
     DTYPE: tl.constexpr = k.dtype.element_ty
-    ACCURATE: tl.constexpr = DTYPE == tl.float32
+    RELOAD: tl.constexpr = DTYPE == tl.float32
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     BLOCKS_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
 
@@ -757,34 +450,30 @@ def linear_attention_bwd_dkv_kernel(
     column_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
     pid = pid // BLOCKS_K
     column_v = pid % BLOCKS_V * BLOCK_V + tl.arange(0, BLOCK_V)
-    pid = pid // BLOCKS_V
-    head = (pid % heads).to(tl.int64)
-    pid = pid // heads
-    split = (pid % splits).to(tl.int64)
-    n = (pid // splits).to(tl.int64)
-    b, begin, end = _sequence(cu_seqlens, n, M)
-    first, stop, blocks = _split(begin, end, split, splits, BLOCK)
+    head, split, n, b, _, _, first, stop, blocks = _place(pid // BLOCKS_V, heads, splits, cu_seqlens, M, BLOCK)
     slot = n * heads + head
-    k += b * k_stride_b + head * k_stride_h
-    v += b * v_stride_b + head * v_stride_h
-    if k_den is not None:
-        k_den += b * k_den_stride_b + head * k_den_stride_h
-    if weight is not None:
-        weight += b * weight_stride_b + head * weight_stride_h
+    grad_out = (grad_out, b * grad_out_stride_b + head * grad_out_stride_h, grad_out_stride_l)
+    q = (q, b * q_stride_b + head * q_stride_h, q_stride_l)
+    k = (k, b * k_stride_b + head * k_stride_h, k_stride_l)
+    v = (v, b * v_stride_b + head * v_stride_h, v_stride_l)
+    q_den = (q_den, b * q_den_stride_b + head * q_den_stride_h, q_den_stride_l)
+    k_den = (k_den, b * k_den_stride_b + head * k_den_stride_h, k_den_stride_l)
+    weight = (weight, b * weight_stride_b + head * weight_stride_h, weight_stride_l)
+    row_scale = (row_scale, (b * heads + head) * M, 1)
+    row_grad = (row_grad, (b * heads + head) * M, 1)
+    dk_rows = (dk, (b * M * heads + head) * K, heads.to(tl.int64) * K)
+    dk_den_rows = (dk_den, (b * M * heads + head) * K, heads.to(tl.int64) * K)
+    dv_rows = (dv, (b * M * heads + head) * V, heads.to(tl.int64) * V)
+    tokens = M * heads.to(tl.int64)
+    if cu_seqlens is None:
+        tokens = tokens * sequences
+    dweight_rows = (dweight, block_k * tokens + b * M * heads + head, heads)
     if CAUSAL:
         slot += split * sequences * heads
-        grad_out += b * grad_out_stride_b + head * grad_out_stride_h
-        q += b * q_stride_b + head * q_stride_h
-        if q_den is not None:
-            q_den += b * q_den_stride_b + head * q_den_stride_h
-        row_scale += (b * heads + head) * M
-        if NORMALIZE != _NONE:
-            row_grad += (b * heads + head) * M
         keep = tl.arange(0, BLOCK)[None, :] >= tl.arange(0, BLOCK)[:, None]  # [keys, queries]
 
-    ds = _load_state(dstate + slot * K * V, column_k, column_v, K, V)
-    ds_operand = _operand(ds, DTYPE, UPCAST)
-    RELOAD: tl.constexpr = ACCURATE and not UPCAST
+    ds = _load_state(dstate, slot, column_k, column_v, K, V)
+    ds_operand = _operand(ds, DTYPE)
     if dz is not None:
         dz_row = tl.load(dz + slot * K + column_k, mask=column_k < K, other=0.0)
 
@@ -794,74 +483,49 @@ def linear_attention_bwd_dkv_kernel(
         else:
             row = first + step * BLOCK + tl.arange(0, BLOCK)
         ok = row < stop
-        phi_k = _feature(_load_rows(k, row, ok, k_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
+        phi_k = _load_features(k, row, ok, column_k, K, FEATURE)
         if RELOAD and not CAUSAL:
-            ds = _load_state(dstate + slot * K * V, column_k, column_v, K, V)
+            ds = _load_state(dstate, slot, column_k, column_v, K, V)
         if RELOAD or CAUSAL:
-            ds_operand = _operand(ds, DTYPE, UPCAST)
+            ds_operand = _operand(ds, DTYPE)
         if CAUSAL:
-            phi_q = _feature(_load_rows(q, row, ok, q_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
-            q_operand = _operand(phi_q, DTYPE, UPCAST)
-            inverse = tl.load(row_scale + row, mask=ok, other=0.0)
-            u = _load_rows(grad_out, row, ok, grad_out_stride_l, column_v, V) * inverse[:, None]
-            u = _operand(u, DTYPE, UPCAST)
-        if weight is not None:
-            w = tl.load(weight + row * weight_stride_l, mask=ok, other=0.0).to(tl.float32)
+            phi_q = _load_features(q, row, ok, column_k, K, FEATURE)
+            q_operand = _operand(phi_q, DTYPE)
+            u = _load_rows(grad_out, row, ok, column_v, V) * _load_tokens(row_scale, row, ok)[:, None]
+            u = _operand(u, DTYPE)
+        w = None
+        if weight[0] is not None:
+            w = _load_tokens(weight, row, ok)
 
         if dv is not None:
-            k_operand = _operand(phi_k, DTYPE, UPCAST)
-            g = tl.dot(k_operand, ds_operand, input_precision=PRECISION)
+            k_operand = _operand(phi_k, DTYPE)
+            g = _dot(k_operand, ds_operand, None, DTYPE)
             if CAUSAL:
-                a = tl.where(keep, tl.dot(k_operand, tl.trans(q_operand), input_precision=PRECISION), 0.0)
-                g = tl.dot(_operand(a, DTYPE, UPCAST), u, g, input_precision=PRECISION)
-            if weight is not None:
+                a = tl.where(keep, _dot(k_operand, tl.trans(q_operand), None, DTYPE), 0.0)
+                g = _dot(_operand(a, DTYPE), u, g, DTYPE)
+            if w is not None:
                 g = g * w[:, None]
-            _store_rows(dv + (b * M * heads + head) * V, row, ok, heads.to(tl.int64) * V, column_v, g, V)
+            _store_rows(dv_rows, row, ok, column_v, g, V)
 
         if dk is not None:
-            v_operand = _operand(_load_rows(v, row, ok, v_stride_l, column_v, V), DTYPE, UPCAST)
-            g = tl.dot(v_operand, tl.trans(ds_operand), input_precision=PRECISION)
+            v_operand = _operand(_load_rows(v, row, ok, column_v, V), DTYPE)
+            g = _dot(v_operand, tl.trans(ds_operand), None, DTYPE)
             if CAUSAL:
-                p = tl.where(keep, tl.dot(v_operand, tl.trans(u), input_precision=PRECISION), 0.0)
-                g = tl.dot(_operand(p, DTYPE, UPCAST), q_operand, g, input_precision=PRECISION)
-            if weight is not None:
-                dw = tl.sum(phi_k * g, axis=1)
-                g = g * w[:, None]
-            offset = (b * M * heads + head) * K
-            stride = heads.to(tl.int64) * K
+                p = tl.where(keep, _dot(v_operand, tl.trans(u), None, DTYPE), 0.0)
+                g = _dot(_operand(p, DTYPE), q_operand, g, DTYPE)
+            g_den = None
             if dz is not None:
                 g_den = dz_row[None, :]
                 if CAUSAL and NORMALIZE != _NONE:
-                    r = tl.load(row_grad + row, mask=ok, other=0.0)
-                    phi_qd = phi_q
-                    if q_den is not None:
-                        phi_qd = _load_rows(q_den, row, ok, q_den_stride_l, column_k, K)
-                        phi_qd = _feature(phi_qd, ok, column_k, K, FEATURE, ACCURATE)
-                    rs = _operand(tl.where(keep, r[None, :], 0.0), DTYPE, UPCAST)
-                    g_den = g_den + tl.dot(rs, _operand(phi_qd, DTYPE, UPCAST), input_precision=PRECISION)
+                    r = _load_tokens(row_grad, row, ok)
+                    phi_qd = _load_den_features(phi_q, q_den, row, ok, column_k, K, FEATURE)
+                    rs = _operand(tl.where(keep, r[None, :], 0.0), DTYPE)
+                    g_den = g_den + _dot(rs, _operand(phi_qd, DTYPE), None, DTYPE)
                     dz_row += tl.sum(phi_qd * r[:, None], axis=0)
-                phi_kd = phi_k
-                if k_den is not None:
-                    phi_kd = _load_rows(k_den, row, ok, k_den_stride_l, column_k, K)
-                    phi_kd = _feature(phi_kd, ok, column_k, K, FEATURE, ACCURATE)
-                if weight is not None:
-                    dw += tl.sum(phi_kd * g_den, axis=1)
-                    g_den = g_den * w[:, None]
-                if dk_den is None:
-                    g += g_den
-                else:
-                    g_den = _feature_backward(g_den + tl.zeros([BLOCK, 1], tl.float32), phi_kd, FEATURE)
-                    _store_rows(dk_den + offset, row, ok, stride, column_k, g_den, K)
-            g = _feature_backward(g, phi_k, FEATURE)
-            _store_rows(dk + offset, row, ok, stride, column_k, g, K)
-            if dweight is not None:
-                tokens = M * heads.to(tl.int64)
-                if cu_seqlens is None:
-                    tokens = tokens * sequences
-                pointers = dweight + block_k * tokens + b * M * heads + row * heads + head
-                tl.store(pointers, dw.to(dweight.dtype.element_ty), mask=ok)
+            _store_key_gradients(dk_rows, dk_den_rows, dweight_rows, k_den, w, row, ok, column_k, g, g_den, phi_k, K,
+                                 FEATURE)  # fmt: skip
         if CAUSAL:
-            ds = tl.dot(tl.trans(q_operand), u, ds, input_precision=PRECISION)
+            ds = _dot(tl.trans(q_operand), u, ds, DTYPE)
 
     if cu_seqlens is not None:
         share = n * splits + split
@@ -873,216 +537,8 @@ def linear_attention_bwd_dkv_kernel(
         if dk_den is not None:
             _zero_outside(dk_den, cu_seqlens, sequences, share, shares, M, head, heads, column_k, K, BLOCK)
         if dweight is not None:
-            pointer = dweight + block_k * M * heads.to(tl.int64)
+            pointer = dweight + block_k * tokens
             _zero_outside(pointer, cu_seqlens, sequences, share, shares, M, head, heads, tl.arange(0, 1), 1, BLOCK)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def linear_attention_quadratic_bwd_dq_kernel(
-    grad_out, q, k, v, q_den, k_den, weight, dq, dq_den,  # as in the linear form
-    row_scale, row_grad,  # as in the linear form, always wanted
-    heads, L, M, base,
-    grad_out_stride_b, grad_out_stride_l, grad_out_stride_h,
-    q_stride_b, q_stride_l, q_stride_h,
-    k_stride_b, k_stride_l, k_stride_h,
-    v_stride_b, v_stride_l, v_stride_h,
-    q_den_stride_b, q_den_stride_l, q_den_stride_h,
-    k_den_stride_b, k_den_stride_l, k_den_stride_h,
-    weight_stride_b, weight_stride_l, weight_stride_h,
-    eps, clamp_min, scale,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """A program owns a block of queries and walks the keys; BLOCK_K holds all of K, BLOCK_V all of V."""
-    DTYPE: tl.constexpr = q.dtype.element_ty
-    ACCURATE: tl.constexpr = DTYPE == tl.float32
-
-    pid = _program(base)
-    column_k = tl.arange(0, BLOCK_K)
-    column_v = tl.arange(0, BLOCK_V)
-    head = (pid % heads).to(tl.int64)
-    pid = pid // heads
-    tiles = (L + (BLOCK - 1)) // BLOCK
-    tile = pid % tiles
-    b = (pid // tiles).to(tl.int64)
-    grad_out += b * grad_out_stride_b + head * grad_out_stride_h
-    q += b * q_stride_b + head * q_stride_h
-    k += b * k_stride_b + head * k_stride_h
-    v += b * v_stride_b + head * v_stride_h
-    if q_den is not None:
-        q_den += b * q_den_stride_b + head * q_den_stride_h
-    if k_den is not None:
-        k_den += b * k_den_stride_b + head * k_den_stride_h
-    if weight is not None:
-        weight += b * weight_stride_b + head * weight_stride_h
-
-    row = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = row < L
-    do_operand = _operand(_load_rows(grad_out, row, ok, grad_out_stride_l, column_v, V), DTYPE, UPCAST)
-    g = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-    if NORMALIZE != _NONE:
-        zs = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-    steps = (M + (BLOCK - 1)) // BLOCK
-    keys = M
-    if CAUSAL:
-        steps = tile + 1
-        keys = row + 1
-    for step in range(0, _loop_bound(steps)):
-        key = step * tl.full([], BLOCK, tl.int64) + tl.arange(0, BLOCK)
-        key_ok = key < M
-        phi_k = _feature(_load_rows(k, key, key_ok, k_stride_l, column_k, K), key_ok, column_k, K, FEATURE, ACCURATE)
-        v_tile = _load_rows(v, key, key_ok, v_stride_l, column_v, V)
-        p = tl.dot(do_operand, tl.trans(_operand(v_tile, DTYPE, UPCAST)), input_precision=PRECISION)
-        w = tl.full([BLOCK], 1.0, tl.float32)
-        if weight is not None:
-            w = tl.load(weight + key * weight_stride_l, mask=key_ok, other=0.0).to(tl.float32)
-            p = p * w[None, :]
-        if CAUSAL:
-            p = tl.where(row[:, None] >= key[None, :], p, 0.0)
-        g = tl.dot(_operand(p, DTYPE, UPCAST), _operand(phi_k, DTYPE, UPCAST), g, input_precision=PRECISION)
-        if NORMALIZE != _NONE:
-            if k_den is not None:
-                phi_k = _load_rows(k_den, key, key_ok, k_den_stride_l, column_k, K)
-                phi_k = _feature(phi_k, key_ok, column_k, K, FEATURE, ACCURATE)
-            if CAUSAL:
-                ws = _operand(tl.where(row[:, None] >= key[None, :], w[None, :], 0.0), DTYPE, UPCAST)
-                zs = tl.dot(ws, _operand(phi_k, DTYPE, UPCAST), zs, input_precision=PRECISION)
-            else:
-                zs += tl.sum(phi_k * w[:, None], axis=0)[None, :]
-
-    phi_q = _feature(_load_rows(q, row, ok, q_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
-    offset = (b * L * heads + head) * K
-    stride = heads.to(tl.int64) * K
-    row_offset = (b * heads + head) * L + row
-    inverse = tl.where(ok, scale, 0.0)
-    if NORMALIZE != _NONE:
-        phi_qd = phi_q
-        if q_den is not None:
-            phi_qd = _load_rows(q_den, row, ok, q_den_stride_l, column_k, K)
-            phi_qd = _feature(phi_qd, ok, column_k, K, FEATURE, ACCURATE)
-        d = tl.sum(phi_qd * zs, axis=1)
-        t = tl.sum(phi_q * g, axis=1)
-        inverse, r = _row_gradients(d, t, keys, ok, eps, clamp_min, scale, NORMALIZE)
-        tl.store(row_grad + row_offset, r, mask=ok)
-    tl.store(row_scale + row_offset, inverse, mask=ok)
-    g = g * inverse[:, None]
-    if NORMALIZE != _NONE:
-        g_den = r[:, None] * zs
-        if dq_den is None:
-            g += g_den
-        else:
-            g_den = _feature_backward(g_den, phi_qd, FEATURE)
-            _store_rows(dq_den + offset, row, ok, stride, column_k, g_den, K)
-    _store_rows(dq + offset, row, ok, stride, column_k, _feature_backward(g, phi_q, FEATURE), K)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def linear_attention_quadratic_bwd_dkv_kernel(
-    grad_out, q, k, v, q_den, k_den, weight, row_scale, row_grad,  # as above
-    dk, dv, dk_den, dweight,  # as in the linear form
-    heads, L, M, base,
-    grad_out_stride_b, grad_out_stride_l, grad_out_stride_h,
-    q_stride_b, q_stride_l, q_stride_h,
-    k_stride_b, k_stride_l, k_stride_h,
-    v_stride_b, v_stride_l, v_stride_h,
-    q_den_stride_b, q_den_stride_l, q_den_stride_h,
-    k_den_stride_b, k_den_stride_l, k_den_stride_h,
-    weight_stride_b, weight_stride_l, weight_stride_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """A program owns a block of keys and walks the queries; BLOCK_K holds all of K, BLOCK_V all of V."""
-    DTYPE: tl.constexpr = k.dtype.element_ty
-    ACCURATE: tl.constexpr = DTYPE == tl.float32
-
-    pid = _program(base)
-    column_k = tl.arange(0, BLOCK_K)
-    column_v = tl.arange(0, BLOCK_V)
-    head = (pid % heads).to(tl.int64)
-    pid = pid // heads
-    tiles = (M + (BLOCK - 1)) // BLOCK
-    tile = pid % tiles
-    b = (pid // tiles).to(tl.int64)
-    grad_out += b * grad_out_stride_b + head * grad_out_stride_h
-    q += b * q_stride_b + head * q_stride_h
-    k += b * k_stride_b + head * k_stride_h
-    v += b * v_stride_b + head * v_stride_h
-    row_scale += (b * heads + head) * L
-    if NORMALIZE != _NONE:
-        row_grad += (b * heads + head) * L
-    if q_den is not None:
-        q_den += b * q_den_stride_b + head * q_den_stride_h
-    if k_den is not None:
-        k_den += b * k_den_stride_b + head * k_den_stride_h
-    if weight is not None:
-        weight += b * weight_stride_b + head * weight_stride_h
-
-    key = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    key_ok = key < M
-    phi_k = _feature(_load_rows(k, key, key_ok, k_stride_l, column_k, K), key_ok, column_k, K, FEATURE, ACCURATE)
-    k_operand = _operand(phi_k, DTYPE, UPCAST)
-    v_operand = _operand(_load_rows(v, key, key_ok, v_stride_l, column_v, V), DTYPE, UPCAST)
-    g_k = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-    g_v = tl.zeros([BLOCK, BLOCK_V], tl.float32)
-    if NORMALIZE != _NONE:
-        g_den = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-    start = tile * 0
-    if CAUSAL:
-        start = tile
-    steps = (L + (BLOCK - 1)) // BLOCK - start
-    for step in range(0, _loop_bound(steps)):
-        row = (start + step) * tl.full([], BLOCK, tl.int64) + tl.arange(0, BLOCK)
-        ok = row < L
-        phi_q = _feature(_load_rows(q, row, ok, q_stride_l, column_k, K), ok, column_k, K, FEATURE, ACCURATE)
-        q_operand = _operand(phi_q, DTYPE, UPCAST)
-        inverse = tl.load(row_scale + row, mask=ok, other=0.0)
-        do = _load_rows(grad_out, row, ok, grad_out_stride_l, column_v, V)
-        u = _operand(do * inverse[:, None], DTYPE, UPCAST)
-        a = tl.dot(k_operand, tl.trans(q_operand), input_precision=PRECISION)
-        p = tl.dot(v_operand, tl.trans(u), input_precision=PRECISION)
-        if CAUSAL:
-            keep = row[None, :] >= key[:, None]
-            a = tl.where(keep, a, 0.0)
-            p = tl.where(keep, p, 0.0)
-        g_v = tl.dot(_operand(a, DTYPE, UPCAST), u, g_v, input_precision=PRECISION)
-        g_k = tl.dot(_operand(p, DTYPE, UPCAST), q_operand, g_k, input_precision=PRECISION)
-        if NORMALIZE != _NONE:
-            r = tl.load(row_grad + row, mask=ok, other=0.0)
-            if q_den is not None:
-                phi_q = _load_rows(q_den, row, ok, q_den_stride_l, column_k, K)
-                phi_q = _feature(phi_q, ok, column_k, K, FEATURE, ACCURATE)
-            if CAUSAL:
-                rs = _operand(tl.where(keep, r[None, :], 0.0), DTYPE, UPCAST)
-                g_den = tl.dot(rs, _operand(phi_q, DTYPE, UPCAST), g_den, input_precision=PRECISION)
-            else:
-                g_den += tl.sum(phi_q * r[:, None], axis=0)[None, :]
-
-    offset = (b * M * heads + head) * K
-    stride = heads.to(tl.int64) * K
-    if weight is not None:
-        w = tl.load(weight + key * weight_stride_l, mask=key_ok, other=0.0).to(tl.float32)
-        dw = tl.sum(phi_k * g_k, axis=1)
-        g_k = g_k * w[:, None]
-        g_v = g_v * w[:, None]
-    if NORMALIZE != _NONE:
-        phi_kd = phi_k
-        if k_den is not None:
-            phi_kd = _load_rows(k_den, key, key_ok, k_den_stride_l, column_k, K)
-            phi_kd = _feature(phi_kd, key_ok, column_k, K, FEATURE, ACCURATE)
-        if weight is not None:
-            dw += tl.sum(phi_kd * g_den, axis=1)
-            g_den = g_den * w[:, None]
-        if dk_den is None:
-            g_k += g_den
-        else:
-            g_den = _feature_backward(g_den, phi_kd, FEATURE)
-            _store_rows(dk_den + offset, key, key_ok, stride, column_k, g_den, K)
-    _store_rows(dk + offset, key, key_ok, stride, column_k, _feature_backward(g_k, phi_k, FEATURE), K)
-    _store_rows(dv + (b * M * heads + head) * V, key, key_ok, heads.to(tl.int64) * V, column_v, g_v, V)
-    if weight is not None:
-        tl.store(dweight + (b * M + key) * heads + head, dw.to(dweight.dtype.element_ty), mask=key_ok)
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers
@@ -1098,14 +554,14 @@ class _Problem:
 
     def __init__(
         self, q, k, v, q_den, k_den, weight, cu_seqlens, *,
-        feature_map, normalize, eps, clamp_min, scale, causal, quadratic,
+        feature_map=1, normalize=1, eps=1e-6, clamp_min=0.0, scale=1.0, causal=False, quadratic=False,
     ):  # fmt: skip
         self.B, self.L, self.H, self.K = q.shape
         self.M, self.V = v.shape[1], v.shape[3]
         self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.heads = self.N * self.H
         self.device, self.element_size = q.device, q.element_size()
-        self.causal, self.normalize = causal, normalize
+        self.causal, self.quadratic, self.normalized = causal, quadratic, normalize != 0
         self.has_weight, self.varlen = weight is not None, cu_seqlens is not None
         self.block_k = max(16, next_power_of_two(self.K))
         self.block_v = max(16, next_power_of_two(self.V))
@@ -1121,7 +577,6 @@ class _Problem:
             "heads": self.H, "sequences": self.N, "L": self.L, "M": self.M,
             "eps": float(eps), "clamp_min": float(clamp_min), "scale": float(scale), "K": self.K, "V": self.V,
             "FEATURE": feature_map, "NORMALIZE": normalize, "CAUSAL": causal,
-            "PRECISION": "tf32" if q.dtype == torch.float16 else "ieee", "UPCAST": INTERPRETED,
         }  # fmt: skip
         for name in ("q", "k", "v", "q_den", "k_den", "weight"):
             self.shared.update(self.strides(name, self.shared[name]))
@@ -1202,14 +657,12 @@ def _contiguous(x):
 
 
 def _plan_forward(
-    q, k, v, q_den=None, k_den=None, weight=None, cu_seqlens=None, initial_state=None, initial_z=None, *,
-    feature_map=1, normalize=1, eps=1e-6, clamp_min=0.0, scale=1.0, causal=False, quadratic=False,
-):  # fmt: skip
+    q, k, v, q_den=None, k_den=None, weight=None, cu_seqlens=None, initial_state=None, initial_z=None, **options
+):
     """((out, state, z), launches). Works on meta tensors."""
-    p = _Problem(q, k, v, q_den, k_den, weight, cu_seqlens, feature_map=feature_map, normalize=normalize, eps=eps,
-                 clamp_min=clamp_min, scale=scale, causal=causal, quadratic=quadratic)  # fmt: skip
+    p = _Problem(q, k, v, q_den, k_den, weight, cu_seqlens, **options)
     out = torch.empty((p.B, p.L, p.H, p.V), dtype=q.dtype, device=q.device)
-    K, V = (0, 0) if quadratic else (p.K, p.V)
+    K, V = (0, 0) if p.quadratic else (p.K, p.V)
     state, z = p.scratch(p.N, p.H, K, V), p.scratch(p.N, p.H, K)
     if p.heads == 0:
         return (out.zero_(), state, z), []
@@ -1217,21 +670,21 @@ def _plan_forward(
     blocks = {"BLOCK_K": p.block_k, "BLOCK_V": block_v}
     blocks_v, area = cdiv(p.V, block_v), p.block_k * block_v
     launches = []
-    if quadratic:
+    if p.quadratic:
         programs = p.heads * cdiv(p.L, p.block) * blocks_v
         launches += p.launches(linear_attention_quadratic_fwd_kernel, programs, area, out=out, **blocks)
         return (out, state, z), launches
 
     splits = p.splits(p.M, blocks_v, partials=True)
-    direct = splits == 1 and not causal and initial_state is None
+    direct = splits == 1 and not p.causal and initial_state is None
     partials = (state, z) if direct else (p.scratch(splits, p.N, p.H, K, V), p.scratch(splits, p.N, p.H, K))
     launches += p.states(k, v, k_den, weight, weight, splits, *partials)
     if not direct:
         launches += p.scan(*partials, _contiguous(initial_state), _contiguous(initial_z), state, z, splits,
-                           prefix=causal)  # fmt: skip
+                           prefix=p.causal)  # fmt: skip
     if p.L > 0:
-        states = partials if causal else (state, z)
-        if not causal:
+        states = partials if p.causal else (state, z)
+        if not p.causal:
             splits = p.splits(p.L, blocks_v, partials=False)
         launches += p.launches(linear_attention_fwd_kernel, p.heads * splits * blocks_v, area, out=out,
                                state=states[0], z=states[1], splits=splits, **blocks)  # fmt: skip
@@ -1240,12 +693,11 @@ def _plan_forward(
 
 def _plan_backward(
     grad_out, grad_state, grad_z, q, k, v, state, z, q_den=None, k_den=None, weight=None, cu_seqlens=None,
-    initial_state=None, initial_z=None, *,
-    feature_map=1, normalize=1, eps=1e-6, clamp_min=0.0, scale=1.0, causal=False, quadratic=False,
+    initial_state=None, initial_z=None, **options
 ):  # fmt: skip
     """((dq, dk, dv, dq_den, dk_den, dweight, dinitial_state, dinitial_z), launches). Works on meta tensors."""
-    p = _Problem(q, k, v, q_den, k_den, weight, cu_seqlens, feature_map=feature_map, normalize=normalize, eps=eps,
-                 clamp_min=clamp_min, scale=scale, causal=causal, quadratic=quadratic)  # fmt: skip
+    p = _Problem(q, k, v, q_den, k_den, weight, cu_seqlens, **options)
+    causal, normalized = p.causal, p.normalized
 
     def gradient(x):
         return q.new_empty(0 if x is None else x.shape, dtype=q.dtype if x is None else x.dtype)
@@ -1264,9 +716,8 @@ def _plan_backward(
     p.shared.update(p.strides("grad_out", grad_out), grad_out=grad_out)
     dq_args = {"dq": dq, "dq_den": None if q_den is None else dq_den}
     dk_args = {"dk": dk, "dk_den": None if k_den is None else dk_den, "dweight": dweight if p.has_weight else None}
-    normalized = normalize != 0
     launches = []
-    if quadratic:
+    if p.quadratic:
         # Whole K and V: fewer rows.
         rows = min(p.block, max(16, 4096 // max(p.block_k, p.block_v)))
         p.shared["row_scale"] = p.scratch(p.B, p.H, p.L)
@@ -1282,6 +733,7 @@ def _plan_backward(
     block_v = p.blocks_of(p.block_k, p.block_v)
     blocks_k, blocks_v = cdiv(p.K, block_k), cdiv(p.V, block_v)
     whole = block_k == p.block_k
+    fused = whole and not causal and block_k * p.block_v <= FUSED_STATE
     splits = p.splits(max(p.L, p.M), blocks_k, partials=True)
     states = state.contiguous(), z.contiguous()
     if causal:
@@ -1299,7 +751,7 @@ def _plan_backward(
     if not direct:
         partials = p.scratch(splits, p.N, p.H, p.K, p.V), p.scratch(splits, p.N, p.H, p.K) if normalized else None
     sums = p.scratch(2, blocks_k, p.B, p.H, p.L) if normalized and not whole else None
-    if causal or not whole:
+    if not fused:
         row_scale = p.scratch(p.B, p.H, p.L)
         row_grad = p.scratch(p.B, p.H, p.L) if normalized else None
     else:
@@ -1307,11 +759,11 @@ def _plan_backward(
     for only_sums in (True, False) if sums is not None else (False,):
         launches += p.launches(
             linear_attention_bwd_dq_kernel, p.heads * splits * blocks_k, block_k * p.block_v, **dq_args,
-            state=states[0], z=states[1], partial_dstate=partials[0] if whole else None,
-            partial_dz=partials[1] if whole else None, row_scale=row_scale, row_grad=row_grad, row_sums=sums,
+            state=states[0], z=states[1], partial_dstate=partials[0] if fused else None,
+            partial_dz=partials[1] if fused else None, row_scale=row_scale, row_grad=row_grad, row_sums=sums,
             splits=splits, SUMS=only_sums, BLOCK_K=block_k, BLOCK_V=p.block_v,
         )  # fmt: skip
-    if not whole:
+    if not fused:
         by_token = [None if x is None else x.transpose(1, 2) for x in (row_scale, row_grad)]
         launches += p.states(q, grad_out, q_den, *by_token, splits, *partials)
     if not normalized and not causal:
@@ -1347,29 +799,17 @@ def _plan_backward(
     return gradients, launches
 
 
-def forward(
-    q, k, v, q_den=None, k_den=None, weight=None, cu_seqlens=None, initial_state=None, initial_z=None, *,
-    feature_map=1, normalize=1, eps=1e-6, clamp_min=0.0, scale=1.0, causal=False, quadratic=False,
-):  # fmt: skip
+def forward(q, *tensors, **options):
     """effvit::linear_attention: (out, state, z). The arguments must have been validated."""
-    results, launches = _plan_forward(
-        q, k, v, q_den, k_den, weight, cu_seqlens, initial_state, initial_z, feature_map=feature_map,
-        normalize=normalize, eps=eps, clamp_min=clamp_min, scale=scale, causal=causal, quadratic=quadratic)  # fmt: skip
+    results, launches = _plan_forward(q, *tensors, **options)
     run(launches, q.device)
     return results
 
 
-def backward(
-    grad_out, grad_state, grad_z, q, k, v, state, z, q_den=None, k_den=None, weight=None, cu_seqlens=None,
-    initial_state=None, initial_z=None, *,
-    feature_map=1, normalize=1, eps=1e-6, clamp_min=0.0, scale=1.0, causal=False, quadratic=False,
-):  # fmt: skip
+def backward(grad_out, *tensors, **options):
     """effvit::linear_attention_backward: (dq, dk, dv, dq_den, dk_den, dweight, dinitial_state, dinitial_z)."""
-    results, launches = _plan_backward(
-        grad_out, grad_state, grad_z, q, k, v, state, z, q_den, k_den, weight, cu_seqlens, initial_state, initial_z,
-        feature_map=feature_map, normalize=normalize, eps=eps, clamp_min=clamp_min, scale=scale, causal=causal,
-        quadratic=quadratic)  # fmt: skip
-    run(launches, q.device)
+    results, launches = _plan_backward(grad_out, *tensors, **options)
+    run(launches, grad_out.device)
     return results
 
 
@@ -1405,4 +845,5 @@ def aot_signatures():
     yield from case("d32-exp-causal-everything", torch.bfloat16, 2, 784, 4, 32, den=True, weight=True, initial=True,
                     causal=True, feature_map=3, normalize=3)  # fmt: skip
     yield from case("d128", torch.bfloat16, 1, 4096, 8, 128)
-    yield from case("d256-causal", torch.bfloat16, 1, 4096, 4, 256, causal=True)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield from case("d256-causal", dtype, 1, 4096, 4, 256, causal=True)

@@ -111,6 +111,8 @@ def rbf_gram_fwd_kernel(
         bh = (unit // l_blocks).to(tl.int64)
         b = bh // heads
         h = bh - b * heads
+        q_head = q + b * q_stride_b + h * q_stride_h
+        k_head = k + b * k_stride_b + h * k_stride_h
         row = tl.arange(0, BLOCK_L)
         key = tl.arange(0, BLOCK_M)
         dot = tl.zeros([BLOCK_L, BLOCK_M], tl.float32)
@@ -118,12 +120,8 @@ def rbf_gram_fwd_kernel(
         k_norm = tl.zeros([BLOCK_M], tl.float32)
         for start in range(0, D, BLOCK_D):
             column = start + tl.arange(0, BLOCK_D)
-            q_tile = _load_tile(
-                q + b * q_stride_b + h * q_stride_h, first_row, row, L, q_stride_l, column, D, INDEX, UPCAST
-            )
-            k_tile = _load_tile(
-                k + b * k_stride_b + h * k_stride_h, first_key, key, M, k_stride_m, column, D, INDEX, UPCAST
-            )
+            q_tile = _load_tile(q_head, first_row, row, L, q_stride_l, column, D, INDEX, UPCAST)
+            k_tile = _load_tile(k_head, first_key, key, M, k_stride_m, column, D, INDEX, UPCAST)
             dot = tl.dot(q_tile, tl.trans(k_tile), dot, input_precision="ieee")
             q_float = q_tile.to(tl.float32)
             k_float = k_tile.to(tl.float32)
@@ -134,6 +132,35 @@ def rbf_gram_fwd_kernel(
         result = tl.exp(-gamma * distance).to(out.dtype.element_ty)
         mask = (first_row + row < L)[:, None] & (first_key + key < M)[None, :]
         tl.store(out + (bh * L + first_row) * M + first_key + _offsets(row, M, key, INDEX), result, mask=mask)
+
+
+@device_function
+def _add_products(p, acc, total, scale, x, ROWS: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr):
+    """acc + P x, total + the sums of P, and the scale of both, for P (ROWS) or its transpose. The operand: P rounded to
+    DTYPE, in float32 where x is: the interpreter's products are."""
+    AXIS: tl.constexpr = 1 if ROWS else 0
+    if SCALED:
+        lower = _lower_scale(scale, tl.max(tl.abs(p), axis=AXIS))
+        ratio = lower * _inverse_power(scale)
+        acc = acc * ratio[:, None]
+        total = total * ratio
+        scale = lower
+        p = p * (scale[:, None] if ROWS else scale[None, :])
+    p = p.to(DTYPE)
+    total += tl.sum(p.to(tl.float32), axis=AXIS)
+    p = p.to(x.dtype)
+    acc = tl.dot(p if ROWS else tl.trans(p), x, acc, input_precision="ieee")
+    return acc, total, scale
+
+
+@device_function
+def _gradient(acc, total, scale, x, gamma, SCALED: tl.constexpr):
+    """-2 gamma (x_i sum_j P_ij - sum_j P_ij y_j)."""
+    if SCALED:
+        inverse = _inverse_power(scale)
+        acc = acc * inverse[:, None]
+        total = total * inverse
+    return -2.0 * gamma * (total[:, None] * x.to(tl.float32) - acc)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -161,6 +188,9 @@ def rbf_gram_bwd_dq_kernel(
         bh = (unit // l_blocks).to(tl.int64)
         b = bh // heads
         h = bh - b * heads
+        q_head = q + b * q_stride_b + h * q_stride_h
+        k_head = k + b * k_stride_b + h * k_stride_h
+        grad_head = grad_out + b * grad_out_stride_b + h * grad_out_stride_h
         row = tl.arange(0, BLOCK_L)
         key = tl.arange(0, BLOCK_M)
         acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
@@ -169,28 +199,12 @@ def rbf_gram_bwd_dq_kernel(
         for m_block in range(0, _loop_bound(m_blocks)):
             first_key = m_block * BLOCK_M
             p = _products(
-                grad_out + b * grad_out_stride_b + h * grad_out_stride_h + first_key, out + bh * L * M + first_key,
-                first_row, row, L, grad_out_stride_l, key, M - first_key, M, INDEX)  # fmt: skip
-            if SCALED:
-                lower = _lower_scale(scale, tl.max(tl.abs(p), axis=1))
-                ratio = lower * _inverse_power(scale)
-                acc = acc * ratio[:, None]
-                total = total * ratio
-                scale = lower
-                p = p * scale[:, None]
-            p_operand = p.to(DTYPE)
-            p = p_operand.to(tl.float32)
-            total += tl.sum(p, axis=1)
-            k_tile = _load_tile(
-                k + b * k_stride_b + h * k_stride_h, first_key, key, M, k_stride_m, column, D, INDEX, UPCAST
-            )
-            acc = tl.dot(p if UPCAST else p_operand, k_tile, acc, input_precision="ieee")
-        if SCALED:
-            inverse = _inverse_power(scale)
-            acc = acc * inverse[:, None]
-            total = total * inverse
-        q_tile = _load_tile(q + b * q_stride_b + h * q_stride_h, first_row, row, L, q_stride_l, column, D, INDEX, False)
-        result = -2.0 * gamma * (total[:, None] * q_tile.to(tl.float32) - acc)
+                grad_head + first_key, out + bh * L * M + first_key, first_row, row, L, grad_out_stride_l, key,
+                M - first_key, M, INDEX)  # fmt: skip
+            k_tile = _load_tile(k_head, first_key, key, M, k_stride_m, column, D, INDEX, UPCAST)
+            acc, total, scale = _add_products(p, acc, total, scale, k_tile, True, SCALED, DTYPE)
+        q_tile = _load_tile(q_head, first_row, row, L, q_stride_l, column, D, INDEX, False)
+        result = _gradient(acc, total, scale, q_tile, gamma, SCALED)
         target = dq + ((b * L + first_row) * heads + h) * D + _offsets(row, heads * D, column, INDEX)
         tl.store(target, result.to(DTYPE), mask=(first_row + row < L)[:, None] & (column < D)[None, :])
 
@@ -220,6 +234,9 @@ def rbf_gram_bwd_dk_kernel(
         bh = unit - split * (batch * heads)
         b = bh // heads
         h = bh - b * heads
+        q_head = q + b * q_stride_b + h * q_stride_h
+        k_head = k + b * k_stride_b + h * k_stride_h
+        grad_head = grad_out + b * grad_out_stride_b + h * grad_out_stride_h
         row = tl.arange(0, BLOCK_L)
         key = tl.arange(0, BLOCK_M)
         first_block = split.to(tl.int32) * split_blocks
@@ -230,28 +247,12 @@ def rbf_gram_bwd_dk_kernel(
         for block in range(0, _loop_bound(blocks)):
             first_row = (first_block + block) * BLOCK_L
             p = _products(
-                grad_out + b * grad_out_stride_b + h * grad_out_stride_h + first_key, out + bh * L * M + first_key,
-                first_row, row, L, grad_out_stride_l, key, M - first_key, M, INDEX)  # fmt: skip
-            if SCALED:
-                lower = _lower_scale(scale, tl.max(tl.abs(p), axis=0))
-                ratio = lower * _inverse_power(scale)
-                acc = acc * ratio[:, None]
-                total = total * ratio
-                scale = lower
-                p = p * scale[None, :]
-            p_operand = p.to(DTYPE)
-            p = p_operand.to(tl.float32)
-            total += tl.sum(p, axis=0)
-            q_tile = _load_tile(
-                q + b * q_stride_b + h * q_stride_h, first_row, row, L, q_stride_l, column, D, INDEX, UPCAST
-            )
-            acc = tl.dot(tl.trans(p if UPCAST else p_operand), q_tile, acc, input_precision="ieee")
-        if SCALED:
-            inverse = _inverse_power(scale)
-            acc = acc * inverse[:, None]
-            total = total * inverse
-        k_tile = _load_tile(k + b * k_stride_b + h * k_stride_h, first_key, key, M, k_stride_m, column, D, INDEX, False)
-        result = -2.0 * gamma * (total[:, None] * k_tile.to(tl.float32) - acc)
+                grad_head + first_key, out + bh * L * M + first_key, first_row, row, L, grad_out_stride_l, key,
+                M - first_key, M, INDEX)  # fmt: skip
+            q_tile = _load_tile(q_head, first_row, row, L, q_stride_l, column, D, INDEX, UPCAST)
+            acc, total, scale = _add_products(p, acc, total, scale, q_tile, False, SCALED, DTYPE)
+        k_tile = _load_tile(k_head, first_key, key, M, k_stride_m, column, D, INDEX, False)
+        result = _gradient(acc, total, scale, k_tile, gamma, SCALED)
         target = partial_dk + (((split * batch + b) * M + first_key) * heads + h) * D
         mask = (first_key + key < M)[:, None] & (column < D)[None, :]
         tl.store(target + _offsets(key, heads * D, column, INDEX), result.to(partial_dk.dtype.element_ty), mask=mask)
