@@ -5,7 +5,8 @@
 // the end E is small, and so is what the second product adds. The same E says when nothing is left to do: see kSmall.
 //
 // A symmetric matrix, which a Gram matrix is bit by bit, keeps V symmetric: E V is then computed on and above the
-// diagonal only. (V P is not: rounding keeps V and P from commuting, and to hide that would let errors grow.)
+// diagonal only. (V P is not: rounding keeps V and P from commuting, and to hide that would let errors grow.) The last
+// steps are computed whole nevertheless: see kWholeSteps.
 #pragma once
 
 namespace effvit::cpu::EFFVIT_ISA_NAME {
@@ -17,6 +18,12 @@ using Params = NewtonPinvParams;
 // below the rounding of the smallest element of V: after that nothing is left to do. Where an eigenvalue has not been
 // reached yet, or is so small that rounding keeps V P from the identity, E stays larger and all steps are made.
 constexpr float kSmall = 1.f / (1 << 26);  // of the norm's square
+
+// The rounding R of V P reaches the next V as R V. In a Gram matrix of near tokens V is 1/m on the vector of ones, the
+// direction in which most of the result is taken, and up to 1/ridge on all others; R V is then as small on that vector
+// as V is. A triangle of R V copied to the other side is not such a product. Between two directions on which V P has
+// reached s and t, every further step multiplies an error by 2 - s - t: what the last steps add is what remains.
+constexpr int kWholeSteps = 3;
 
 constexpr int kPanelFrom = 96;  // sizes from which the products go by column panels that fit the L1 cache
 
@@ -36,7 +43,7 @@ EFFVIT_INLINE void multiply(const Matrices& s, A a, const float* b, const Sink& 
   const int panel = s.m < kPanelFrom ? s.mp : kCols * kLanes;
   for (int c0 = 0; c0 < s.mp; c0 += panel) {
     const auto shifted = [&](int r, int c, vf x) __attribute__((always_inline)) { sink(r, c0 + c, x); };
-    gemm_into(s.m, std::min(panel, s.mp - c0), s.m, a, DenseB{b + c0, s.ld}, shifted, [] {});
+    gemm_into(s.m, std::min(panel, s.mp - c0), s.m, a, DenseB{b + c0, s.ld}, shifted);
   }
 }
 
@@ -49,7 +56,7 @@ EFFVIT_INLINE void multiply_upper(const Matrices& s, const float* a, const float
     const int r0 = panels ? 0 : at, rows = std::min(at + step, s.m) - r0;
     const int columns = panels ? std::min(step, s.mp - at) : s.mp - at;
     const auto shifted = [&](int r, int c, vf x) __attribute__((always_inline)) { sink(r0 + r, at + c, x); };
-    gemm_into(rows, columns, s.m, RowMajorA{a + int64_t{r0} * s.ld, s.ld}, DenseB{b + at, s.ld}, shifted, [] {});
+    gemm_into(rows, columns, s.m, RowMajorA{a + int64_t{r0} * s.ld, s.ld}, DenseB{b + at, s.ld}, shifted);
   }
 }
 
@@ -124,7 +131,7 @@ void forward_units(const Params& p, int64_t begin, int64_t end) {
         const int64_t at = int64_t{r} * s.ld + c;
         store(next + at, load(v + at) + x);
       };
-      if (symmetric) {
+      if (symmetric && last - step > kWholeSteps) {
         multiply_upper(s, e, v, add);
         mirror(s, next);
       } else {

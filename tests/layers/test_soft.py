@@ -12,8 +12,10 @@ import pytest
 import torch
 from layer_suite import DTYPES, check, check_everything_else, randomise, tokens
 from torch import nn
+from torch.nn import functional as F
 
 import effvit.layers._ops
+import effvit.layers.soft
 from effvit.layers import SoftmaxFreeAttention, SoftmaxFreeNormAttention
 from effvit.testing._errors import assert_bitwise_equal, assert_close_to_truth
 
@@ -187,6 +189,124 @@ def test_autocast(kind):
 def test_more_landmarks_than_the_operator_takes():
     m, x = spread_landmarks(randomise(make(heads=1))), tokens(1, 34 * 32, 16)  # 17 * 16 = 272 landmarks
     check_samples(m, lambda m, x: formula(m, x, 34, 32), x, call=lambda m, x: m(x, 34, 32))
+
+
+def shared_filters(x, weight):
+    """The layer's convolution by F.conv2d: the filters repeated, one channel after another."""
+    return F.conv2d(
+        x, weight.repeat_interleave(x.shape[1] // len(weight), 0), padding=weight.shape[-1] // 2, groups=x.shape[1]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size, heads, conv", [((56, 56), 2, 9), ((30, 27), 4, 5), ((14, 14), 10, 3)], ids=str)
+def test_filter_gradient_of_a_large_map(size, heads, conv, dtype):
+    """The sum over every pixel of the batch: one long float32 sum per channel is not accurate enough at 56x56."""
+    k = randomise(SoftmaxFreeAttention(heads * 32, heads, 2, conv).attn).to(dtype)
+    v = tokens(8, heads, size[0] * size[1], 32, seed=5, dtype=dtype)
+    # The layout of the layer: tokens [B, N, h*d], so that the map is channels last
+    v = v.transpose(1, 2).contiguous().transpose(1, 2)
+    g = tokens(*v.shape, seed=6, dtype=dtype)
+
+    def gradients(v, weight, contiguous, to):
+        maps, cotangent = (t.to(to).mT.flatten(1, 2).unflatten(2, size) for t in (v, g))
+        maps, cotangent = (t.contiguous() if contiguous else t for t in (maps, cotangent))
+        maps, weight = maps.detach().requires_grad_(), weight.detach().to(to).requires_grad_()
+        return torch.autograd.grad(shared_filters(maps, weight), weight, cotangent)[0]
+
+    out = k.convolve(v, *size)
+    got = torch.autograd.grad(out, k.conv.weight, g)[0]
+    truth = gradients(v, k.conv.weight, True, torch.float64)
+    yardstick = gradients(v, k.conv.weight, True, torch.float32).to(dtype)
+    assert got.dtype == dtype
+    # Rows of a filter gradient are sums of terms of one size: the largest of the whole filter is their scale
+    magnitude = truth.abs().amax((1, 2, 3), keepdim=True).expand_as(truth)
+    assert_close_to_truth(got, truth, yardstick, magnitude=magnitude)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 17), (8, 8), (12, 9)], ids=str)
+@pytest.mark.parametrize("conv", [1, 3, 5, 9])
+def test_convolution_of_shared_filters(conv, size):
+    """In float64, maps smaller than a filter and such as no number of tiles fills, both layouts."""
+    convolve = effvit.layers.soft.SharedDepthwiseConv.apply
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = tokens(2, 6, *size).double().contiguous(memory_format=layout).requires_grad_()
+        weight = tokens(3, 1, conv, conv).double().requires_grad_()
+        y, expected = convolve(x, weight), shared_filters(x, weight)
+        assert torch.equal(y, expected)
+        g = tokens(*y.shape, seed=4).double()
+        for a, b in zip(*(torch.autograd.grad(z, (x, weight), g) for z in (y, expected)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_second_derivatives_of_the_convolution():
+    x, weight = (tokens(*shape).double().requires_grad_() for shape in ((2, 4, 4, 3), (2, 1, 3, 3)))
+    assert torch.autograd.gradgradcheck(effvit.layers.soft.SharedDepthwiseConv.apply, (x, weight))
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_convolution_with_one_gradient(frozen):
+    x, weight = tokens(2, 4, 5, 6), tokens(2, 1, 3, 3)
+    wanted = weight.requires_grad_() if frozen == "x" else x.requires_grad_()
+    ours, plain = (f(x, weight).square().sum() for f in (effvit.layers.soft.SharedDepthwiseConv.apply, shared_filters))
+    torch.testing.assert_close(torch.autograd.grad(ours, wanted), torch.autograd.grad(plain, wanted))
+
+
+def test_gradients_of_an_empty_batch():
+    m = make()
+    call(m, tokens(0, H * W, 16)).sum().backward()
+    assert all((p.grad == 0).all() for p in m.parameters())
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.01], ids=str)
+@pytest.mark.parametrize("kind", MODULES)
+def test_landmarks_close_to_each_other(kind, scale):
+    """A Gram matrix near a matrix of ones: condition 1200 by the ridge alone, an inverse of entries up to 70.
+
+    In k(q, t) pinv(k(t, t)) k(t, q) V terms a thousand times larger than the sum cancel. Output and gradient of V are
+    measured, as the rule has it, against the sum of the absolute values of those terms; and against eager itself,
+    whose inverse (V P) V is hardly off in the direction of ones, which is the only one that survives.
+    """
+    m = randomise(make(kind, conv=0))
+    with torch.no_grad():
+        m.attn.Qnorm_act[0].weight.mul_(scale)
+    k = m.attn
+    q, v, g = (tokens(2, 2, H * W, 8, seed=seed) for seed in (5, 6, 7))
+
+    def absolute_terms(t64, q64, summed):
+        k1, k2 = gaussian(q64, t64), gaussian(t64, t64)
+        inverse = NewtonInverse.apply(k2, k.max_iter)
+        if kind == "normalised":
+            d = k2.sum(-1, keepdim=True).rsqrt()
+            inverse = d * inverse * d.mT
+        return k1 @ inverse.abs() @ (k1.mT @ summed.abs()), k1 @ inverse @ k1.mT
+
+    with torch.no_grad():
+        double = copy.deepcopy(k).double()
+        q64 = q.double() / 8**0.25
+        t64 = double.landmarks(q64.transpose(1, 2), H, W).transpose(1, 2)
+        magnitude, matrix = absolute_terms(t64, q64, v.double())
+        magnitude_of_gradient, _ = absolute_terms(t64, q64, g.double())
+    assert (magnitude.norm() > 500 * (matrix @ v.double()).norm()).item()
+    v.requires_grad_()
+    out = k(q, v, H, W)
+    assert_close_to_truth(out, matrix @ v.detach().double(), magnitude=magnitude)
+    gradient = torch.autograd.grad(out, v, g)[0]
+    assert_close_to_truth(gradient, matrix.mT @ g.double(), magnitude=magnitude_of_gradient)
+    eager = []
+    for sample in range(6):
+        rounded = another_rounding(sample, torch.float32)
+        with torch.no_grad():
+            a = rounded(q / 8**0.25)
+            b = rounded(k.landmarks(a.transpose(1, 2), H, W).transpose(1, 2))
+            k1, k2 = gaussian(a, b), gaussian(b, b)
+            inverse = NewtonInverse.apply(k2, k.max_iter)
+            if kind == "normalised":
+                d = k2.sum(-1, keepdim=True).rsqrt()
+                inverse = d * inverse * d.mT
+            eager.append([x @ (y @ (x.mT @ z)) for x, y, z in ((k1, inverse, v), (k1, inverse.mT, g))])
+    assert_close_to_truth(out, matrix @ v.detach().double(), [y for y, _ in eager])
+    assert_close_to_truth(gradient, matrix.mT @ g.double(), [y for _, y in eager])
 
 
 def test_steps(monkeypatch):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._ops import newton_pinv, rbf_gram
-from ._tokens import conv2d, same_padding
+from ._tokens import _dtype_of_convolution, conv2d, is_slow, same_padding
 
 
 def is_plain(linear):
@@ -21,6 +21,66 @@ def linear_per_image(x, linear, channels):
     if linear.bias is None:
         return torch.bmm(a, b)
     return torch.baddbmm(linear.bias[:, None] if channels == 1 else linear.bias, a, b)
+
+
+class SharedDepthwiseConv(torch.autograd.Function):
+    """Depthwise convolution, stride 1, that keeps the size of its map, with one filter per group of channels.
+
+    x [B, C, H, W], weight [h, 1, k, k], k odd -> [B, C, H, W]; channel c takes filter c // (C / h). As F.conv2d with
+    the filters repeated, but for the gradient of the filters: PyTorch's own on the CPU, on maps channels last, adds the
+    B*H*W terms of a channel one after another in one float32. At 56x56, batch 8, that is tens of eps off.
+    """
+
+    @staticmethod
+    def forward(x, weight):
+        wide = weight.repeat_interleave(x.shape[1] // weight.shape[0], dim=0)
+        with torch.autocast("cpu", enabled=False):
+            return F.conv2d(x, wide, padding=weight.shape[-1] // 2, groups=x.shape[1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = None
+        with torch.autocast("cpu", enabled=False):
+            if ctx.needs_input_grad[0]:
+                wide = weight.repeat_interleave(x.shape[1] // weight.shape[0], dim=0)
+                padding = [weight.shape[-1] // 2] * 2
+                grad_x = torch.ops.aten.convolution_backward(
+                    grad, x, wide, None, [1, 1], padding, [1, 1], False, [0, 0], x.shape[1], [True, False, False]
+                )[0]
+            if ctx.needs_input_grad[1]:
+                grad_weight = shared_filter_gradient(x, grad, *weight.shape[::3])
+        return grad_x, grad_weight
+
+
+def shared_filter_gradient(x, grad, filters, size):
+    """The filters' gradient in `SharedDepthwiseConv`, [filters, 1, size, size], as products of matrices.
+
+    For every pair of a pixel in a tile of `grad` and a pixel of `x` within the filter's reach of that tile, the product
+    summed over channels and over the tiles of a row; a filter's gradient is the sum of the pairs at the same offset.
+    A tile as wide as the reach, size - 1, takes less than 4 times the multiplications of the sum written out, and they
+    are a GEMM's; each sum is short, and they are added up in two more steps.
+    """
+    B, C, H, W = x.shape
+    t, reach = max(size - 1, 1), size - 1
+    rows, columns = -(-H // t), -(-W // t)
+    below, right = rows * t - H, columns * t - W
+    x = F.pad(x, (reach // 2, reach // 2 + right, reach // 2, reach // 2 + below))
+    grad = F.pad(grad, (0, right, 0, below)) if right or below else grad
+
+    def tiles(maps, side):
+        maps = maps.unflatten(1, (filters, C // filters)).unfold(3, side, t).unfold(4, side, t)
+        maps = maps.permute(0, 3, 1, 5, 6, 4, 2)  # [B, rows, filters, side, side, columns, C / filters]
+        return maps.reshape(B * rows * filters, side * side, columns * (C // filters))
+
+    pairs = tiles(grad, t) @ tiles(x, t + reach).mT
+    pairs = pairs.unflatten(0, (B * rows, filters)).sum(0).unflatten(2, (t + reach, -1)).unflatten(1, (t, t))
+    offsets = pairs.unfold(3, size, 1).unfold(4, size, 1)  # [filters, t, t, t, t, size, size]
+    return offsets.diagonal(0, 1, 3).diagonal(0, 1, 2).sum((-2, -1)).unsqueeze(1)
 
 
 class SoftmaxFreeAttentionKernel(nn.Module):
@@ -107,8 +167,13 @@ class SoftmaxFreeAttentionKernel(nn.Module):
         """V [B, h, N, d] -> the same: one filter per head, on maps in the layout of V, channels first or last."""
         first = V.shape[2] - H * W
         maps = V[:, :, first:].mT.flatten(1, 2).unflatten(2, (H, W))
-        weight = self.conv.weight.repeat_interleave(self.head_dim, dim=0)
-        out = conv2d(maps, weight, None, padding=self.use_conv // 2, groups=weight.shape[0])
+        dtype = _dtype_of_convolution(maps)
+        in_float32 = maps.device.type == "cpu" and (dtype == torch.float32 or is_slow(maps))
+        if in_float32 and torch.is_grad_enabled():
+            out = SharedDepthwiseConv.apply(maps.float(), self.conv.weight.float()).to(dtype)
+        else:
+            weight = self.conv.weight.repeat_interleave(self.head_dim, dim=0)
+            out = conv2d(maps, weight, None, padding=self.use_conv // 2, groups=weight.shape[0])
         out = out.flatten(2).unflatten(1, (self.num_head, self.head_dim)).mT
         return torch.cat([V[:, :, :first].to(out.dtype), out], dim=2) if first else out
 
@@ -132,7 +197,12 @@ class SoftmaxFreeNormAttentionKernel(SoftmaxFreeAttentionKernel):
 
 
 class SoftmaxFreeAttention(nn.Module):
-    """SOFT's attention module, a drop-in for the original: same arguments, state_dict and `forward(X, H, W)`."""
+    """SOFT's attention module, a drop-in for the original: same arguments, state_dict and `forward(X, H, W)`.
+
+    Under torch.compile with dynamic H and W, inference compiles; training fails in inductor up to PyTorch 2.13 ("cannot
+    determine truth value of Relational", pytorch/pytorch#185510), as it does for every convolution of a map that is a
+    view of tokens. With `torch._inductor.config.layout_optimization = False` it compiles.
+    """
 
     kernel = SoftmaxFreeAttentionKernel
 
