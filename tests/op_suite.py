@@ -53,10 +53,10 @@ def _native(spec):
 
 
 def _takes(backend, sample, dtype):
-    """Compiled kernels take everything; the others one dtype (emulated ones only small samples), and all on a few."""
+    """Compiled kernels take everything; the others a sample's first dtype (emulated ones: small ones), all of a few."""
     if not backend.slow and backend.name != "reference":
         return True
-    return ("small" in sample.tags or not backend.slow) and (dtype == torch.float32 or "framework" in sample.tags)
+    return ("small" in sample.tags or not backend.slow) and (dtype == sample.dtypes[0] or "framework" in sample.tags)
 
 
 def _accuracy_cases(spec):
@@ -123,14 +123,16 @@ class OpSuite:
         """Gradients with the other outputs unused: their cotangents arrive as None or zeros."""
         spec = self.spec
         args, kwargs = framework_sample.build()
-        outputs = as_tuple(native.forward(*args, **kwargs))
+        with torch.no_grad():
+            outputs = as_tuple(spec.op()(*args, **kwargs))
         all_grads = random_output_grads(spec, framework_sample, torch.float32, outputs)
         for used in range(len(outputs)):
             oracle = oracle_of(spec, args, kwargs, tuple(g if i == used else None for i, g in enumerate(all_grads)))
-            leaves = with_grad(args)
-            result = as_tuple(spec.op()(*leaves, **kwargs))[used]
-            inputs = named_tensors(spec, leaves)
-            found = torch.autograd.grad(result, list(inputs.values()), all_grads[used], materialize_grads=True)
+            leaves = with_grad(map_tensors(lambda t: t.to(native.device), args))
+            inputs, grad = named_tensors(spec, leaves), all_grads[used].to(native.device)
+            with native.selected():
+                result = as_tuple(spec.op()(*leaves, **kwargs))[used]
+                found = torch.autograd.grad(result, list(inputs.values()), grad, materialize_grads=True)
             oracle.check_gradients(dict(zip(inputs, found, strict=True)))
 
     def test_emulator_in_other_orders(self, framework_sample):
@@ -248,6 +250,26 @@ class OpSuite:
             assert m.device.type == "meta" and f.device == real.device
             assert_same_layout(m, real, name=name)
             assert_same_layout(f, real, name=name)
+
+    def test_fake_ignores_strides(self, framework_sample):
+        """A compiler traces an op on the strides that it plans for a tensor, and calls it with those of the program."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        spec = self.spec
+        args, kwargs = framework_sample.build()
+        with torch.no_grad():
+            outputs = as_tuple(spec.op()(*args, **kwargs))
+            calls = [(spec.op(), args, kwargs)]
+            if spec.backward_call:
+                cotangents = tuple(torch.randn_like(o) for o in outputs)
+                calls.append((spec.backward_op(), *spec.backward_call(args, kwargs, outputs, cotangents)))
+            for op, call_args, call_kwargs in calls:
+                expected = as_tuple(op(*call_args, **call_kwargs))
+                planned = map_tensors(lambda t: t.mT.contiguous().mT if t.dim() > 1 else t, call_args)
+                with FakeTensorMode() as mode:
+                    fake = as_tuple(op(*map_tensors(mode.from_tensor, planned), **call_kwargs))
+                for i, (f, e) in enumerate(zip(fake, expected, strict=True)):
+                    assert_same_layout(f, e, name=f"result {i} of {op}")
 
     def test_autocast(self, framework_sample):
         spec = self.spec
@@ -541,7 +563,7 @@ class OpSuite:
 
     def test_inputs_are_not_written(self, framework_sample, native):
         spec = self.spec
-        args, kwargs = framework_sample.build()
+        args, kwargs = framework_sample.build(device=native.device)
         copies = map_tensors(torch.clone, args)
         outputs = as_tuple(native.forward(*args, **kwargs))
         if spec.backward_call:

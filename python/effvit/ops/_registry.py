@@ -30,9 +30,19 @@ class Op:
     validate: Callable  # raises TypeError / ValueError on bad arguments
     fake: Callable  # output tensors from input tensors, without computing
     backward_of: str | None = None  # the forward op that this one differentiates
+    options: dict[str, str] = dataclasses.field(default_factory=dict)  # keyword arguments: name -> type in the schema
 
 
 OPS: dict[str, Op] = {}
+
+
+def _as_contiguous(x: object) -> object:
+    """A dense tensor's metadata without its strides; anything else as it is.
+
+    A compiler traces the op a second time on the strides that it plans for the tensors of its graph (inductor: maps
+    channels last), and yet calls it with those of the program, as the tag needs_exact_strides asks.
+    """
+    return x.new_empty(x.shape) if isinstance(x, torch.Tensor) and x.layout == torch.strided else x
 
 
 def define_op(
@@ -43,7 +53,9 @@ def define_op(
     Validation runs in the reference's and the fake's way too, so that a direct `torch.ops.effvit` call with bad input
     raises before any work; compiled libraries check again in C++.
     """
-    op = Op(name, schema, reference, validate, fake, backward_of)
+    keywords = torch._C.parse_schema(f"effvit::{schema}").arguments
+    options = {a.name: a.real_type.annotation_str for a in keywords if a.kwarg_only}
+    op = Op(name, schema, reference, validate, fake, backward_of, options)
     LIBRARY.define(schema, tags=_TAGS)
 
     @functools.wraps(reference)
@@ -53,7 +65,7 @@ def define_op(
 
     @functools.wraps(fake)
     def checked_fake(*args, **kwargs):
-        validate(*args, **kwargs)
+        validate(*map(_as_contiguous, args), **kwargs)
         return fake(*args, **kwargs)
 
     LIBRARY.impl(name, checked_reference, "CompositeExplicitAutograd")
@@ -149,6 +161,40 @@ def as_pair(op: str, name: str, x: object, low: int) -> list[int]:
     if not (low <= pair[0] <= 1 << 15 and low <= pair[1] <= 1 << 15):
         raise value_error(op, name, f"between {low} and {1 << 15}", pair)
     return pair
+
+
+_TAKEN_AS = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (float,),
+    "Optional[float]": (float, type(None)),
+    "List[int]": (list,),
+}
+
+
+def _takes(op: str, options: dict) -> bool:
+    """Whether every option has the Python type that the op's schema names; torch itself would be more lenient."""
+    types = OPS[op].options
+    return all(
+        type(x) in _TAKEN_AS[types[name]] and (type(x) is not list or all(type(i) is int for i in x))
+        for name, x in options.items()
+    )
+
+
+def call_or_explain(op: str, call: Callable, validate: Callable, options: dict) -> object:
+    """``call(**options)``; where that fails, what ``validate(**options)`` has to say of the arguments of `op`.
+
+    Every kernel checks its arguments itself. To check them here as well, before each eager call, would take longer than
+    a small kernel does. Options of other than the schema's types are validated first: validation converts them.
+    """
+    if torch.compiler.is_compiling() or not _takes(op, options):
+        return call(**validate(**options))
+    try:
+        return call(**options)
+    except Exception as error:
+        failure = error
+    validate(**options)  # raises in this project's words, unless the fault lies elsewhere
+    raise failure
 
 
 # ---- dispatcher helpers ---------------------------------------------------------------------------------------------

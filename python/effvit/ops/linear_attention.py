@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..reference.linear_attention import linear_attention as _reference
@@ -334,9 +336,8 @@ def _register_sharding():
 
     @register_sharding(torch.ops.effvit.linear_attention.default)
     def forward_rule(q, k, v, *optionals, **options):
-        rest = [None] * len(options)
         return [
-            ([tokens, states, states], [tokens, tokens, tokens, *inputs(tokens, states, optionals), *rest])
+            ([tokens, states, states], [tokens, tokens, tokens, *inputs(tokens, states, optionals)])
             for tokens, states in placements(optionals)
         ]
 
@@ -344,7 +345,6 @@ def _register_sharding():
 
     @register_sharding(torch.ops.effvit.linear_attention_backward.default)
     def backward_rule(grad_out, grad_state, grad_z, q, k, v, state, z, *optionals, **options):
-        rest = [None] * len(options)
         rules = []
         for tokens, states in placements(optionals):
             given = inputs(tokens, states, (*optionals, *(None,) * (6 - len(optionals))))
@@ -353,7 +353,7 @@ def _register_sharding():
                 [tokens, tokens, tokens, *grads],
                 [
                     tokens, present(states, grad_state), present(states, grad_z), tokens, tokens, tokens, states,
-                    states, *given[: len(optionals)], *rest,
+                    states, *given[: len(optionals)],
                 ],
             ))  # fmt: skip
         return rules
@@ -468,15 +468,17 @@ def linear_attention(
             _check_offsets(NAME, cu_seqlens, q.shape[1])  # before they are cut to 32 bits
         cu_seqlens = cu_seqlens.to(torch.int32)
     _check_bool(NAME, "return_state", return_state)
-    options = validate(
-        NAME, q, k, v, q_den, k_den, weight, cu_seqlens, initial_state, initial_z,
-        feature_map=index_of(NAME, "feature_map", feature_map, FEATURE_MAPS),
-        normalize=index_of(NAME, "normalize", normalize, NORMALIZERS),
-        eps=eps, clamp_min=clamp_min, scale=scale, causal=causal,
-    )  # fmt: skip
-    if not return_state and cu_seqlens is None and initial_state is None:
-        options["quadratic"] = prefers_quadratic(q.shape[1], k.shape[1], q.shape[3], v.shape[3])
-    out, state, z = torch.ops.effvit.linear_attention(
-        q, k, v, q_den, k_den, weight, cu_seqlens, initial_state, initial_z, **options
-    )
+    tensors = (q, k, v, q_den, k_den, weight, cu_seqlens, initial_state, initial_z)
+
+    def call(**options):
+        if not return_state and cu_seqlens is None and initial_state is None:
+            options["quadratic"] = prefers_quadratic(q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+        return torch.ops.effvit.linear_attention.default(*tensors, **options)
+
+    options = {
+        "feature_map": index_of(NAME, "feature_map", feature_map, FEATURE_MAPS),
+        "normalize": index_of(NAME, "normalize", normalize, NORMALIZERS),
+        "eps": eps, "clamp_min": clamp_min, "scale": scale, "causal": causal,
+    }  # fmt: skip
+    out, state, z = R.call_or_explain(NAME, call, functools.partial(validate, NAME, *tensors), options)
     return (out, state, z) if return_state else out

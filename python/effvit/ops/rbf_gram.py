@@ -136,11 +136,11 @@ def _register_sharding():
 
     @register_sharding(torch.ops.effvit.rbf_gram.default)
     def forward_rule(q, k, *, gamma=0.5):
-        return [([o], [q_, k_, None]) for q_, k_, o, _ in rules]
+        return [([o], [q_, k_]) for q_, k_, o, _ in rules]
 
     @register_sharding(torch.ops.effvit.rbf_gram_backward.default)
     def backward_rule(grad_out, q, k, out, *, gamma=0.5):
-        return [([q_, dk], [o, q_, k_, o, None]) for q_, k_, o, dk in rules]
+        return [([q_, dk], [o, q_, k_, o]) for q_, k_, o, dk in rules]
 
 
 if torch.distributed.is_available():

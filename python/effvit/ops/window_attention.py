@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..reference.window_attention import window_attention as _reference
@@ -252,9 +254,8 @@ def _register_sharding():
     @register_sharding(torch.ops.effvit.window_attention.default)
     def forward_rule(q, k, v, bias_table=None, logit_scale=None, pad_k=None, pad_v=None, **geometry):
         small = (bias_table, logit_scale, pad_k, pad_v)
-        rest = [None] * len(geometry)
         return [
-            ([r, r_lse], [r, r, r, *(present(s, t) for t in small), *rest])
+            ([r, r_lse], [r, r, r, *(present(s, t) for t in small)])
             for r, r_lse, s in (
                 (Replicate(), Replicate(), Replicate()),
                 (Shard(0), Shard(0), Replicate()),
@@ -268,10 +269,9 @@ def _register_sharding():
     ):
         # dqkv packs dq, dk and dv along one dimension, so it has no sharding over heads: heads are gathered first.
         small = (bias_table, logit_scale, pad_k, pad_v)
-        rest = [None] * len(geometry)
         rules = []
         for r, s, sums in ((Replicate(), Replicate(), Replicate()), (Shard(0), Replicate(), Partial())):
-            inputs = [r, present(r, grad_lse), r, r, r, r, r, *(present(s, t) for t in small), *rest]
+            inputs = [r, present(r, grad_lse), r, r, r, r, r, *(present(s, t) for t in small)]
             rules.append(([r, *(sums for _ in small)], inputs))
         return rules
 
@@ -340,8 +340,16 @@ def window_attention(
 
     Sources: Swin (arXiv:2103.14030), Swin v2 (2111.09883), MaxViT (2204.01697), CSWin (2107.00652), HAT (2205.04437).
     """
-    geometry = _validate(
-        NAME, q, k, v, bias_table, logit_scale, pad_k, pad_v, window=window, shift=shift, dilation=dilation, halo=halo,
-        scale=scale, mask_value=mask_value, roll_before_pad=roll_before_pad,
-    )  # fmt: skip
-    return torch.ops.effvit.window_attention(q, k, v, bias_table, logit_scale, pad_k, pad_v, **geometry)
+    tensors = (q, k, v, bias_table, logit_scale, pad_k, pad_v)
+    geometry = {
+        "window": _as_list(window), "shift": _as_list(shift), "dilation": _as_list(dilation), "halo": _as_list(halo),
+        "scale": scale, "mask_value": mask_value, "roll_before_pad": roll_before_pad,
+    }  # fmt: skip
+    call = functools.partial(torch.ops.effvit.window_attention.default, *tensors)
+    return R.call_or_explain(NAME, call, functools.partial(_validate, NAME, *tensors), geometry)
+
+
+def _as_list(x):
+    if type(x) is int:
+        return [x, x]
+    return list(x) if type(x) is tuple and all(type(i) is int for i in x) else x

@@ -20,6 +20,7 @@ def check(spec, sample, dims, mesh):
     from torch.distributed.tensor.debug import CommDebugMode
 
     args, kwargs = sample.build()
+    defaults = {a.name: a.default_value for a in spec.op().default._schema.arguments if a.kwarg_only}
     whole = {n: torch.cat((t, t.flip(0)), dims[n]) if n in dims else t for n, t in named_tensors(spec, args).items()}
     placed = {
         n: distribute_tensor(t.detach(), mesh, [Shard(dims[n]) if n in dims else Replicate()]).requires_grad_()
@@ -28,8 +29,13 @@ def check(spec, sample, dims, mesh):
     args = tuple(whole.get(n) for n in spec.tensors)
     with CommDebugMode() as comm:
         results = as_tuple(spec.op()(*(placed.get(n) for n in spec.tensors), **kwargs))
+        spelled_out = as_tuple(spec.op()(*(placed.get(n) for n in spec.tensors), **{**defaults, **kwargs}))
     if comm.get_total_counts():
         raise AssertionError(f"forward must not communicate, got {comm.get_comm_counts()}")
+    for name, result, same in zip(spec.outputs, results, spelled_out, strict=True):
+        if same.placements != result.placements:
+            raise AssertionError(f"{name}: {same.placements} with every option given, else {result.placements}")
+        assert_bitwise_equal(same.to_local(), result.to_local(), name=f"{name}, every option given")
     with torch.no_grad():
         expected = as_tuple(spec.op()(*args, **kwargs))
     for name, result, e in zip(spec.outputs, results, expected, strict=True):

@@ -13,7 +13,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Sample:
     """One call: ``make(dtype, device, generator) -> (args, kwargs)``, positional tensors and keyword arguments.
 
-    Tags: ``small`` the emulator and the Triton interpreter run it too, in float32, and in the other dtypes where it is
+    Tags: ``small`` the emulator and the Triton interpreter run it too, in the first dtype, in others where it is
     also ``framework``; ``tiny`` small enough for gradcheck; ``vit`` a geometry of a real network; ``nasty``,
     ``strided``, ``empty``, ``huge`` say what is special; ``framework`` used for opcheck, compile, vmap and the like.
     """

@@ -25,6 +25,8 @@ TENSORS = ("q", "k", "v", "q_den", "k_den", "weight", "cu_seqlens", "initial_sta
 OUTPUTS = ("out", "state", "z")
 NONE, RELU, ELU1, EXP = range(4)  # feature maps
 PLAIN, SUM, MEAN, CLAMP = range(4)  # normalisers
+# Backends that take samples in one dtype take the first.
+FLOAT16_FIRST = (torch.float16, torch.float32, torch.bfloat16)
 
 
 def reference_call(*args, **kwargs):
@@ -100,6 +102,36 @@ def _large(q, k, v):
     return q.abs() * 8 + 1, k.abs() * 24, v * 150
 
 
+def _thirteens(q, k, v):
+    """Features of exp from e^11 to e^15 exceed float16's range."""
+    return 13 + q / 2, 13 + k / 2, v
+
+
+def _near_largest(q, k, v):
+    """elu(x) + 1 up to float16's largest number; its sums are beyond it."""
+    return (q.abs() * 2e4).clamp(max=65504.0), (k.abs() * 2e4).clamp(max=65504.0), v * 1000
+
+
+def _large_scores(q, k, v):
+    """phi(q) . phi(k) and the state exceed float16's range, 1 / denominator is below its smallest number."""
+    return q.abs() * 100 + 100, k.abs() * 100 + 100, v * 100
+
+
+def _large_keys(q, k, v):
+    """Keys that weights of a thousand take out of float16's range."""
+    return q.abs() + 0.1, k.abs() * 100 + 100, v
+
+
+def _small_features_large_values(q, k, v):
+    """Under exp: weights of a thousand take the values out of float16's range, the features take them back."""
+    return q, k - 7, v * 400
+
+
+def _products_with_values(q, k, v):
+    """grad_out . v exceeds float16's range, the output and every gradient do not."""
+    return q.abs() * 4 + 1, k.abs() * 4 + 1, (v * 25000).clamp(-6e4, 6e4)
+
+
 def _heads_of_different_size(q, k, v):
     factor = torch.logspace(-3, 1, v.shape[2])[:, None]
     return q * factor.flip(0), k * factor, v * factor
@@ -164,6 +196,9 @@ _WEIGHTS = {
     "head_major": lambda w: in_order(w, (0, 2, 1)),
     "per_key": lambda w: w[:, :, :1].expand_as(w),
     "signed": lambda w: w - 0.75,
+    "thousands": lambda w: w * 1000,
+    "thousandths": lambda w: w / 1000,
+    "millionths": lambda w: w / 1e6,
 }
 
 # fmt: off
@@ -218,6 +253,29 @@ SAMPLES = [
     _sample("small_state_only", 1, 0, 2, 8, M=15, tags="small"),
     _sample("small_output_only", 1, 15, 2, 8, M=0, initial=True, normalize=MEAN, tags="small"),
     _sample("small_no_keys", 1, 3, 1, 8, M=0, tags="small empty"),
+    # Intermediate values beyond float16's range; outputs and gradients are within. Weights keep the gradients of the
+    # returned states there.
+    _sample("small_float16_exp", 1, 22, 2, 8, weight="millionths", weight_dtype=torch.float32, feature_map=EXP,
+            values=_thirteens, tags="small nasty", dtypes=FLOAT16_FIRST),
+    _sample("small_float16_exp_causal", 1, 37, 1, 8, weight="millionths", weight_dtype=torch.float32, feature_map=EXP,
+            values=_thirteens, causal=True, tags="small nasty", dtypes=FLOAT16_FIRST),
+    _sample("small_float16_exp_quadratic", 1, 22, 2, 8, M=19, feature_map=EXP, values=_thirteens, quadratic=True,
+            tags="small nasty", dtypes=FLOAT16_FIRST),
+    _sample("small_float16_elu1", 1, 22, 2, 8, weight="thousandths", weight_dtype=torch.float32, feature_map=ELU1,
+            normalize=MEAN, values=_near_largest, tags="small nasty", dtypes=FLOAT16_FIRST),
+    _sample("small_float16_scores", 1, 24, 2, 72, 40, values=_large_scores, tags="small nasty", dtypes=FLOAT16_FIRST),
+    _sample("small_float16_scores_causal", 1, 38, 1, 16, 12, values=_large_scores, causal=True, tags="small nasty",
+            dtypes=FLOAT16_FIRST),
+    _sample("small_float16_scores_quadratic", 1, 24, 2, 16, 12, values=_large_scores, quadratic=True,
+            tags="small nasty", dtypes=FLOAT16_FIRST),
+    _sample("small_float16_weighted_keys", 1, 21, 2, 8, weight="thousands", values=_large_keys, quadratic=True,
+            tags="small nasty", dtypes=FLOAT16_FIRST),
+    _sample("small_float16_weighted_values", 1, 21, 2, 8, 12, weight="thousands", feature_map=EXP,
+            values=_small_features_large_values, tags="small nasty", dtypes=FLOAT16_FIRST),
+    _sample("small_float16_weighted_values_causal", 1, 35, 1, 8, 12, weight="thousands", feature_map=EXP,
+            values=_small_features_large_values, causal=True, tags="small nasty", dtypes=FLOAT16_FIRST),
+    _sample("small_float16_values", 1, 23, 1, 8, 40, values=_products_with_values, quadratic=True, tags="small nasty",
+            dtypes=FLOAT16_FIRST),
     # Tiny: gradcheck of the definition.
     _sample("tiny_relu_sum", 1, 3, 1, 2, M=2, den="q", tags="tiny"),
     _sample("tiny_elu1_mean", 2, 2, 1, 2, 1, feature_map=ELU1, normalize=MEAN, eps=0.1, weight="plain", initial=True,
@@ -280,6 +338,11 @@ SAMPLES = [
     _sample("elu1_of_threes_causal", 1, 150, 2, 16, feature_map=ELU1, values=_threes, causal=True, tags="nasty"),
     _sample("negative_scale", 1, 50, 2, 16, scale=-0.7, tags="nasty"),
     _sample("zero_scale", 1, 50, 2, 16, scale=0.0, tags="nasty"),
+    # Wide tokens in several chunks: CPU kernels fetch the next chunk ahead, up to six tensors of it.
+    _sample("fetched_ahead", 4, 70, 1, 256, weight="plain", tags="nasty"),
+    _sample("fetched_ahead_causal", 4, 70, 1, 256, causal=True, den="qk", feature_map=ELU1, normalize=MEAN,
+            tags="nasty"),
+    _sample("fetched_ahead_head_major", 32, 70, 2, 64, layout=_head_major, tags="nasty"),
     _sample("negative_eps", 1, 50, 2, 16, eps=-0.5, feature_map=ELU1, tags="nasty"),
     _sample("mean_large_eps_causal", 1, 200, 2, 16, normalize=MEAN, eps=0.5, causal=True, tags="nasty"),
     _sample("clamp_nothing", 1, 60, 2, 16, normalize=CLAMP, clamp_min=-5.0, feature_map=ELU1, tags="nasty"),
@@ -315,6 +378,7 @@ SAMPLES = [
     _sample("huge_batch", 70001, 2, 1, 2, tags="huge", dtypes=(torch.float32,)),
     _sample("huge_heads", 1, 2, 66000, 2, quadratic=True, tags="huge", dtypes=(torch.float32,)),
     _sample("huge_length", 1, 140000, 1, 4, tags="huge", dtypes=(torch.float32,)),
+    _sample("huge_output", 8, 2048, 4, 64, tags="huge", dtypes=(torch.float32,)),  # 16 MiB: written past the caches
 ]
 # fmt: on
 

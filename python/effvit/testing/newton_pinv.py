@@ -112,6 +112,7 @@ SAMPLES = [
     _sample("m31", 1, 2, 31, _dominant, tags="nasty"),
     _sample("m64", 1, 2, 64, gram, tags="nasty"),
     _sample("m97", 1, 1, 97, _dominant, tags="nasty"),
+    _sample("m99", 1, 2, 99, gram, tags="nasty", options=CLOSE),
     _sample("m128", 1, 1, 128, gram, tags="nasty", options=CLOSE),
     _sample("m255", 1, 1, 255, gram, tags="nasty"),
     _sample("m256", 1, 2, 256, _dominant, tags="nasty"),

@@ -8,6 +8,9 @@ from effvit.testing._spec import FLOAT_DTYPES, BadInput, Cost, OpSpec, Sample
 
 TENSORS = ("q", "k")
 BACKWARD_TENSORS = ("grad_out", "q", "k", "out")
+# Backends that take samples in one dtype take the first.
+BFLOAT16_FIRST = (torch.bfloat16, torch.float32, torch.float16)
+FLOAT16_FIRST = (torch.float16, torch.float32, torch.bfloat16)
 
 # ---- samples -------------------------------------------------------------------------------------------------------
 
@@ -113,6 +116,17 @@ SAMPLES = [
     _sample("small_misaligned", 2, 5, 6, 1, 16, tags="small strided", layout=_misaligned),
     _sample("small_equal", 1, 6, 6, 2, 8, tags="small", values=_same_tokens),
     _sample("small_near_and_far", 1, 12, 7, 1, 8, tags="small", values=_near_and_far),
+    # The ways in which CUDA kernels read and write the matrix: rows of whole vectors, tiles that are one aligned block
+    # (heads a multiple of 16 bytes apart), and in every dtype.
+    _sample("small_row_vectors", 1, 9, 72, 2, 16, tags="small"),
+    _sample("small_row_vectors_bfloat16", 1, 66, 72, 1, 24, tags="small", dtypes=BFLOAT16_FIRST),
+    _sample("small_row_vectors_float16", 1, 70, 16, 2, 20, tags="small", dtypes=FLOAT16_FIRST),
+    _sample("small_blocks", 2, 8, 5, 2, 16, tags="small"),
+    _sample("small_blocks_bfloat16", 1, 67, 9, 1, 16, tags="small", dtypes=BFLOAT16_FIRST),
+    _sample("small_blocks_float16", 3, 72, 9, 2, 8, tags="small", dtypes=FLOAT16_FIRST),
+    _sample("small_block_tail_float16", 1, 67, 9, 1, 8, tags="small", dtypes=FLOAT16_FIRST),
+    _sample("small_elements_bfloat16", 1, 5, 67, 2, 65, tags="small", dtypes=BFLOAT16_FIRST),
+    _sample("small_elements_float16", 1, 70, 70, 1, 7, tags="small", dtypes=FLOAT16_FIRST),
     # Tiny: gradcheck of the definition.
     _sample("tiny", 1, 3, 2, 2, 2, tags="tiny small"),
     _sample("tiny_gamma", 2, 2, 3, 1, 1, tags="tiny", gamma=1.3),

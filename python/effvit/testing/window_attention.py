@@ -227,6 +227,10 @@ SAMPLES = [
     _sample("window_1xn", 1, 9, 13, 2, 8, window=(1, 5), shift=(0, 2), tags="nasty"),
     _sample("window_nx1", 1, 13, 9, 2, 8, window=(5, 1), shift=(4, 0), pads=True, tags="nasty"),
     _sample("window_3x5", 1, 11, 17, 2, 24, window=(3, 5), shift=(2, 4), mask_value=-4.0, tags="nasty"),
+    # Rows of a window that fill vectors of 16.
+    _sample("window_2x13", 1, 4, 13, 1, 8, window=(2, 13), tags="nasty"),
+    _sample("window_3x15", 1, 6, 15, 1, 8, window=(3, 15), bias=False, tags="nasty"),
+    _sample("window_4x16", 1, 8, 16, 2, 16, window=(4, 16), tau=(1.0, 2.0), tags="nasty"),
     _sample("window_exceeds_map", 2, 5, 3, 2, 16, window=(8, 9), shift=(3, 8), tags="nasty"),
     _sample(
         "window_exceeds_map_pads_timm", 1, 5, 3, 2, 16, window=8, shift=7, pads=True, roll_before_pad=True,
@@ -264,6 +268,7 @@ SAMPLES = [
     _sample("d257_dv129", 1, 4, 4, 1, 257, 129, window=4, tags="nasty"),
     _sample("window_32", 1, 32, 32, 1, 16, window=32, tags="nasty"),
     _sample("window_32_shift_pads", 1, 30, 33, 1, 8, window=32, shift=16, pads=True, tags="nasty"),
+    _sample("window_32_exceeds_map", 1, 6, 33, 1, 8, window=32, tags="nasty"),
     _sample("large_logits", 1, 8, 8, 2, 32, window=4, shift=1, values=_large_logits, tags="nasty"),
     _sample("heads_of_different_size", 1, 8, 8, 4, 16, window=4, values=_tiny_values, tags="nasty"),
     _sample("equal_keys", 1, 8, 8, 1, 16, window=8, bias=False, values=_equal_keys, tags="nasty"),
