@@ -41,7 +41,7 @@ stage() {
   else
     ((box = box < left ? box : left))
     echo "== $name (at most $box s)" | tee -a "$LOG"
-    timeout --kill-after=5 "$box" bash -c "set -u -o pipefail; $(declare -f "$fn" run); $fn" 2>&1 | tee -a "$LOG"
+    timeout --kill-after=5 "$box" bash -c "set -u -o pipefail; $(declare -f "$fn" run micros); $fn" 2>&1 | tee -a "$LOG"
     rc=${PIPESTATUS[0]}
   fi
   [[ $rc == 0 ]] || FAILED=$((FAILED + 1))
@@ -49,48 +49,55 @@ stage() {
 }
 
 run() {  # prints a command, and runs it unless this is a dry run
-  echo "+ $*"
+  local line
+  printf -v line ' %q' "$@"
+  echo "+$line"
   if ((DRY)); then return 0; fi
   "$@"
+}
+
+micros() {  # the microbenchmarks that `build` compiles
+  local op
+  for op in $OPS; do
+    if [[ -f csrc/bench/bench_$op.cu ]]; then echo "$WORK/micro_$op"; fi
+  done
 }
 export DRY OUT WORK PYTHON OPS PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=4
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
 
 build() {
-  local arch op pid failed=0 pids=()
+  local arch micro pid failed=0 pids=()
   arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
   arch=${arch:-90}
   if [[ $arch == 90 ]]; then arch=90a; fi
   run nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv,noheader
-  rm -f "$WORK"/micro_*
-  for op in $OPS; do
-    if [[ -f csrc/bench/bench_$op.cu ]]; then
-      run nvcc -O3 -std=c++17 --expt-relaxed-constexpr -gencode "arch=compute_$arch,code=sm_$arch" -I csrc \
-        -o "$WORK/micro_$op" "csrc/bench/bench_$op.cu" &
-      pids+=($!)
-    fi
+  run rm -f "$WORK"/micro_*
+  for micro in $(micros); do
+    run nvcc -O3 -std=c++17 --expt-relaxed-constexpr -gencode "arch=compute_$arch,code=sm_$arch" -I csrc \
+      -o "$micro" "csrc/bench/bench_${micro##*/micro_}.cu" &
+    pids+=($!)
   done
   run env "EFFVIT_CMAKE_ARGS=-DEFFVIT_CUDA_ARCHS=$arch" \
     "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --disable-pip-version-check -e . || failed=1
   for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
   run "$PYTHON" -m effvit info || failed=1
   run "$PYTHON" -c 'import sys, effvit; from effvit import _backends; from effvit.ops._registry import OPS
-sys.exit([op for op in OPS if _backends.chosen(op, "cuda").name != "cuda"])' || failed=1
+sys.exit([op for op in OPS if _backends.chosen(op, "cuda").name != "cuda"] or None)' || failed=1
   return $failed
 }
 
-tests() {  # every test on a CUDA device: C++ and Triton kernels, the primitives, the layers
+tests() {  # every test on a CUDA device: C++ and Triton kernels, the primitives
   run "$PYTHON" -m pytest -q -n 6 --timeout 120 -p no:cacheprovider --junitxml "$OUT/tests.xml" \
-    -k "(cuda or triton or gpu) and not cuda_build and not aot and not asan" tests
+    -k "(cuda or triton) and not cuda_build and not aot and not asan" tests
 }
 
-sanitize() {  # the bare kernels under each tool, all four at once
+sanitize() {  # the bare kernels that have a microbenchmark, under each tool, all four at once
   local tool micro failed=0 pids=()
   for tool in memcheck racecheck initcheck synccheck; do
     (
       rc=0
-      for micro in "$WORK"/micro_*; do
+      for micro in $(micros); do
         run timeout 75 compute-sanitizer --tool "$tool" --error-exitcode 9 "$micro" --smoke || rc=$?
       done >"$WORK/$tool.txt" 2>&1
       echo "$tool: exit $rc" >>"$WORK/$tool.txt"
@@ -105,9 +112,18 @@ sanitize() {  # the bare kernels under each tool, all four at once
   return $failed
 }
 
-sanitize_python() {  # every feature at small sizes, through PyTorch's own allocations
-  run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
-    "$PYTHON" -m pytest -q -x --timeout 60 -p no:cacheprovider -k "cuda and small and not triton" tests/ops
+sanitize_python() {  # every op and feature at small sizes, through PyTorch's own allocations; the ops at once
+  local op pid failed=0 pids=()
+  for op in $OPS; do
+    if [[ -f tests/ops/test_$op.py ]]; then
+      run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+        --target-processes all "$PYTHON" -m pytest -q -x --timeout 60 -p no:cacheprovider \
+        -k "test_backward and small and cuda" "tests/ops/test_$op.py" &
+      pids+=($!)
+    fi
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+  return $failed
 }
 
 bench() {
@@ -119,18 +135,24 @@ bench() {
 }
 
 micro() {
-  local micro
-  for micro in "$WORK"/micro_*; do run "$micro"; done | tee "$OUT/micro.txt"
+  local micro failed=0
+  : >"$OUT/micro.txt"
+  for micro in $(micros); do
+    run "$micro" | tee -a "$OUT/micro.txt" || failed=1
+  done
+  return $failed
 }
 
 profile() {  # hardware counters of the kernels themselves; the clocks stay as they are
-  local micro
-  for micro in "$WORK"/micro_*; do
+  local micro failed=0
+  for micro in $(micros); do
+    : >"$WORK/ncu.csv"
     run ncu --clock-control none --csv --log-file "$WORK/ncu.csv" -k "regex:${micro##*/micro_}" --launch-count 12 \
       --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy --section LaunchStats \
-      --section WarpStateStats "$micro" --profile
+      --section WarpStateStats "$micro" --profile || failed=1
     cat "$WORK/ncu.csv" >>"$OUT/ncu.csv"
   done
+  return $failed
 }
 
 stage build 200 build

@@ -51,7 +51,24 @@ def test_no_file_without_op(layer):
     prefix, suffix = pattern.split("{op}")
     for path in (ROOT / folder).glob(f"{prefix}*{suffix}"):
         name = path.name.removeprefix(prefix).removesuffix(suffix)
-        assert name in OP_NAMES or name in SHARED or name.endswith("_test"), f"{relative([path])[0]} belongs to no op"
+        part = any(name.startswith(f"_{op}_") for op in OP_NAMES)  # of the op's file
+        known = name in OP_NAMES or name in SHARED or name.endswith("_test")
+        assert known or part, f"{relative([path])[0]} belongs to no op"
+
+
+def test_readme_lists_every_op():
+    """A row of the table of operators each, with a cell for every backend, and nothing else."""
+    section = (ROOT / "README.md").read_text().split("\n## What there is\n")[1].split("\n## ")[0]
+    head, line, *rows = [row.strip("|").split("|") for row in section.splitlines() if row.startswith("|")]
+    assert len(head) == 6 and set("".join(line)) == {"-"}
+    assert sorted(row[0].split("`")[1] for row in rows) == sorted(OP_NAMES)
+    for row in rows:
+        assert len(row) == len(head) and all(cell.strip() for cell in row), row
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_changelog_names_every_op(op):
+    assert f"`effvit::{op}`" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_only_stable_h_includes_torch():

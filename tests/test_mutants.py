@@ -4,7 +4,7 @@ A test that cannot fail proves nothing. Every mutant in tests/prim/*_mutants.py 
 the emulator and run in a process of its own; the unmutated sources, compiled the same way, are right.
 """
 
-import concurrent.futures
+import functools
 import importlib
 import os
 import shutil
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from effvit.ops._registry import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 PRIM = ROOT / "tests" / "prim"
@@ -27,33 +29,46 @@ PROGRAMS = {
 MUTANTS = [(program, m) for program, module in PROGRAMS.items() for m in module.MUTANTS]
 
 
-def ccache():
-    return ["ccache"] if shutil.which("ccache") else []
+def compiled(source, include, to):
+    """What the compiler says where it refuses, else nothing."""
+    ccache = ["ccache"] if shutil.which("ccache") else []
+    flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-fvisibility=hidden", "-DEFFVIT_EMU", "-I", include]
+    done = subprocess.run(
+        [*ccache, "g++", *flags, "-x", "c++", "-c", source, "-o", to],
+        env={**os.environ, "CCACHE_BASEDIR": str(to.parent), "CCACHE_NOHASHDIR": "1"},
+        cwd=to.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stderr if done.returncode != 0 else ""
 
 
-def compile_and_run(folder, program, mutant=None):
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    """The emulator's object file, which no mutant changes."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ was not found")
+    path = tmp_path_factory.mktemp("emulator") / "emulator.o"
+    assert compiled(ROOT / "csrc" / "emu" / "emulator.cpp", ROOT / "csrc", path) == ""
+    return path
+
+
+def compile_and_run(folder, emulator, program, mutant=None):
     """Compiles a copy of the sources with the mutant in it, runs it: (error message, results)."""
     source = folder / "csrc"
     for part in ("cuda", "common", "emu"):
         shutil.copytree(ROOT / "csrc" / part, source / part)
     if mutant is not None:
         path = folder / mutant.file
+        assert path.is_relative_to(source / "cuda"), mutant.file
         text = path.read_text()
         assert text.count(mutant.old) == 1, f"{mutant.name}: its text occurs {text.count(mutant.old)} times"
         path.write_text(text.replace(mutant.old, mutant.new))
     harness = PROGRAMS[program].HARNESS
-    main = (folder if harness.startswith("csrc/") else ROOT) / harness
-    flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-fvisibility=hidden", "-DEFFVIT_EMU", "-I", source]
-    env = {**os.environ, "CCACHE_BASEDIR": str(folder), "CCACHE_NOHASHDIR": "1"}
-    objects = []
-    for i, file in enumerate((main, source / "emu" / "emulator.cpp")):
-        objects.append(folder / f"{i}.o")
-        command = [*ccache(), "g++", *flags, "-x", "c++", "-c", file, "-o", objects[-1]]
-        done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
-        if done.returncode != 0:
-            return "does not compile: " + done.stderr, None
+    main, program_object = (folder if harness.startswith("csrc/") else ROOT) / harness, folder / "program.o"
+    message = compiled(main, source, program_object)
+    if message:
+        return "does not compile: " + message, None
     library, results = folder / "mutant.so", folder / "results.npz"
-    subprocess.run(["g++", "-shared", *objects, "-o", library], check=True, cwd=folder)
+    subprocess.run(["g++", "-shared", program_object, emulator, "-o", library], check=True, cwd=folder)
     command = [sys.executable, RUNNER, program, library, results]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode != 0:
@@ -62,39 +77,39 @@ def compile_and_run(folder, program, mutant=None):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """All programs, two at a time: {name: (error message, results)}."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ was not found")
-    jobs = {name: (name, None) for name in PROGRAMS}
-    jobs |= {f"{program}_{m.name}": (program, m) for program, m in MUTANTS}
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        futures = {
-            name: pool.submit(compile_and_run, tmp_path_factory.mktemp(name), *job) for name, job in jobs.items()
-        }
-        return {name: future.result() for name, future in futures.items()}
+def unmutated(tmp_path_factory, emulator):
+    """(program) -> (error message, results), computed once."""
+    return functools.cache(lambda program: compile_and_run(tmp_path_factory.mktemp(program), emulator, program))
 
 
 def error(got, expected):
     return np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-30)
 
 
+def test_every_op_has_mutants():
+    names = {name for name, op in OPS.items() if op.backward_of is None}
+    assert PROGRAMS.keys() == names | {"prim"}
+    for program, module in PROGRAMS.items():
+        assert len(module.MUTANTS) >= 5, program
+        assert len({m.name for m in module.MUTANTS}) == len(module.MUTANTS), program
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_unmutated(outcomes, program):
-    message, results = outcomes[program]
+def test_unmutated(unmutated, program):
+    message, results = unmutated(program)
     assert message == ""
     PROGRAMS[program].check(results)
 
 
 @pytest.mark.parametrize(("program", "mutant"), MUTANTS, ids=[f"{program}-{m.name}" for program, m in MUTANTS])
-def test_mutant_is_caught(outcomes, program, mutant):
-    message, results = outcomes[f"{program}_{mutant.name}"]
+def test_mutant_is_caught(unmutated, emulator, tmp_path, program, mutant):
+    message, results = compile_and_run(tmp_path, emulator, program, mutant)
     if mutant.by:
         assert results is None, "the emulator did not notice"
         assert "emulator: " in message, message
         assert any(part in message for part in mutant.by.split("|")), message
         return
     assert results is not None, message
-    correct = outcomes[program][1]
+    correct = unmutated(program)[1]
     wrong = [name for name, x in results.items() if not error(x, correct[name]) < 0.02]
     assert wrong, "every result is right"

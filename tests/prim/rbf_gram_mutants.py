@@ -1,0 +1,133 @@
+"""Mutants of the rbf_gram kernels."""
+
+import ctypes
+import functools
+
+import numpy as np
+from mutants import Mutant, bf16, bf16_values, call, check_seeds, from_bf16, nbytes, pointer
+
+HARNESS = "tests/prim/rbf_gram_harness.cpp"
+GRAM = "csrc/cuda/rbf_gram.cuh"
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+# B, L, M, H, D, dtype
+CASES = [
+    (1, 70, 72, 1, 40, BFLOAT16),  # rows of vectors; two tiles of queries and of keys, dk in two pieces
+    (3, 72, 9, 2, 20, FLOAT16),  # tiles that are one block; a CTA walks over queries, rows of P are scaled
+    (1, 81, 31, 1, 72, FLOAT32),  # float32: two chunks of columns, dk in two pieces
+    (2, 5, 67, 1, 9, BFLOAT16),  # nothing is aligned: element by element
+]
+NAMES = ("out", "dq", "dk")
+GAMMA = 0.75
+
+MUTANTS = [
+    Mutant("load_barrier", GRAM, "      prim::sync_threads();  // the buffers' previous readers\n", "", "race"),
+    Mutant("norms_barrier", GRAM, "prim::sync_threads();  // and the readers of q, over which the result is staged\n",
+           "", "race|uninitialised"),
+    Mutant("stage_barrier", GRAM, "      prim::sync_threads();  // the readers of q, over which the result is staged\n",
+           "", "race"),
+    Mutant("staged_barrier", GRAM, "    prim::sync_threads();\n    store_tile(g,", "    store_tile(g,",
+           "race|uninitialised"),
+    Mutant("walk_barrier", GRAM,
+           "      prim::sync_threads();  // the previous tiles' readers\n      if (qt == begin)",
+           "      if (qt == begin)", "race"),
+    Mutant("in_place_barrier", GRAM, "        prim::sync_threads();  // the readers of q, over which dq is computed\n",
+           "", "race"),
+    Mutant("warp_barrier", GRAM, "  prim::sync_warp();\n  const int row0", "  const int row0", "race|uninitialised"),
+    Mutant("no_wait", GRAM,
+           "      prim::cp_async_wait<0>();\n      prim::sync_threads();\n      if constexpr (Tr::kTensorCores)",
+           "      prim::sync_threads();\n      if constexpr (Tr::kTensorCores)", "before its wait"),
+    Mutant("row_bound", GRAM, "row < from.valid ? from.cols", "row <= from.valid ? from.cols", "outside"),
+    Mutant("column_bound", GRAM, "n = n < 0 ? 0 : n > kVec ? kVec : n;", "n = n <= 0 ? 0 : kVec;", "outside"),
+    Mutant("stored_rows", GRAM, "if (row >= rows) break;", "if (row > rows) break;", "outside|written twice"),
+    Mutant("block_tail", GRAM, "kFlatVectors ? count / kVec * kVec : 0", "kFlatVectors ? round_up(count, kVec) : 0",
+           "outside|written twice"),
+    Mutant("short_block", GRAM, "const int count = rows * cols, whole = count / kVec * kVec;",
+           "const int count = (rows - 1) * cols, whole = count / kVec * kVec;", "uninitialised"),
+    Mutant("unclear_columns", GRAM,
+           "clear_columns(tile.products, from_k.valid);\n      }\n      load_rows(tile.q, from_q, first, cols);\n"
+           "      prim::cp_async_commit",
+           "clear_columns(tile.products, round_up(from_k.valid, 8));\n      }\n"
+           "      load_rows(tile.q, from_q, first, cols);\n      prim::cp_async_commit", "uninitialised"),
+    Mutant("unclear_rows", GRAM, "for (int i = rows * kTile + prim::thread_id(); i < kTile * kTile;",
+           "for (int i = rows * kTile + prim::thread_id(); i < 0;", "uninitialised"),
+    Mutant("lost_tile", GRAM, "static_cast<T*>(g.p.out) + (bh * g.p.L + qt * kTile) * g.p.M + kt * kTile",
+           "static_cast<T*>(g.p.out) + (bh * g.p.L + qt * kTile) * g.p.M", "written twice"),
+    Mutant("a_fragment", GRAM, "(prim::warp_id() * 16 + low + half) * kStride + quarter, b_at",
+           "(prim::warp_id() * 16 + low + quarter) * kStride + half, b_at"),
+    Mutant("b_fragment", GRAM, "ldmatrix_x4<true>(bf, y, (s * 16 + low + half) * kStride + n * 8 + quarter);",
+           "ldmatrix_x4<true>(bf, y, (s * 16 + low + quarter) * kStride + n * 8 + half);"),
+    Mutant("norm_of_row", GRAM, "{norms.load(row), norms.load(row + 8)}", "{norms.load(row), norms.load(row)}"),
+    Mutant("norm_of_key", GRAM, "norms.load_vec<Vec<float, 2>>(kTile + n * 8 + column)",
+           "norms.load_vec<Vec<float, 2>>(n * 8 + column)"),
+    Mutant("transposed", GRAM, "p[n][2 * r] = products.load(j * kProductStride + i);",
+           "p[n][2 * r] = products.load(i * kProductStride + j);"),
+    Mutant("no_rescale", GRAM, "        sum[r] *= ratio;\n", ""),
+    Mutant("scale_of_row", GRAM, "p[n][e] *= scale[e / 2];", "p[n][e] *= scale[e % 2];"),
+    Mutant("lost_split", GRAM, "for (int s = 0; s < g.splits; ++s)", "for (int s = 1; s < g.splits; ++s)"),
+    Mutant("lost_chunk", GRAM, "+ kt * kTile) * g.partial_stride + first;", "+ kt * kTile) * g.partial_stride;"),
+    Mutant("sign", GRAM, "v.v[e] * sum[i] - acc[i][n][e]", "v.v[e] * sum[i] + acc[i][n][e]"),
+]  # fmt: skip
+
+
+def inputs_of(case):
+    """q, k, grad_out in float32, of values that bfloat16 and float16 hold exactly."""
+    B, L, M, H, D, dtype = CASES[case]
+    values = functools.partial(bf16_values, np.random.default_rng(case))
+    q, k, grad = values(B, L, H, D) / 4, values(B, M, H, D) / 4, values(B, H, L, M)
+    if dtype == FLOAT16:  # later queries weigh more, so the scale of a row of P changes on the way
+        grad *= np.where(np.arange(L) < 64, 2.0**-8, 16.0).astype(np.float32)[:, None]
+    return tuple(x.astype(np.float16).astype(np.float32) for x in (q, k, grad))
+
+
+def encoded(x, dtype):
+    return bf16(x) if dtype == BFLOAT16 else x.astype(np.float16 if dtype == FLOAT16 else np.float32)
+
+
+def decoded(x):
+    return from_bf16(x) if x.dtype == np.uint16 else x
+
+
+def run(library):
+    for case, sizes in enumerate(CASES):
+        B, L, M, H, _, dtype = sizes
+        q, k, grad = (encoded(x, dtype) for x in inputs_of(case))
+        out, dq, dk = np.zeros((B, H, L, M), grad.dtype), np.zeros_like(q), np.zeros_like(k)
+        workspace = np.zeros(1 << 16, np.float32)
+        tensors = [q, k, out, grad, dq, dk]
+        addresses = (ctypes.c_void_p * len(tensors))(*[t.ctypes.data for t in tensors])
+        call(
+            library.run_rbf_gram, (ctypes.c_int64 * len(sizes))(*sizes), addresses, pointer(workspace),
+            nbytes(workspace),
+        )  # fmt: skip
+        for name, x in zip(NAMES, (out, dq, dk), strict=True):
+            yield f"{case}_{name}", decoded(x).astype(np.float64)
+
+
+def formula(case, dtype):
+    """Output and gradients of the reference."""
+    import torch
+
+    from effvit.reference.rbf_gram import rbf_gram
+
+    q, k, grad = (torch.from_numpy(x).to(dtype) for x in inputs_of(case))
+    leaves = [q.requires_grad_(), k.requires_grad_()]
+    out = rbf_gram(*leaves, gamma=GAMMA)
+    return [t.detach() for t in (out, *torch.autograd.grad(out, leaves, grad))]
+
+
+def check(results):
+    import torch
+
+    from effvit.testing import assert_close_to_truth
+    from effvit.testing.rbf_gram import magnitudes
+
+    check_seeds(results)
+    for case, sizes in enumerate(CASES):
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[sizes[-1]]
+        eps = torch.finfo(dtype).eps
+        q, k, grad = (torch.from_numpy(x).double() for x in inputs_of(case))
+        outputs, gradients = magnitudes((q, k), {"gamma": GAMMA}, (grad,), eps)
+        sizes_of = dict(zip(NAMES, (outputs["out"], gradients["q"], gradients["k"]), strict=True))
+        for name, truth, yardstick in zip(NAMES, formula(case, torch.float64), formula(case, dtype), strict=True):
+            result = torch.from_numpy(results[f"0_{case}_{name}"])
+            assert_close_to_truth(result, truth, yardstick, magnitude=sizes_of[name], eps=eps, name=f"{case}_{name}")
