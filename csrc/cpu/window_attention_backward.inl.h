@@ -199,22 +199,22 @@ struct Backward {
 
   void load_queries(int64_t head) {
     const int d = static_cast<int>(p.d), width = static_cast<int>(p.dv);
-    const float factor = (g.cosine ? temperature(p, head) : p.scale) * kLog2E;
+    const WideFactor factor(double{g.cosine ? temperature(p, head) : p.scale} * kLog2EWide);
     const T* base = static_cast<const T*>(p.q) + head * p.q_stride_h;
     const T* base_do = static_cast<const T*>(p.grad_out) + head * p.grad_out_stride_h;
     const int64_t plane = p.H * p.W;
     const int64_t *const offset = queries.offset, *const grad_offset = queries.grad_offset;
-    pack(q, queries.n, d, [&](int i) { return base + offset[i]; }, g.cosine ? 1.f : factor);
+    pack(q, queries.n, d, [&](int i) { return base + offset[i]; }, g.cosine ? WideFactor() : factor);
     for (int i = 0; g.cosine && i < queries.n; ++i) {
       float* row = q + int64_t{i} * g.dp;
       normalize_row(row, g.dp, q_norm + i);
-      for (int c = 0; c < g.dp; c += kLanes) store(row + c, load(row + c) * factor);
+      for (int c = 0; c < g.dp; c += kLanes) store(row + c, factor(load(row + c)));
     }
     pack(grad_out, queries.n, width, [&](int i) { return base_do + grad_offset[i]; });
     for (int i = 0; i < queries.n; ++i) {
       float* row_do = grad_out + int64_t{i} * g.dvp;
       const int64_t at = queries.lse_offset[i] + head * plane;
-      lse[i] = p.lse[at] * kLog2E;
+      lse[i] = static_cast<float>(p.lse[at] * kLog2EWide);
       delta[i] = p.grad_lse ? -p.grad_lse[at] : 0.f;
       if (g.single) continue;  // the rest of delta comes from the row itself
       const T* row_out = static_cast<const T*>(p.out) + (queries.position[i] * p.h + head) * p.dv;
@@ -360,7 +360,7 @@ struct Backward {
     const bool single = g.single;
     float *row = prob, *drow = dlogit;
     for (int i = r; i < r + rows; ++i, row += ld, drow += ld) {
-      const vf log_sum = set1(lse[i]);
+      const vf log_sum = set1(single && keys.n == 1 ? row[0] : lse[i]);  // one key: P is exactly 1, dS exactly 0
       vf total = (vf)((vi)exp2(load(row + last) - log_sum) & there);
       store(row + last, total);
       vf along = total * load(drow + last);

@@ -24,6 +24,7 @@ constexpr int kTileTokens = 256;
 constexpr int kBlockRows = 64;  // query rows whose logits are held at once, at most
 constexpr int kBlockFloats = 5120;  // and as many of their logits as leave half of an L1 cache to the operands
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr double kLog2EWide = 1.4426950408889634;
 #if defined(EFFVIT_HAS_TILES)
 template <class T>
 constexpr bool kTiles = std::is_same_v<T, BFloat16>;  // products on AMX tiles, of the bfloat16 tokens as they are
@@ -288,7 +289,8 @@ class BiasTable {
     for (int y = 0; y < g.table_h; ++y) {
       const int64_t from = head * p.bias_stride_h + (g.table_h - 1 - y) * p.bias_stride_y;
       for (int x = 0; x < g.table_w; ++x) {
-        line_[x] = load_scalar(p.bias_table, p.bias_dtype, from + (g.table_w - 1 - x) * p.bias_stride_x) * kLog2E;
+        const float b = load_scalar(p.bias_table, p.bias_dtype, from + (g.table_w - 1 - x) * p.bias_stride_x);
+        line_[x] = static_cast<float>(b * kLog2EWide);
       }
       if (!g.expanded) {
         std::memcpy(t + int64_t{y} * g.table_w, line_, static_cast<size_t>(g.table_w) * 4);
@@ -518,24 +520,32 @@ EFFVIT_INLINE void dispatch_width(int n, const F& f) {
   f(std::integral_constant<int, 0>{});
 }
 
+// A factor of more digits than float32 has: its rounding would turn all logits the same way.
+struct WideFactor {
+  float high = 1.f, low = 0.f;
+  WideFactor() = default;
+  explicit WideFactor(double x) : high(static_cast<float>(x)), low(static_cast<float>(x - static_cast<double>(high))) {}
+  EFFVIT_INLINE vf operator()(vf x) const { return fma(x, set1(high), x * set1(low)); }
+};
+
 // dst[i * round_up(width)] = row(i) * factor in float32, for n rows; padded with zeros.
 template <class Row>
-EFFVIT_INLINE void pack(float* dst, int n, int width, const Row& row, float factor = 1.f) {
+EFFVIT_INLINE void pack(float* dst, int n, int width, const Row& row, WideFactor factor = {}) {
   const int64_t padded = round_up(width, kLanes);
   dispatch_width(width, [&](auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
-    const vf by = set1(factor);
     float* to = dst;
     for (int i = 0; i < n; ++i, to += padded) {
       if constexpr (kVectors == 0) {
-        load_row(to, row(i), width, factor);
+        load_row(to, row(i), width);
+        for (int c = 0; c < padded; c += kLanes) store(to + c, factor(load(to + c)));
       } else {
         const auto* from = row(i);
         vf x[kVectors];
 #pragma GCC unroll 16
         for (int j = 0; j < kVectors; ++j) x[j] = load(from + j * kLanes);
 #pragma GCC unroll 16
-        for (int j = 0; j < kVectors; ++j) store(to + j * kLanes, x[j] * by);
+        for (int j = 0; j < kVectors; ++j) store(to + j * kLanes, factor(x[j]));
       }
     }
   });
@@ -625,13 +635,13 @@ struct Forward {
   void load_queries(int64_t head) {
     const T* base = static_cast<const T*>(p.q) + head * p.q_stride_h;
     const int d = static_cast<int>(p.d);
-    const float factor = (g.cosine ? temperature(p, head) : p.scale) * kLog2E;
+    const WideFactor factor(double{g.cosine ? temperature(p, head) : p.scale} * kLog2EWide);
     const int64_t* const offset = queries.offset;
-    pack(q, queries.n, d, [&](int i) { return base + offset[i]; }, g.cosine ? 1.f : factor);
+    pack(q, queries.n, d, [&](int i) { return base + offset[i]; }, g.cosine ? WideFactor() : factor);
     for (int i = 0; g.cosine && i < queries.n; ++i) {
       float* row = q + int64_t{i} * g.dp;
       normalize_row(row, g.dp, norm);
-      for (int c = 0; c < g.dp; c += kLanes) store(row + c, load(row + c) * factor);
+      for (int c = 0; c < g.dp; c += kLanes) store(row + c, factor(load(row + c)));
     }
   }
 
