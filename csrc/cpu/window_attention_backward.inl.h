@@ -377,9 +377,9 @@ struct Backward {
     }
     row = prob, drow = dlogit;
     for (int i = r; i < r + rows; ++i, row += ld, drow += ld) {
-      const vf factor = set1(single ? inverse[i] : 1.f), offset = set1(-delta[i]) * factor;
+      const vf factor = set1(single ? inverse[i] : 1.f), shift = set1(delta[i]);
 #pragma GCC unroll 8
-      for (int j = 0; j <= last; j += kLanes) store(drow + j, load(row + j) * fma(load(drow + j), factor, offset));
+      for (int j = 0; j <= last; j += kLanes) store(drow + j, load(row + j) * factor * (load(drow + j) - shift));
     }
   }
 
