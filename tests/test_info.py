@@ -195,3 +195,15 @@ def test_explain_checks_its_arguments():
         effvit.explain("attention", *args, **kwargs)
     with pytest.raises(ValueError, match="effvit::window_attention: q must be"):
         effvit.explain("window_attention", args[0][0], *args[1:], **kwargs)
+
+
+def test_triton_kernels_are_reached_by_valid_arguments_only():
+    """Public functions leave the checks to the kernels."""
+    for op in ("linear_attention", "window_attention"):
+        module = _load.triton_module(op)
+        if module is None:
+            pytest.skip("the Triton kernels are not here")
+        kernel = _load._triton_kernel(op, module)
+        options = {"window": [2, 2]} if op == "window_attention" else {}
+        with pytest.raises(ValueError, match=f"effvit::{op}: q must be"):
+            kernel(*(torch.zeros(2, 3) for _ in range(3)), **options)

@@ -175,7 +175,10 @@ def triton_module(op: str) -> str | None:
 
 
 def _triton_kernel(op: str, module: str):
+    from .ops._registry import OPS
+
     def kernel(*args, **kwargs):
+        OPS[op].validate(*args, **kwargs)  # the launchers check nothing, and kernels would read what is not there
         launchers = importlib.import_module(module)  # triton is imported at the first call, not with effvit
         return (launchers.backward if op.endswith("_backward") else launchers.forward)(*args, **kwargs)
 
