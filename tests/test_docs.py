@@ -14,7 +14,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 OP = "relu_scale"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fvisibility=hidden"]
-KINDS = ("generic", "avx2", "avx512", "amx", "avx512_emulated", "amx_emulated")
+KINDS = (
+    "generic", "avx2", "avx512", "avx512_bf16", "amx", "avx512_emulated", "avx512_bf16_emulated", "amx_emulated",
+)  # fmt: skip
 
 
 def example_files():

@@ -36,7 +36,7 @@ struct Backward {
       transposed = s.take<float>(n * std::max(plan.Kp, plan.Vp));
       z_rows = s.take<float>(n * plan.Kp);
     }
-    if (p.causal || p.quadratic || kTiles<T>) value_product = s.take<float>(n * plan.Vp);
+    if (p.causal || p.quadratic || kBf16Products<T>) value_product = s.take<float>(n * plan.Vp);
     dots = s.take<float>(n);
     factor = s.take<float>(n);
     slope = s.take<float>(n);
@@ -58,12 +58,12 @@ struct Backward {
   }
   int64_t slope_offset() const { return p.B * p.L * p.H; }
 
-  // dst = S^T of a padded state, z behind it. Tiles have it in their own form, with S itself.
+  // dst = S^T of a padded state, z behind it. bfloat16 operands have it in a form of their own, with S itself.
   void transpose_state(float* dst, const float* state, [[maybe_unused]] int64_t index) {
     std::memcpy(zt_of(dst), state + int64_t{plan.Kp} * plan.Vp, static_cast<size_t>(plan.Kp) * sizeof(float));
-#if defined(EFFVIT_HAS_TILES)
-    if constexpr (kTiles<T>) {
-      if (forward.use_tiles) return forward.tiles.load_state(state, index, true, true);
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+    if constexpr (kBf16Products<T>) {
+      if (forward.bf16_products) return forward.operands.load_state(state, index, true, true);
     }
 #endif
     transpose_packed(dst, plan.Kp, state, plan.Kp, plan.V);
@@ -109,9 +109,9 @@ struct Backward {
 
   // Adds a chunk's u and r to dS and dz.
   EFFVIT_INLINE void add_queries(const float* features, int n, float* slot) {
-    if (forward.use_tiles) {
-#if defined(EFFVIT_HAS_TILES)
-      if constexpr (kTiles<T>) forward.tiles.add_outer(qf, n, slot);
+    if (forward.bf16_products) {
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+      if constexpr (kBf16Products<T>) forward.operands.add_outer(qf, n, slot);
 #endif
     } else {
       gemm_into(plan.K, plan.Vp, n, TransposedA{qf, plan.Kp}, DenseB{u, plan.Vp}, StoreC{slot, plan.Vp, true},
@@ -155,12 +155,12 @@ struct Backward {
              normalizers(p, dots, n, all.end - all.begin, 0, factor, slope);
            }
            pack_rows_scaled(u, grad.at(at, head), grad.stride_l, n, plan.V, factor);
-           if (forward.use_tiles) {
-#if defined(EFFVIT_HAS_TILES)
-             if constexpr (kTiles<T>) {
-               forward.tiles.load_rows(u, plan.Vp, forward.tiles.V32, n);
+           if (forward.bf16_products) {
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+             if constexpr (kBf16Products<T>) {
+               forward.operands.load_rows(u, plan.Vp, forward.operands.V32, n);
                ahead.fetch((plan.chunk + plan.K) / kRows + 1);
-               forward.tiles.times_state_t(head - unit.h0, n, product);
+               forward.operands.times_state_t(head - unit.h0, n, product);
              }
 #endif
            } else {
@@ -262,14 +262,14 @@ struct Backward {
            pack_features(p.feature_map, kf, k.at(at, head), k.stride_l, n, plan.K);
            const float* features = kf;
            int64_t dz_stride = 0;
-           if (forward.use_tiles) {
-#if defined(EFFVIT_HAS_TILES)
-             if constexpr (kTiles<T>) {
-               forward.tiles.load_rows(values.at(at, head), values.stride_l, plan.V, forward.tiles.V32, n);
+           if (forward.bf16_products) {
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+             if constexpr (kBf16Products<T>) {
+               forward.operands.load_rows(values.at(at, head), values.stride_l, plan.V, forward.operands.V32, n);
                ahead.fetch(2 * plan.chunk / kRows + 1);
-               forward.tiles.times_state_t(head - unit.h0, n, product);
-               forward.tiles.load_rows(kf, plan.Kp, forward.tiles.K32, n);
-               forward.tiles.times_state(head - unit.h0, n, value_product);
+               forward.operands.times_state_t(head - unit.h0, n, product);
+               forward.operands.load_rows(kf, plan.Kp, forward.operands.K32, n);
+               forward.operands.times_state(head - unit.h0, n, value_product);
                store_rows(dv.at(at, head), dv.stride_l, value_product, plan.Vp, n, plan.V, w);
              }
 #endif
@@ -296,7 +296,7 @@ struct Backward {
              transpose_packed(st, plan.Kp, s, plan.Kp, plan.V);
              dz = z_rows;
              dz_stride = plan.Kp;
-           } else if (!forward.use_tiles) {
+           } else if (!forward.bf16_products) {
              gemm_to_rows(n, plan.V, plan.K, RowMajorA{kf, plan.Kp}, DenseB{s, plan.Vp}, dv.at(at, head), dv.stride_l,
                           w, streamed, [&](int calls) { return ahead.step(calls); });
            }

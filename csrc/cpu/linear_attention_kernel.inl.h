@@ -22,13 +22,6 @@ constexpr int64_t kStateFloats = 48 << 10;  // of the states that a unit works o
 constexpr int64_t kChunkBytes = 128 << 10;  // of a chunk's rows, all heads of a unit
 constexpr int64_t kStreamBytes = 16 << 20;  // of out: from there on nobody finds it in a cache afterwards
 static_assert(kBlock % kLanes == 0 && kChunk % kBlock == 0);
-#if defined(EFFVIT_HAS_TILES)
-template <class T>
-constexpr bool kTiles = std::is_same_v<T, BFloat16>;  // products on AMX tiles, rounded to bfloat16 as torch's are
-#else
-template <class T>
-constexpr bool kTiles = false;
-#endif
 
 LinearAttentionRange tokens_of(const Params& p, int64_t sequence, int64_t size) {
   if (!p.cu_seqlens) return {sequence, 0, size};
@@ -541,23 +534,23 @@ void scan_slots(const Plan& plan, bool backwards, float* total, const Slot& slot
   }
 }
 
-// ---- products on tiles ---------------------------------------------------------------------------------------------
+// ---- bfloat16 products ---------------------------------------------------------------------------------------------
 
-// Owns the tile configuration of the thread while a pass runs on tiles, and the operands in bfloat16.
-struct NoTiles {
-  NoTiles(const Plan&, int64_t, Scratch&) {}
+// The operands in bfloat16; and the tile configuration of the thread, while a pass runs.
+struct NoBf16Operands {
+  NoBf16Operands(const Plan&, int64_t, Scratch&) {}
 };
-#if defined(EFFVIT_HAS_TILES)
-struct Tiles {
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+struct Bf16Operands {
   const Plan& plan;
-  int K32, V32;  // head dims rounded up to the depth of a tile product
+  int K32, V32;  // head dims rounded up to the depth of a product on tiles
   // A chunk's rows [64, 32-multiple], the transpose of one [Kp, 64], one in pairs of rows [32, 2 Vp]; a state's rows.
   BFloat16 *rows, *transposed, *pairs, *state_rows;
   // Per head of the unit: S as a right-hand side, [K32 / 2, 2 Vp], and S^T, [V32 / 2, 2 Kp].
   BFloat16 *states, *states_t;
 
-  Tiles(const Plan& cut, int64_t heads, Scratch& s) : plan(cut) {
-    K32 = round_up(plan.K, kTileK), V32 = round_up(plan.V, kTileK);
+  Bf16Operands(const Plan& cut, int64_t heads, Scratch& s) : plan(cut) {
+    K32 = round_up(plan.K, 32), V32 = round_up(plan.V, 32);
     rows = s.take<BFloat16>(int64_t{kChunk} * std::max(K32, V32));
     transposed = s.take<BFloat16>(int64_t{plan.Kp} * kChunk);
     pairs = s.take<BFloat16>(int64_t{kChunk} * plan.Vp);
@@ -603,29 +596,29 @@ struct Tiles {
 
   // slot += features[n, Kp]^T rows[n, V32]; features has room for round_up(n, 32) rows.
   void add_outer(float* features, int n, float* slot) {
-    const int depth = round_up(n, kTileK);
+    const int depth = round_up(n, kBf16Depth);
     zero(features + int64_t{n} * plan.Kp, int64_t{depth - n} * plan.Kp);
-    transpose_to_bfloat16(transposed, kChunk, features, plan.Kp, depth, plan.Kp);
+    pack_transposed_a(transposed, features, plan.Kp, depth, plan.Kp);
     pack_rows(pairs, 2 * plan.Vp, n, plan.Vp, [&](int i) { return rows + int64_t{i} * V32; });
-    tile_gemm(plan.Kp, plan.Vp, depth, transposed, kChunk, pairs, 2 * plan.Vp, slot, plan.Vp, true);
+    bf16_gemm_transposed(plan.Kp, plan.Vp, depth, transposed, pairs, 2 * plan.Vp, slot, plan.Vp, true);
   }
 
   // c[n, Vp] = rows[n, K32] S, and c[n, Kp] = rows[n, V32] S^T; c has room for round_up(n, 16) rows.
   void times_state(int64_t index, int n, float* c) {
-    tile_gemm(round_up(n, kTileM), plan.Vp, K32, rows, K32, state(index), 2 * plan.Vp, c, plan.Vp, false);
+    bf16_gemm(round_up(n, kBf16Rows), plan.Vp, K32, rows, K32, state(index), 2 * plan.Vp, c, plan.Vp, false);
   }
   void times_state_t(int64_t index, int n, float* c) {
-    tile_gemm(round_up(n, kTileM), plan.Kp, V32, rows, V32, state_t(index), 2 * plan.Kp, c, plan.Kp, false);
+    bf16_gemm(round_up(n, kBf16Rows), plan.Kp, V32, rows, V32, state_t(index), 2 * plan.Kp, c, plan.Kp, false);
   }
 
  private:
   TileScope scope_;
 };
 template <class T>
-using TilesOf = std::conditional_t<kTiles<T>, Tiles, NoTiles>;
+using OperandsOf = std::conditional_t<kBf16Products<T>, Bf16Operands, NoBf16Operands>;
 #else
 template <class T>
-using TilesOf = NoTiles;
+using OperandsOf = NoBf16Operands;
 #endif
 
 // ---- forward -------------------------------------------------------------------------------------------------------
@@ -636,13 +629,13 @@ struct Forward {
   const Plan& plan;
   float *qf, *kf, *vf_, *den, *dots, *factor, *weights, *scores, *kt, *o, *total;
   Ahead<T> ahead;
-  TilesOf<T> tiles;
-  bool use_tiles = kTiles<T>;
+  OperandsOf<T> operands;
+  bool bf16_products = kBf16Products<T>;
 
   // Where the backward only needs the forward's sums, `total` is not.
   Forward(const Params& params, const Plan& cut, Scratch& s, bool sums_only = false)
-      : p(params), plan(cut), tiles(cut, ceil_div(params.H, cut.groups), s) {
-    use_tiles = kTiles<T> && !p.causal && !p.quadratic;
+      : p(params), plan(cut), operands(cut, ceil_div(params.H, cut.groups), s) {
+    bf16_products = kBf16Products<T> && !p.causal && !p.quadratic;
     const int64_t n = kChunk;
     kf = s.take<float>(n * plan.Kp);
     vf_ = s.take<float>(n * plan.Vp);
@@ -657,7 +650,7 @@ struct Forward {
       scores = s.take<float>(kBlock * n);
       kt = s.take<float>(n * plan.Kp);
     }
-    if (p.causal || p.quadratic || kTiles<T>) o = s.take<float>(n * plan.Vp);
+    if (p.causal || p.quadratic || kBf16Products<T>) o = s.take<float>(n * plan.Vp);
   }
 
   float* z_of(float* slot) const { return slot + int64_t{plan.Kp} * plan.Vp; }
@@ -678,12 +671,12 @@ struct Forward {
     const float* w = load_weights(p, batch, at, n, head, weights);
     if (k_den) pack_features(p.feature_map, kf, k_den.at(at, head), k_den.stride_l, n, plan.K, w, z_of(slot));
     pack_features(p.feature_map, kf, k.at(at, head), k.stride_l, n, plan.K, w, k_den ? nullptr : z_of(slot));
-#if defined(EFFVIT_HAS_TILES)
-    if constexpr (kTiles<T>) {
-      if (use_tiles) {
-        tiles.load_rows(v.at(at, head), v.stride_l, plan.V, tiles.V32, n);
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+    if constexpr (kBf16Products<T>) {
+      if (bf16_products) {
+        operands.load_rows(v.at(at, head), v.stride_l, plan.V, operands.V32, n);
         ahead.fetch(plan.K / kRows + 1);
-        return tiles.add_outer(kf, n, slot);
+        return operands.add_outer(kf, n, slot);
       }
     }
 #endif
@@ -715,9 +708,9 @@ struct Forward {
     ahead.add(q_den, p.K);
     if (!streamed) ahead.add(out, p.V);
 
-#if defined(EFFVIT_HAS_TILES)
-    if constexpr (kTiles<T>) {
-      for (int64_t h = unit.h0; h < unit.h1; ++h) tiles.load_state(slot(h), h - unit.h0, true, false);
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+    if constexpr (kBf16Products<T>) {
+      for (int64_t h = unit.h0; h < unit.h1; ++h) operands.load_state(slot(h), h - unit.h0, true, false);
     }
 #endif
     walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, plan.chunk / kRows, false,
@@ -732,11 +725,11 @@ struct Forward {
              pack_features_dot(p.feature_map, qf, q.at(at, head), q.stride_l, n, plan.K, z_of(state), dots);
            }
            normalizers(p, dots, n, keys.end - keys.begin, 0, factor, nullptr);
-#if defined(EFFVIT_HAS_TILES)
-           if constexpr (kTiles<T>) {
-             tiles.load_rows(qf, plan.Kp, tiles.K32, n);
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+           if constexpr (kBf16Products<T>) {
+             operands.load_rows(qf, plan.Kp, operands.K32, n);
              ahead.fetch(plan.chunk / kRows + 1);
-             tiles.times_state(head - unit.h0, n, o);
+             operands.times_state(head - unit.h0, n, o);
              store_rows(out.at(at, head), out.stride_l, o, plan.Vp, n, plan.V, factor);
              return;
            }

@@ -163,7 +163,7 @@ struct Backward {
     factor_v = scratch.take<float>(nk);
     k = scratch.take<float>(nk * g.dp);
     k_norm = scratch.take<float>(nk + 1);
-    if constexpr (!kTiles<T>) {
+    if constexpr (!kBf16Products<T>) {
       kt = scratch.take<float>(g.dp * nk_padded);
       v = scratch.take<float>(nk * g.dvp);
       vt = scratch.take<float>(g.dvp * nk_padded);
@@ -173,7 +173,7 @@ struct Backward {
     dq = scratch.take<float>(round_up(g.q_tile_max, kBlockRows) * int64_t{g.dp});
     dk = scratch.take<float>(nk_padded * g.dp);
     dv = scratch.take<float>(nk_padded * g.dvp);
-    if constexpr (kTiles<T>) {
+    if constexpr (kBf16Products<T>) {
       const int64_t nq64 = round_up(g.q_tile_max, kBlockRows), nk32 = round_up(g.k_tile_max, 32);
       q16 = scratch.take<BFloat16>(nq64 * g.dk32);
       q16_rows = scratch.take<BFloat16>(nq64 * g.dp);
@@ -224,8 +224,8 @@ struct Backward {
       delta[i] += reduce_add(acc);
       for (; c < width; ++c) delta[i] += row_do[c] * to_float(row_out[c]);
     }
-#if defined(EFFVIT_HAS_TILES)
-    if constexpr (kTiles<T>) load_queries_16(head);
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+    if constexpr (kBf16Products<T>) load_queries_16(head);
 #endif
   }
 
@@ -239,8 +239,8 @@ struct Backward {
     };
     pack(k, keys.n, d, key);
     for (int j = 0; g.cosine && j < keys.n; ++j) normalize_row(k + int64_t{j} * g.dp, g.dp, k_norm + j);
-#if defined(EFFVIT_HAS_TILES)
-    if constexpr (kTiles<T>) return load_keys_16(head);
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+    if constexpr (kBf16Products<T>) return load_keys_16(head);
 #endif
     transpose_rows(kt, keys.padded, keys.n, d, [&](int j) { return k + int64_t{j} * g.dp; });
     if constexpr (std::is_same_v<T, float>) {
@@ -250,7 +250,7 @@ struct Backward {
     transpose_rows(vt, keys.padded, keys.n, width, [&](int j) { return v + int64_t{j} * g.dvp; });
   }
 
-#if defined(EFFVIT_HAS_TILES)
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
   // After load_queries: the same tokens in bfloat16, row-major and with rows in pairs.
   void load_queries_16(int64_t head) {
     const int d = static_cast<int>(p.d), width = static_cast<int>(p.dv);
@@ -294,10 +294,10 @@ struct Backward {
   }
 
   void recompute_rows_16(int r, int rows, const float* table) {
-    const int rows16 = round_up(rows, 16);
+    const int padded = round_up(rows, kBf16Rows);
     additions.find(queries, keys, table, r, rows, bias, g.ld);
-    tile_gemm(rows16, keys.padded, g.dk32, q16 + int64_t{r} * g.dk32, g.dk32, kt16, 2 * keys.padded, prob, g.ld, false);
-    tile_gemm(rows16, keys.padded, g.dv32, do16 + int64_t{r} * g.dv32, g.dv32, vt16, 2 * keys.padded, dlogit, g.ld,
+    bf16_gemm(padded, keys.padded, g.dk32, q16 + int64_t{r} * g.dk32, g.dk32, kt16, 2 * keys.padded, prob, g.ld, false);
+    bf16_gemm(padded, keys.padded, g.dv32, do16 + int64_t{r} * g.dv32, g.dv32, vt16, 2 * keys.padded, dlogit, g.ld,
               false);
     for (int i = 0; i < rows; ++i) {
       if (i % kRows == 0) prefetch();
@@ -314,7 +314,7 @@ struct Backward {
       const vf normalise = set1(inverse[r + i]);
       for (int j = 0; j < keys.padded; j += kLanes) store(row + j, load(row + j) * normalise);
     }
-    for (int i = rows; i < round_up(rows, 32); ++i) {  // rows of the transposed operands' padding
+    for (int i = rows; i < round_up(rows, kBf16Depth); ++i) {  // rows of the transposed operands' padding
       zero(prob + int64_t{i} * g.ld, keys.padded);
       zero(dlogit + int64_t{i} * g.ld, keys.padded);
     }
@@ -331,21 +331,22 @@ struct Backward {
       }
       if (depth > keys.padded) store(dst + keys.padded, vf{});
     }
-    tile_gemm(round_up(rows, 16), g.dp, depth, ds16, depth, k16_rows, 2 * g.dp, dq + int64_t{r} * g.dp, g.dp,
+    bf16_gemm(round_up(rows, kBf16Rows), g.dp, round_up(keys.n, kBf16Depth), ds16, depth, k16_rows, 2 * g.dp, dq + int64_t{r} * g.dp, g.dp,
               accumulate);
   }
 
   // dv += P^T dO, dk += dS^T q.
   void dkv_rows_16(int r, int rows, bool accumulate) {
-    const int depth = round_up(rows, 32);
-    transpose_to_bfloat16(pt16, depth, prob, g.ld, depth, keys.padded);
-    tile_gemm(keys.padded, g.dvp, depth, pt16, depth, do16_rows + int64_t{r} * g.dvp, 2 * g.dvp, dv, g.dvp, accumulate);
+    const int depth = round_up(rows, kBf16Depth);
+    pack_transposed_a(pt16, prob, g.ld, depth, keys.padded);
+    bf16_gemm_transposed(keys.padded, g.dvp, depth, pt16, do16_rows + int64_t{r} * g.dvp, 2 * g.dvp, dv, g.dvp,
+                         accumulate);
     for (int i = 0; i < rows; ++i) {
       float* row = dlogit + int64_t{i} * g.ld;
       for (int j = 0; j < keys.padded; j += kLanes) store(row + j, load(row + j) * row_scale[r + i]);
     }
-    transpose_to_bfloat16(dst16, depth, dlogit, g.ld, depth, keys.padded);
-    tile_gemm(keys.padded, g.dp, depth, dst16, depth, q16_rows + int64_t{r} * g.dp, 2 * g.dp, dk, g.dp, accumulate);
+    pack_transposed_a(dst16, dlogit, g.ld, depth, keys.padded);
+    bf16_gemm_transposed(keys.padded, g.dp, depth, dst16, q16_rows + int64_t{r} * g.dp, 2 * g.dp, dk, g.dp, accumulate);
   }
 #endif
 
@@ -405,7 +406,7 @@ struct Backward {
     });
   }
   // Calls of prefetch() for a head.
-  int64_t steps() const { return (kTiles<T> ? 1 : 5) * std::max(1, queries.n / kRows); }
+  int64_t steps() const { return (kBf16Products<T> ? 1 : 5) * std::max(1, queries.n / kRows); }
 
   // P and dS of query rows [r, r + rows) into rows [0, rows) of prob and dlogit. grad_out takes the factor that P
   // lacks.
@@ -458,12 +459,12 @@ struct Backward {
     };
     const int d = static_cast<int>(p.d), width = static_cast<int>(p.dv);
     T* const gradient = static_cast<T*>(p.dqkv);
-    const int block = kTiles<T> ? kBlockRows : g.backward_rows;  // tiles want rows in pairs
+    const int block = kBf16Products<T> ? kBlockRows : g.backward_rows;  // which go in pairs
     for (int r = 0; r < queries.n; r += block) {
       const int rows = std::min(block, queries.n - r);
       const bool accumulate_dkv = !first_dkv || r > 0;
-#if defined(EFFVIT_HAS_TILES)
-      if constexpr (kTiles<T>) {
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+      if constexpr (kBf16Products<T>) {
         recompute_rows_16(r, rows, table);
         if (want_dq) {
           dq_rows_16(r, rows, !first_dq);
@@ -532,8 +533,8 @@ struct Backward {
     if (position < 0) return;
     T* base = gradient_row(position);
     if (g.cosine) normalize_row_backward(row_k, unit_k, norm, g.dp);
-    // What multiplies dS in row_k is q with its factor log2(e), but q's bfloat16 rows on tiles.
-    store_row(base + (p.h + head) * p.d, row_k, static_cast<int>(p.d), kTiles<T> ? 1.f : kLn2);
+    // What multiplies dS in row_k is q with its factor log2(e), but q's own rows in bfloat16.
+    store_row(base + (p.h + head) * p.d, row_k, static_cast<int>(p.d), kBf16Products<T> ? 1.f : kLn2);
     store_row(base + 2 * p.h * p.d + head * p.dv, row_v, static_cast<int>(p.dv));
   }
 

@@ -25,14 +25,7 @@ constexpr int kBlockRows = 64;  // query rows whose logits are held at once, at 
 constexpr int kBlockFloats = 5120;  // and as many of their logits as leave half of an L1 cache to the operands
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 constexpr double kLog2EWide = 1.4426950408889634;
-#if defined(EFFVIT_HAS_TILES)
-template <class T>
-constexpr bool kTiles = std::is_same_v<T, BFloat16>;  // products on AMX tiles, of the bfloat16 tokens as they are
-#else
-template <class T>
-constexpr bool kTiles = false;
-#endif
-// Together with the tiles' scratch these keep a thread below 2 MiB at any size.
+// Together with the scratch of bfloat16 operands these keep a thread below 2 MiB at any size.
 constexpr int64_t kTableCacheBytes = 192 << 10;
 constexpr int64_t kExpandedBytes = 64 << 10;
 constexpr int64_t kPartialBytes = 512 << 10;
@@ -60,7 +53,7 @@ struct Geometry {
   int q_tile_rows, k_tile_rows;  // rows of the window (of its keys) in one tile
   int q_tile_max, k_tile_max;  // tokens in one tile at most
   int dp, dvp;  // head dims rounded up to whole vectors
-  int dk32, dv32;  // and to the depth of a tile product
+  int dk32, dv32;  // and to the depth of a product on tiles
   int ld;  // row stride of a block of logits: an odd number of vectors, with room for one vector of overrun
   int block_rows;  // of logits, in the forward
   int backward_rows;  // and in the backward: whole rows of the window where they are short enough
@@ -437,11 +430,11 @@ EFFVIT_INLINE float temperature(const Params& p, int64_t head) {
   return std::exp(tau > kLogitScaleMax ? kLogitScaleMax : tau);
 }
 
-// Owns the tile configuration of the thread while a pass runs on tiles.
+// Owns the tile configuration of the thread while a pass runs on them.
 template <class T>
 struct Products {
-#if defined(EFFVIT_HAS_TILES)
-  std::conditional_t<kTiles<T>, TileScope, int> scope{};
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+  std::conditional_t<kBf16Products<T>, TileScope, int> scope{};
 #endif
 };
 
@@ -597,7 +590,7 @@ struct Forward {
   BiasTable tables;
   Additions additions;
   float *q, *k, *kt, *v, *s, *o, *top, *sum, *inverse, *norm;
-  // Tiles: bfloat16 queries, transposed keys, values and probabilities, and what the logits are multiplied with.
+  // Products of bfloat16: queries, transposed keys, values and probabilities, and what the logits are multiplied with.
   BFloat16 *q16 = nullptr, *kt16 = nullptr, *v16 = nullptr, *p16 = nullptr, *row16 = nullptr;
   float *row_scale = nullptr, *column_scale = nullptr, *bias = nullptr;
 
@@ -609,17 +602,17 @@ struct Forward {
     additions.allocate(scratch, g);
     q = scratch.take<float>(int64_t{g.q_tile_max} * g.dp);
     k = scratch.take<float>(int64_t{g.k_tile_max} * g.dp);
-    if constexpr (!kTiles<T>) {
+    if constexpr (!kBf16Products<T>) {
       kt = scratch.take<float>(int64_t{g.dp} * round_up(g.k_tile_max, kLanes));
       v = scratch.take<float>(int64_t{g.k_tile_max} * g.dvp);
     }
-    s = scratch.take<float>(int64_t{kTiles<T> ? 32 : g.block_rows} * g.ld);
-    o = scratch.take<float>((kTiles<T> && g.single ? 32 : round_up(g.q_tile_max, 32)) * int64_t{g.dvp});
+    s = scratch.take<float>(int64_t{kBf16Products<T> ? 32 : g.block_rows} * g.ld);
+    o = scratch.take<float>((kBf16Products<T> && g.single ? 32 : round_up(g.q_tile_max, 32)) * int64_t{g.dvp});
     top = scratch.take<float>(g.q_tile_max + kLanes);
     sum = scratch.take<float>(g.q_tile_max + kLanes);
     inverse = scratch.take<float>(g.q_tile_max + kLanes);
     norm = scratch.take<float>(kLanes);
-    if constexpr (kTiles<T>) {
+    if constexpr (kBf16Products<T>) {
       const int64_t nk = round_up(g.k_tile_max, 32);
       q16 = scratch.take<BFloat16>(int64_t{round_up(g.q_tile_max, 32)} * g.dk32);
       kt16 = scratch.take<BFloat16>(nk * g.dk32);
@@ -740,7 +733,7 @@ struct Forward {
     });
   }
   // Calls of prefetch() for a head.
-  int64_t steps() const { return (kTiles<T> ? 1 : 2) * std::max(1, queries.n / kRows); }
+  int64_t steps() const { return (kBf16Products<T> ? 1 : 2) * std::max(1, queries.n / kRows); }
 
   void rows_of_tile(int64_t head, bool first) {
     const float* table = tables.get(p, g, head);
@@ -767,7 +760,7 @@ struct Forward {
     }
   }
 
-#if defined(EFFVIT_HAS_TILES)
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
   // The tokens stay bfloat16 as they are; scale, temperature and norms multiply the float32 logits instead.
   void load_queries_16(int64_t head) {
     const BFloat16* base = static_cast<const BFloat16*>(p.q) + head * p.q_stride_h;
@@ -816,9 +809,9 @@ struct Forward {
     const float* table = tables.get(p, g, head);
     const int depth = round_up(keys.padded, 32);
     for (int r = 0; r < queries.n; r += 32) {
-      const int rows = std::min(32, queries.n - r), rows16 = round_up(rows, 16);
+      const int rows = std::min(32, queries.n - r), padded = round_up(rows, kBf16Rows);
       additions.find(queries, keys, table, r, rows, bias, g.ld);
-      tile_gemm(rows16, keys.padded, g.dk32, q16 + int64_t{r} * g.dk32, g.dk32, kt16, 2 * keys.padded, s, g.ld, false);
+      bf16_gemm(padded, keys.padded, g.dk32, q16 + int64_t{r} * g.dk32, g.dk32, kt16, 2 * keys.padded, s, g.ld, false);
       for (int i = 0; i < rows; ++i) {
         if (i % kRows == 0) prefetch();
         float* row = s + int64_t{i} * g.ld;
@@ -845,7 +838,7 @@ struct Forward {
         accumulate_sum(r + i, highest, reduce_add(total), first);
       }
       float* acc = g.single ? o : o + int64_t{r} * g.dvp;
-      tile_gemm(rows16, g.dvp, depth, p16, depth, v16, 2 * g.dvp, acc, g.dvp, !first);
+      bf16_gemm(padded, g.dvp, round_up(keys.n, kBf16Depth), p16, depth, v16, 2 * g.dvp, acc, g.dvp, !first);
       if (g.single) {
         for (int i = 0; i < rows; ++i) write_row(r + i, acc + int64_t{i} * g.dvp, head);
       }
@@ -854,15 +847,15 @@ struct Forward {
 #endif
 
   void start(int64_t head) {
-#if defined(EFFVIT_HAS_TILES)
-    if constexpr (kTiles<T>) return load_queries_16(head);
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+    if constexpr (kBf16Products<T>) return load_queries_16(head);
 #endif
     load_queries(head);
   }
 
   void tile(int64_t head, bool first) {
-#if defined(EFFVIT_HAS_TILES)
-    if constexpr (kTiles<T>) {
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+    if constexpr (kBf16Products<T>) {
       load_keys_16(head);
       rows_of_tile_16(head, first);
       return;

@@ -14,12 +14,15 @@
 #include "../../common/dtype.h"
 #include "isa.h"
 
-#if defined(EFFVIT_ISA_AVX2) || defined(EFFVIT_ISA_AVX512_EMULATED) || defined(EFFVIT_ISA_AMX_EMULATED)
+#if defined(EFFVIT_ISA_AVX2) || defined(EFFVIT_ISA_AVX512_EMULATED) || defined(EFFVIT_ISA_AVX512_BF16_EMULATED) || \
+    defined(EFFVIT_ISA_AMX_EMULATED)
 #define EFFVIT_TARGET "avx2,fma,f16c"
 #elif defined(EFFVIT_ISA_AVX512)
 #define EFFVIT_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
+#elif defined(EFFVIT_ISA_AVX512_BF16)
+#define EFFVIT_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
 #elif defined(EFFVIT_ISA_AMX)
-#define EFFVIT_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16"
+#define EFFVIT_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"
 #endif
 
 #if defined(EFFVIT_ISA_GENERIC)
@@ -33,17 +36,30 @@
 #define EFFVIT_ISA_NAME avx512
 #define EFFVIT_LANES 16
 #define EFFVIT_HAS_AVX512 1
+#elif defined(EFFVIT_ISA_AVX512_BF16)
+#define EFFVIT_ISA_NAME avx512_bf16
+#define EFFVIT_LANES 16
+#define EFFVIT_HAS_AVX512 1
+#define EFFVIT_HAS_AVX512_BF16 1
+#define EFFVIT_HAS_BF16_PRODUCTS 1
 #elif defined(EFFVIT_ISA_AMX)
 #define EFFVIT_ISA_NAME amx
 #define EFFVIT_LANES 16
 #define EFFVIT_HAS_AVX512 1
+#define EFFVIT_HAS_AVX512_BF16 1
+#define EFFVIT_HAS_BF16_PRODUCTS 1
 #define EFFVIT_HAS_TILES 1
 #elif defined(EFFVIT_ISA_AVX512_EMULATED)
 #define EFFVIT_ISA_NAME avx512_emulated
 #define EFFVIT_LANES 16
+#elif defined(EFFVIT_ISA_AVX512_BF16_EMULATED)
+#define EFFVIT_ISA_NAME avx512_bf16_emulated
+#define EFFVIT_LANES 16
+#define EFFVIT_HAS_BF16_PRODUCTS 1
 #elif defined(EFFVIT_ISA_AMX_EMULATED)
 #define EFFVIT_ISA_NAME amx_emulated
 #define EFFVIT_LANES 16
+#define EFFVIT_HAS_BF16_PRODUCTS 1
 #define EFFVIT_HAS_TILES 1
 #define EFFVIT_EMULATED_TILES 1
 #else
@@ -81,9 +97,7 @@ EFFVIT_GCC_PRAGMA(GCC target(EFFVIT_TARGET))
 
 #include "scratch.inl.h"
 #include "vec.inl.h"
-#if defined(EFFVIT_HAS_TILES)
-#include "tile.inl.h"
-#endif
+#include "bf16.inl.h"
 #include EFFVIT_KERNEL_HEADER
 
 #if defined(EFFVIT_TARGET)

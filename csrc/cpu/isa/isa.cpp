@@ -18,7 +18,8 @@
 namespace effvit::cpu {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"generic", "avx2", "avx512", "amx", "avx512_emulated", "amx_emulated"};
+constexpr const char* kNames[kIsaCount] = {"generic", "avx2",            "avx512",               "avx512_bf16",
+                                           "amx",     "avx512_emulated", "avx512_bf16_emulated", "amx_emulated"};
 
 #if defined(__x86_64__)
 uint64_t xgetbv0() {
@@ -28,7 +29,7 @@ uint64_t xgetbv0() {
 }
 
 struct Features {
-  bool avx2 = false, avx512 = false, amx_bf16 = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx_bf16 = false;
 };
 
 Features detect() {
@@ -43,7 +44,9 @@ Features detect() {
   constexpr uint32_t kAvx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
   f.avx512 = f.avx2 && (xcr0 & 0xe6) == 0xe6 && (b & kAvx512) == kAvx512;
   constexpr uint32_t kAmx = (1u << 22) | (1u << 24);  // AMX-BF16, AMX-TILE
-  f.amx_bf16 = f.avx512 && (xcr0 & 0x60000) == 0x60000 && (d & kAmx) == kAmx;
+  uint32_t a1 = 0, b1 = 0, c1 = 0, d1 = 0;
+  f.avx512_bf16 = f.avx512 && a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && (a1 & (1u << 5));
+  f.amx_bf16 = f.avx512_bf16 && (xcr0 & 0x60000) == 0x60000 && (d & kAmx) == kAmx;
   return f;
 }
 
@@ -67,10 +70,13 @@ bool available(Isa isa) {
       return f.avx2;
     case Isa::kAvx512:
       return f.avx512;
+    case Isa::kAvx512Bf16:
+      return f.avx512_bf16;
     case Isa::kAmx:
       return f.amx_bf16 && amx_permitted();
 #if defined(EFFVIT_TEST_ISAS)
     case Isa::kAvx512Emulated:
+    case Isa::kAvx512Bf16Emulated:
     case Isa::kAmxEmulated:
       return f.avx2;
 #endif
@@ -83,7 +89,7 @@ bool available(Isa isa) { return isa == Isa::kGeneric; }
 #endif
 
 Isa best() {
-  for (Isa isa : {Isa::kAmx, Isa::kAvx512, Isa::kAvx2}) {
+  for (Isa isa : {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2}) {
     if (available(isa)) return isa;
   }
   return Isa::kGeneric;

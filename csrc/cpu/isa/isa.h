@@ -5,10 +5,20 @@
 
 namespace effvit::cpu {
 
-// Ordered: the best available one is used. The emulated ones run the wide code paths (16-lane vectors, AMX tiles) on
-// any AVX2 machine, for tests; they exist in test builds (EFFVIT_TEST_ISAS) and are only ever chosen by name.
-enum class Isa : int32_t { kGeneric, kAvx2, kAvx512, kAmx, kAvx512Emulated, kAmxEmulated };
-inline constexpr int kIsaCount = 6;
+// Ordered: the best available one is used. The emulated ones run the wide code paths (16-lane vectors, bfloat16 dot
+// products, AMX tiles) on any AVX2 machine, for tests; they exist in test builds (EFFVIT_TEST_ISAS) and are only ever
+// chosen by name.
+enum class Isa : int32_t {
+  kGeneric,
+  kAvx2,
+  kAvx512,
+  kAvx512Bf16,
+  kAmx,
+  kAvx512Emulated,
+  kAvx512Bf16Emulated,
+  kAmxEmulated
+};
+inline constexpr int kIsaCount = 8;
 
 Isa current_isa();
 
@@ -28,11 +38,14 @@ const Kernel& select(const Kernel* const (&table)[kIsaCount]) {
 // `const Kernel& op_kernel()`, the table of entry points of the current ISA.
 #define EFFVIT_DECLARE_KERNEL(Kernel, op)                                                                              \
   const Kernel* op##_generic();                                                                                        \
-  EFFVIT_IF_X86(const Kernel* op##_avx2(); const Kernel* op##_avx512(); const Kernel* op##_amx();)                     \
-  EFFVIT_IF_TEST_ISAS(const Kernel* op##_avx512_emulated(); const Kernel* op##_amx_emulated();)                        \
+  EFFVIT_IF_X86(const Kernel* op##_avx2(); const Kernel* op##_avx512(); const Kernel* op##_avx512_bf16();              \
+                const Kernel* op##_amx();)                                                                             \
+  EFFVIT_IF_TEST_ISAS(const Kernel* op##_avx512_emulated(); const Kernel* op##_avx512_bf16_emulated();                 \
+                      const Kernel* op##_amx_emulated();)                                                              \
   inline const Kernel& op##_kernel() {                                                                                 \
     static const Kernel* const table[kIsaCount] = {op##_generic() EFFVIT_IF_X86(                                       \
-        , op##_avx2(), op##_avx512(), op##_amx()) EFFVIT_IF_TEST_ISAS(, op##_avx512_emulated(), op##_amx_emulated())}; \
+        , op##_avx2(), op##_avx512(), op##_avx512_bf16(), op##_amx())                                                  \
+        EFFVIT_IF_TEST_ISAS(, op##_avx512_emulated(), op##_avx512_bf16_emulated(), op##_amx_emulated())};              \
     return select(table);                                                                                              \
   }
 #if defined(__x86_64__)

@@ -263,7 +263,9 @@ EFFVIT_INLINE vf load(const Float16* p) {
 }
 
 EFFVIT_INLINE void store(BFloat16* p, vf v) {
-#if defined(EFFVIT_HAS_AVX512) || defined(EFFVIT_HAS_AVX2)
+#if defined(EFFVIT_HAS_AVX512_BF16)  // subnormal results become zeros
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#elif defined(EFFVIT_HAS_AVX512) || defined(EFFVIT_HAS_AVX2)
   const vi u = (vi)v;
   vi rounded = (u + 0x7fff + ((vi)((u >> 16) & 1))) >> 16;
   const vi is_nan = v != v;
@@ -437,13 +439,15 @@ constexpr int kRows = 3, kCols = 4;  // 12 + 3 (one B vector is a memory operand
 struct RowMajorA {  // a[r * ld + t]
   const float* data;
   int64_t ld;
-  EFFVIT_INLINE float operator()(int r, int t) const { return data[r * ld + t]; }
+  EFFVIT_INLINE vf broadcast(int r, int t) const { return set1(data[r * ld + t]); }
+  EFFVIT_INLINE static vf multiply_add(vf a, vf b, vf c) { return fma(a, b, c); }
   EFFVIT_INLINE RowMajorA rows_from(int r) const { return {data + r * ld, ld}; }
 };
 struct TransposedA {  // a[t * ld + r]
   const float* data;
   int64_t ld;
-  EFFVIT_INLINE float operator()(int r, int t) const { return data[t * ld + r]; }
+  EFFVIT_INLINE vf broadcast(int r, int t) const { return set1(data[t * ld + r]); }
+  EFFVIT_INLINE static vf multiply_add(vf a, vf b, vf c) { return fma(a, b, c); }
   EFFVIT_INLINE TransposedA rows_from(int r) const { return {data + r, ld}; }
 };
 struct DenseB {  // b[t * ld + column]
@@ -492,9 +496,9 @@ EFFVIT_INLINE void gemm_tile(int k, A a, B b, C sink, int row, int column, P fet
     for (int j = 0; j < NV; ++j) bv[j] = load(from + j * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
-      const vf av = set1(a(r, t));
+      const vf av = a.broadcast(r, t);
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[r][j] = fma(av, bv[j], acc[r][j]);
+      for (int j = 0; j < NV; ++j) acc[r][j] = A::multiply_add(av, bv[j], acc[r][j]);
     }
   }
 #pragma GCC unroll 8

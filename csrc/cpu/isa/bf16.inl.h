@@ -1,14 +1,30 @@
-// AMX bfloat16 tiles: the 16x32 by 32x16 products and the tile GEMM that the ops share, and the repacking it needs.
-// The emulated ISA runs the same code on an array in memory, so that every machine tests it.
+// Products of bfloat16 operands with float32 sums, where the ISA has them: AMX tiles, or AVX512-BF16's dot products of
+// pairs on vectors. Both take the same operands, so the ops are written once; and the repacking these need. Emulated
+// ISAs run the same code on ordinary instructions, so that every machine tests it.
 #pragma once
 
 namespace effvit::cpu::EFFVIT_ISA_NAME {
 
-// A tile is 16 rows of 64 bytes: 16x32 bfloat16 of A; 16 pairs of rows of B, interleaved ("VNNI": b[k/2][n][k%2]);
-// 16x16 float32 of C.
-constexpr int kTileM = 16, kTileN = 16, kTileK = 32;
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+template <class T>
+constexpr bool kBf16Products = std::is_same_v<T, BFloat16>;  // operands are rounded to bfloat16, as torch's are
+#else
+template <class T>
+constexpr bool kBf16Products = false;
+#endif
+
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
 static_assert(kLanes == 16, "a row of a float32 tile is one vector");
 
+// A product is C[m, n] (+)= A[m, k] B[k, n], C in float32. A is row-major with `lda` elements from row to row, B has its
+// rows interleaved in pairs ("VNNI": b[k/2][n][k%2]) with `ldb` elements from one pair to the next (2n when dense).
+// m is a multiple of kBf16Rows, k of kBf16Depth, n of 16.
+
+#if defined(EFFVIT_HAS_TILES)
+constexpr int kBf16Rows = 16, kBf16Depth = 32;
+
+// A tile is 16 rows of 64 bytes: 16x32 bfloat16 of A; 16 pairs of rows of B, interleaved ("VNNI": b[k/2][n][k%2]);
+// 16x16 float32 of C.
 #if defined(EFFVIT_EMULATED_TILES)
 struct TileState {
   unsigned char rows[8][16][64];
@@ -69,9 +85,7 @@ class TileScope {
   TileScope& operator=(const TileScope&) = delete;
 };
 
-// C[m, n] (+)= A[m, k] B[k, n], float32 C. m and n are multiples of 16, k of 32. A is row-major with `lda` elements
-// from row to row, B is VNNI with `ldb` elements from one pair of rows to the next (2n when dense).
-inline void tile_gemm(int m, int n, int k, const BFloat16* a, int64_t lda, const BFloat16* b, int64_t ldb, float* c,
+inline void bf16_gemm(int m, int n, int k, const BFloat16* a, int64_t lda, const BFloat16* b, int64_t ldb, float* c,
                       int64_t ldc, bool accumulate) {
   const int64_t a_bytes = lda * 2, b_bytes = ldb * 2, c_bytes = ldc * 4;
   int i = 0;
@@ -143,6 +157,69 @@ inline void tile_gemm(int m, int n, int k, const BFloat16* a, int64_t lda, const
   }
 }
 
+// A = the transpose of rows that pack_transposed_a has put there, [k, m] before: the same product.
+EFFVIT_INLINE void bf16_gemm_transposed(int m, int n, int k, const BFloat16* a, const BFloat16* b, int64_t ldb, float* c,
+                                        int64_t ldc, bool accumulate) {
+  bf16_gemm(m, n, k, a, k, b, ldb, c, ldc, accumulate);
+}
+
+#else
+
+constexpr int kBf16Rows = 1, kBf16Depth = 2;
+
+struct TileScope {};
+
+// acc + a.low * b.low + a.high * b.high in every lane; lanes of a and b are pairs of bfloat16.
+EFFVIT_INLINE vf dot_pairs(vf a, vf b, vf acc) {
+#if defined(EFFVIT_HAS_AVX512_BF16)
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+  const vi high = vi{} - 65536;
+  acc = fma((vf)((vi)a << 16), (vf)((vi)b << 16), acc);
+  return fma((vf)((vi)a & high), (vf)((vi)b & high), acc);
+#endif
+}
+
+// Operands of the float32 GEMM whose elements are pairs of bfloat16: k counts pairs.
+typedef float Pair __attribute__((may_alias));
+struct RowMajorPairs {  // elements 2 t and 2 t + 1 of row r
+  const Pair* data;
+  int64_t ld;
+  RowMajorPairs(const BFloat16* a, int64_t lda) : data(reinterpret_cast<const Pair*>(a)), ld(lda / 2) {}
+  EFFVIT_INLINE vf broadcast(int r, int t) const { return set1(data[r * ld + t]); }
+  EFFVIT_INLINE static vf multiply_add(vf a, vf b, vf c) { return dot_pairs(a, b, c); }
+  EFFVIT_INLINE RowMajorPairs rows_from(int r) const {
+    RowMajorPairs to = *this;
+    to.data += r * ld;
+    return to;
+  }
+};
+struct TransposedPairs {  // the transpose of a matrix with its rows interleaved in pairs
+  const Pair* data;
+  int64_t ld;
+  TransposedPairs(const BFloat16* a, int64_t lda) : data(reinterpret_cast<const Pair*>(a)), ld(lda / 2) {}
+  EFFVIT_INLINE vf broadcast(int r, int t) const { return set1(data[t * ld + r]); }
+  EFFVIT_INLINE static vf multiply_add(vf a, vf b, vf c) { return dot_pairs(a, b, c); }
+  EFFVIT_INLINE TransposedPairs rows_from(int r) const {
+    TransposedPairs to = *this;
+    to.data += r;
+    return to;
+  }
+};
+EFFVIT_INLINE DenseB pairs_b(const BFloat16* b, int64_t ldb) { return {reinterpret_cast<const Pair*>(b), ldb / 2}; }
+
+inline void bf16_gemm(int m, int n, int k, const BFloat16* a, int64_t lda, const BFloat16* b, int64_t ldb, float* c,
+                      int64_t ldc, bool accumulate) {
+  gemm_into(m, n, k / 2, RowMajorPairs(a, lda), pairs_b(b, ldb), StoreC{c, ldc, accumulate});
+}
+
+inline void bf16_gemm_transposed(int m, int n, int k, const BFloat16* a, const BFloat16* b, int64_t ldb, float* c,
+                                 int64_t ldc, bool accumulate) {
+  gemm_into(m, n, k / 2, TransposedPairs(a, 2 * m), pairs_b(b, ldb), StoreC{c, ldc, accumulate});
+}
+
+#endif  // EFFVIT_HAS_TILES
+
 // ---- repacking -----------------------------------------------------------------------------------------------------
 
 // dst[k/2][n][k%2] = row(n)[k]: B = transpose of the rows, for rows of bfloat16 as they lie in memory. A pair of
@@ -161,6 +238,24 @@ EFFVIT_INLINE void pack_transposed(BFloat16* dst, int64_t ldb, int n, int k, con
     }
   }
 }
+
+#if !defined(EFFVIT_HAS_TILES)
+// Lane by lane: a in the low half of a pair of bfloat16, b in the high one.
+EFFVIT_INLINE vi round_pairs(vf a, vf b) {
+#if defined(EFFVIT_HAS_AVX512_BF16)
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
+  return (vi)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+#else
+  BFloat16 low[kLanes], high[kLanes];
+  store(low, a);
+  store(high, b);
+  vi pairs;
+  for (int i = 0; i < kLanes; ++i) pairs[i] = static_cast<int32_t>(low[i].bits | uint32_t{high[i].bits} << 16);
+  return pairs;
+#endif
+}
+#endif
 
 // Interleaves two rows of n bfloat16 (n a multiple of 32): dst[2 i + s] = row s [i].
 EFFVIT_INLINE void interleave_rows(BFloat16* dst, const BFloat16* even, const BFloat16* odd, int n) {
@@ -182,7 +277,7 @@ EFFVIT_INLINE void interleave_rows(BFloat16* dst, const BFloat16* even, const BF
 template <class Row>
 EFFVIT_INLINE void pack_rows(BFloat16* dst, int64_t ldb, int k, int n, const Row& row) {
   static const BFloat16 kZeros[1024] = {};
-  for (int t = 0; t < round_up(k, kTileK); t += 2) {
+  for (int t = 0; t < round_up(k, 32); t += 2) {
     for (int c = 0; c < n; c += 1024) {
       const int width = n - c < 1024 ? n - c : 1024;
       interleave_rows(dst + (t / 2) * ldb + 2 * c, t < k ? row(t) + c : kZeros, t + 1 < k ? row(t + 1) + c : kZeros,
@@ -191,19 +286,30 @@ EFFVIT_INLINE void pack_rows(BFloat16* dst, int64_t ldb, int k, int n, const Row
   }
 }
 
-// dst[c][r] = src[r][c] in bfloat16 from float32: r < rows (a multiple of 16), c < cols (a multiple of 16).
-EFFVIT_INLINE void transpose_to_bfloat16(BFloat16* dst, int64_t ldd, const float* src, int64_t lds, int rows,
-                                         int cols) {
-  for (int r = 0; r < rows; r += kLanes) {
-    for (int c = 0; c < cols; c += kLanes) {
+// The left operand of bf16_gemm_transposed from float32 rows: dst = src^T, for src [k, m] with `lds` elements from row to
+// row; k is a multiple of kBf16Depth, m of 16.
+EFFVIT_INLINE void pack_transposed_a(BFloat16* dst, const float* src, int64_t lds, int k, int m) {
+#if defined(EFFVIT_HAS_TILES)
+  for (int r = 0; r < k; r += kLanes) {
+    for (int c = 0; c < m; c += kLanes) {
       vf t[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) t[i] = load(src + (r + i) * lds + c);
       transpose_block(t);
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(dst + (c + i) * ldd + r, t[i]);
+      for (int i = 0; i < kLanes; ++i) store(dst + int64_t{c + i} * k + r, t[i]);
     }
   }
+#else
+  for (int r = 0; r < k; r += 2) {
+    for (int c = 0; c < m; c += kLanes) {
+      store(reinterpret_cast<Pair*>(dst + int64_t{r} * m + 2 * c),
+            (vf)round_pairs(load(src + r * lds + c), load(src + (r + 1) * lds + c)));
+    }
+  }
+#endif
 }
+
+#endif  // EFFVIT_HAS_BF16_PRODUCTS
 
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME
