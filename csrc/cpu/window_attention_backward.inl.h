@@ -133,10 +133,12 @@ struct Backward {
   BiasTable tables;
   BiasGradient table_gradient;
   Additions additions;
-  float *q, *q_norm, *grad_out, *delta, *lse, *inverse, *factor_q, *factor_k, *factor_v, *k, *k_norm, *kt, *v, *vt,
-      *prob, *dlogit, *dq, *dk, *dv;
+  float *q, *q_norm, *grad_out, *delta, *lse, *inverse, *logit_scale, *factor_q, *factor_k, *factor_v, *k, *k_norm, *kt,
+      *v, *vt, *prob, *dlogit, *dq, *dk, *dv;
   float *own_k, *own_v;
-  // Tiles: the operands of the five products in bfloat16.
+  // The operands of the five products in bfloat16. Those with rows in pairs start anew with each block of query rows.
+  int block = 0;  // query rows of a block
+  int64_t block_pairs = 0;  // and the rows that it takes up there
   BFloat16 *q16 = nullptr, *q16_rows = nullptr, *do16 = nullptr, *do16_rows = nullptr, *kt16 = nullptr, *vt16 = nullptr,
            *k16_rows = nullptr, *row16 = nullptr, *ds16 = nullptr, *pt16 = nullptr, *dst16 = nullptr;
   float *row_scale = nullptr, *column_scale = nullptr, *bias = nullptr;
@@ -148,6 +150,8 @@ struct Backward {
     windows.allocate(scratch, g);
     queries = windows.scratch().queries;
     keys = windows.scratch().keys;
+    block = kBf16Tiles<T> ? kBlockRows : g.backward_rows;
+    block_pairs = round_up(block, 32);
     const int64_t heads = Partials(p, g).heads(p);
     tables.allocate(scratch, p, g, heads);
     table_gradient.allocate(scratch, p, g, heads);
@@ -158,6 +162,7 @@ struct Backward {
     delta = scratch.take<float>(nq);
     lse = scratch.take<float>(nq);
     inverse = scratch.take<float>(nq);
+    logit_scale = scratch.take<float>(nq);
     factor_q = scratch.take<float>(nq);
     factor_k = scratch.take<float>(nk);
     factor_v = scratch.take<float>(nk);
@@ -175,10 +180,11 @@ struct Backward {
     dv = scratch.take<float>(nk_padded * g.dvp);
     if constexpr (kBf16Products<T>) {
       const int64_t nq64 = round_up(g.q_tile_max, kBlockRows), nk32 = round_up(g.k_tile_max, 32);
+      const int64_t in_pairs = ceil_div(nq, block) * block_pairs;
       q16 = scratch.take<BFloat16>(nq64 * g.dk32);
-      q16_rows = scratch.take<BFloat16>(nq64 * g.dp);
+      q16_rows = scratch.take<BFloat16>(in_pairs * g.dp);
       do16 = scratch.take<BFloat16>(nq64 * g.dv32);
-      do16_rows = scratch.take<BFloat16>(nq64 * g.dvp);
+      do16_rows = scratch.take<BFloat16>(in_pairs * g.dvp);
       kt16 = scratch.take<BFloat16>(nk32 * g.dk32);
       vt16 = scratch.take<BFloat16>(nk32 * g.dv32);
       k16_rows = scratch.take<BFloat16>(nk32 * g.dp);
@@ -188,7 +194,7 @@ struct Backward {
       dst16 = scratch.take<BFloat16>(kBlockRows * nk32);
       row_scale = scratch.take<float>(nq);
       column_scale = scratch.take<float>(nk32);
-      bias = scratch.take<float>(int64_t{kBlockRows} * g.ld);
+      if (kBf16Tiles<T>) bias = scratch.take<float>(int64_t{kBlockRows} * g.ld);
     }
     own_k = own_v = nullptr;
     if (!g.single) {
@@ -197,6 +203,9 @@ struct Backward {
     }
   }
 
+  // Whether q, k and grad_out are wanted in float32. For products of bfloat16 they are not; some sums want them.
+  bool in_float32() const { return !kBf16Products<T> || g.cosine || g.has_pad || !g.single; }
+
   void load_queries(int64_t head) {
     const int d = static_cast<int>(p.d), width = static_cast<int>(p.dv);
     const WideFactor factor(double{g.cosine ? temperature(p, head) : p.scale} * kLog2EWide);
@@ -204,13 +213,14 @@ struct Backward {
     const T* base_do = static_cast<const T*>(p.grad_out) + head * p.grad_out_stride_h;
     const int64_t plane = p.H * p.W;
     const int64_t *const offset = queries.offset, *const grad_offset = queries.grad_offset;
-    pack(q, queries.n, d, [&](int i) { return base + offset[i]; }, g.cosine ? WideFactor() : factor);
+    const bool wide = in_float32();
+    if (wide) pack(q, queries.n, d, [&](int i) { return base + offset[i]; }, g.cosine ? WideFactor() : factor);
     for (int i = 0; g.cosine && i < queries.n; ++i) {
       float* row = q + int64_t{i} * g.dp;
       normalize_row(row, g.dp, q_norm + i);
       for (int c = 0; c < g.dp; c += kLanes) store(row + c, factor(load(row + c)));
     }
-    pack(grad_out, queries.n, width, [&](int i) { return base_do + grad_offset[i]; });
+    if (wide) pack(grad_out, queries.n, width, [&](int i) { return base_do + grad_offset[i]; });
     for (int i = 0; i < queries.n; ++i) {
       float* row_do = grad_out + int64_t{i} * g.dvp;
       const int64_t at = queries.lse_offset[i] + head * plane;
@@ -237,7 +247,7 @@ struct Backward {
     const auto value = [&](int j) {
       return row_or_pad<T>(p.v, p.pad_v, keys.v_offset[j], keys.position[j], head, p.v_stride_h, p.dv);
     };
-    pack(k, keys.n, d, key);
+    if (in_float32()) pack(k, keys.n, d, key);
     for (int j = 0; g.cosine && j < keys.n; ++j) normalize_row(k + int64_t{j} * g.dp, g.dp, k_norm + j);
 #if defined(EFFVIT_HAS_BF16_PRODUCTS)
     if constexpr (kBf16Products<T>) return load_keys_16(head);
@@ -257,19 +267,19 @@ struct Backward {
     const BFloat16* base = static_cast<const BFloat16*>(p.q) + head * p.q_stride_h;
     const BFloat16* base_do = static_cast<const BFloat16*>(p.grad_out) + head * p.grad_out_stride_h;
     const float factor = g.cosine ? temperature(p, head) : p.scale;
-    for (int i = 0; i < queries.n; ++i) {
-      copy_row(q16 + int64_t{i} * g.dk32, base + queries.offset[i], d, g.dk32);
-      copy_row(do16 + int64_t{i} * g.dv32, base_do + queries.grad_offset[i], width, g.dv32);
-      row_scale[i] = g.cosine ? factor / std::max(q_norm[i], kNormEps) : factor;
-    }
-    for (int r = 0; r < queries.n; r += kBlockRows) {  // each block of rows starts on a new pair
-      const int rows = std::min(kBlockRows, queries.n - r);
-      pack_rows(q16_rows + int64_t{r} * g.dp, 2 * g.dp, rows, g.dp,
+    const int64_t *const offset = queries.offset, *const grad_offset = queries.grad_offset;
+    copy_rows(q16, g.dk32, queries.n, d, [&](int i) { return base + offset[i]; });
+    copy_rows(do16, g.dv32, queries.n, width, [&](int i) { return base_do + grad_offset[i]; });
+    for (int i = 0; i < queries.n; ++i) row_scale[i] = g.cosine ? factor / std::max(q_norm[i], kNormEps) : factor;
+    for (int r = 0; r < queries.n; r += block) {
+      const int rows = std::min(block, queries.n - r);
+      pack_rows(q16_rows + row_in_pairs(r) * g.dp, 2 * g.dp, rows, g.dp,
                 [&](int i) { return q16 + int64_t{r + i} * g.dk32; });
-      pack_rows(do16_rows + int64_t{r} * g.dvp, 2 * g.dvp, rows, g.dvp,
+      pack_rows(do16_rows + row_in_pairs(r) * g.dvp, 2 * g.dvp, rows, g.dvp,
                 [&](int i) { return do16 + int64_t{r + i} * g.dv32; });
     }
   }
+  int64_t row_in_pairs(int r) const { return r / block * block_pairs; }  // of the first row of a block
 
   void load_keys_16(int64_t head) {
     const int d = static_cast<int>(p.d), width = static_cast<int>(p.dv);
@@ -277,22 +287,19 @@ struct Backward {
     if (g.cosine) {
       for (int j = 0; j < keys.padded; ++j) column_scale[j] = j < keys.n ? 1.f / std::max(k_norm[j], kNormEps) : 1.f;
     }
-    for (int j = 0; j < keys.n; ++j) {
-      copy_row(row16 + int64_t{j} * g.dk32,
-               row_or_pad<BFloat16>(p.k, p.pad_k, keys.k_offset[j], keys.position[j], head, p.k_stride_h, p.d), d,
-               g.dk32);
-    }
+    copy_rows(row16, g.dk32, keys.n, d, [&](int j) {
+      return row_or_pad<BFloat16>(p.k, p.pad_k, keys.k_offset[j], keys.position[j], head, p.k_stride_h, p.d);
+    });
     const auto key = [&](int j) { return row16 + int64_t{j} * g.dk32; };
     pack_transposed(kt16, ldb, keys.n, d, key);
     pack_rows(k16_rows, 2 * g.dp, keys.n, g.dp, key);
-    for (int j = 0; j < keys.n; ++j) {
-      copy_row(row16 + int64_t{j} * g.dv32,
-               row_or_pad<BFloat16>(p.v, p.pad_v, keys.v_offset[j], keys.position[j], head, p.v_stride_h, p.dv), width,
-               g.dv32);
-    }
+    copy_rows(row16, g.dv32, keys.n, width, [&](int j) {
+      return row_or_pad<BFloat16>(p.v, p.pad_v, keys.v_offset[j], keys.position[j], head, p.v_stride_h, p.dv);
+    });
     pack_transposed(vt16, ldb, keys.n, width, [&](int j) { return row16 + int64_t{j} * g.dv32; });
   }
 
+#if defined(EFFVIT_HAS_TILES)
   void recompute_rows_16(int r, int rows, const float* table) {
     const int padded = round_up(rows, kBf16Rows);
     additions.find(queries, keys, table, r, rows, bias, g.ld);
@@ -309,7 +316,8 @@ struct Backward {
         if (additions.masked) x = x + load(additions.mask[i] + j);
         store(row + j, x);
       }
-      softmax_backward<0>(row, dlogit + int64_t{i} * g.ld, r + i, 1);
+      probabilities<0>(row, dlogit + int64_t{i} * g.ld, r + i, 1);
+      logit_gradients<0>(row, dlogit + int64_t{i} * g.ld, r + i, 1);
       if (!g.single) continue;
       const vf normalise = set1(inverse[r + i]);
       for (int j = 0; j < keys.padded; j += kLanes) store(row + j, load(row + j) * normalise);
@@ -331,35 +339,106 @@ struct Backward {
       }
       if (depth > keys.padded) store(dst + keys.padded, vf{});
     }
-    bf16_gemm(round_up(rows, kBf16Rows), g.dp, round_up(keys.n, kBf16Depth), ds16, depth, k16_rows, 2 * g.dp, dq + int64_t{r} * g.dp, g.dp,
-              accumulate);
+    bf16_gemm(round_up(rows, kBf16Rows), g.dp, round_up(keys.n, kBf16Depth), ds16, depth, k16_rows, 2 * g.dp,
+              dq + int64_t{r} * g.dp, g.dp, accumulate);
   }
 
   // dv += P^T dO, dk += dS^T q.
   void dkv_rows_16(int r, int rows, bool accumulate) {
     const int depth = round_up(rows, kBf16Depth);
     pack_transposed_a(pt16, prob, g.ld, depth, keys.padded);
-    bf16_gemm_transposed(keys.padded, g.dvp, depth, pt16, do16_rows + int64_t{r} * g.dvp, 2 * g.dvp, dv, g.dvp,
+    bf16_gemm_transposed(keys.padded, g.dvp, depth, pt16, do16_rows + row_in_pairs(r) * g.dvp, 2 * g.dvp, dv, g.dvp,
                          accumulate);
     for (int i = 0; i < rows; ++i) {
       float* row = dlogit + int64_t{i} * g.ld;
       for (int j = 0; j < keys.padded; j += kLanes) store(row + j, load(row + j) * row_scale[r + i]);
     }
     pack_transposed_a(dst16, dlogit, g.ld, depth, keys.padded);
-    bf16_gemm_transposed(keys.padded, g.dp, depth, dst16, q16_rows + int64_t{r} * g.dp, 2 * g.dp, dk, g.dp, accumulate);
+    bf16_gemm_transposed(keys.padded, g.dp, depth, dst16, q16_rows + row_in_pairs(r) * g.dp, 2 * g.dp, dk, g.dp,
+                         accumulate);
+  }
+#else
+  // As recompute_rows, on pairs; and from P and dS the left operands of the products that follow.
+  void recompute_rows_16(int r, int rows, const float* table) {
+    const auto between = [&](int) {
+      prefetch();
+      return Fetch{};
+    };
+    additions.find(queries, keys, table, r, rows, prob, g.ld);
+    const RowMajorPairs q_rows(q16 + int64_t{r} * g.dk32, g.dk32), do_rows(do16 + int64_t{r} * g.dv32, g.dv32);
+    const DenseB transposed_keys = pairs_b(kt16, 2 * keys.padded), values = pairs_b(vt16, 2 * keys.padded);
+    const auto logits = [&](auto factor) {
+      gemm_to_logits(rows, keys.padded, g.dk32 / 2, q_rows, transposed_keys, prob, g.ld, factor, additions, between);
+    };
+    if (g.cosine) {
+      for (int i = 0; i < rows; ++i) logit_scale[i] = row_scale[r + i] * kLog2E;
+      logits(OuterFactor{logit_scale, column_scale});
+    } else {
+      logits(OneFactor{row_scale[r] * kLog2E});
+    }
+    gemm_into(rows, keys.padded, g.dv32 / 2, do_rows, values, StoreC{dlogit, g.ld, false}, between);
+    if (rows % 2 == 1) {  // the second row of the last pair
+      zero(prob + int64_t{rows} * g.ld, keys.padded);
+      zero(dlogit + int64_t{rows} * g.ld, keys.padded);
+    }
+    dispatch_vectors(keys.padded / kLanes, [&](auto n) {
+      probabilities<decltype(n)::value>(prob, dlogit, r, rows);
+      if (g.cosine) {
+        round_operands<decltype(n)::value, true>(r, rows);
+      } else {
+        round_operands<decltype(n)::value, false>(r, rows);
+      }
+    });
+  }
+
+  // logit_gradients, and both in bfloat16: rows of dS, and pairs of rows of P and dS, whose transposes are multiplied
+  // with. In cosine attention dS takes the norms on the way, and dk all of the factor of the logits.
+  template <int kVectors, bool kCosine>
+  void round_operands(int r, int rows) {
+    const int padded = kVectors ? kVectors * kLanes : keys.padded, depth = round_up(keys.padded, 32);
+    const int64_t ld = g.ld;
+    const bool single = g.single, keep = g.has_pad;
+    float *row = prob, *drow = dlogit;
+    Pair *pt = reinterpret_cast<Pair*>(pt16), *dst = reinterpret_cast<Pair*>(dst16);
+    BFloat16* ds = ds16;
+    const float* const columns = column_scale;
+    for (int i = r; i < r + rows; i += 2, row += 2 * ld, drow += 2 * ld, pt += padded, dst += padded, ds += 2 * depth) {
+      const int next = std::min(i + 1, r + rows - 1);
+      const vf factor0 = set1(single ? inverse[i] : 1.f), factor1 = set1(single ? inverse[next] : 1.f);
+      const vf shift0 = set1(delta[i]), shift1 = set1(delta[next]);
+      const vf scale0 = set1(row_scale[i]), scale1 = set1(row_scale[next]);
+#pragma GCC unroll 8
+      for (int j = 0; j < padded; j += kLanes) {
+        const vf p0 = load(row + j) * factor0, p1 = load(row + ld + j) * factor1;
+        const vf d0 = p0 * (load(drow + j) - shift0), d1 = p1 * (load(drow + ld + j) - shift1);
+        if (keep) {
+          store(row + j, p0);
+          store(row + ld + j, p1);
+        }
+        store(drow + j, d0);
+        store(drow + ld + j, d1);
+        const vf column = kCosine ? load(columns + j) : set1(1.f);
+        store(ds + j, kCosine ? d0 * column : d0);
+        store(ds + depth + j, kCosine ? d1 * column : d1);
+        store(pt + j, (vf)round_pairs(p0, p1));
+        store(dst + j, (vf)(kCosine ? round_pairs(d0 * scale0, d1 * scale1) : round_pairs(d0, d1)));
+      }
+    }
   }
 #endif
+#endif
 
-  // Logits of query rows [r, r + rows) and dP, rows from 0 on in prob and dlogit -> P and dS, in place. With all keys
-  // at hand the rows are normalised again and the sum of P dP is taken from them, so that neither the rounding of lse
-  // nor that of out enters; P then still lacks its factor inverse[i]. A window in several tiles relies on both.
+  // Logits of query rows [r, r + rows) and dP, rows from 0 on in prob and dlogit -> P in place. With all keys at hand
+  // the rows are normalised again and the sum of P dP is taken from them, so that neither the rounding of lse nor that
+  // of out enters; P then still lacks its factor inverse[i]. A window in several tiles relies on both.
   template <int kVectors>
-  void softmax_backward(float* prob, float* dlogit, int r, int rows) {
+  void probabilities(float* prob, const float* dlogit, int r, int rows) {
     const int last = (kVectors ? kVectors : keys.padded / kLanes) * kLanes - kLanes;
     const int64_t ld = g.ld;
     const vi there = lanes_below(keys.n - last);
     const bool single = g.single;
-    float *row = prob, *drow = dlogit;
+    float* row = prob;
+    const float* drow = dlogit;
     for (int i = r; i < r + rows; ++i, row += ld, drow += ld) {
       const vf log_sum = set1(single && keys.n == 1 ? row[0] : lse[i]);  // one key: P is exactly 1, dS exactly 0
       vf total = (vf)((vi)exp2(load(row + last) - log_sum) & there);
@@ -376,11 +455,19 @@ struct Backward {
       inverse[i] = 1.f / reduce_add(total);
       delta[i] += reduce_add(along) * inverse[i];
     }
-    row = prob, drow = dlogit;
+  }
+  // dP -> dS, in place.
+  template <int kVectors>
+  void logit_gradients(const float* prob, float* dlogit, int r, int rows) {
+    const int padded = kVectors ? kVectors * kLanes : keys.padded;
+    const int64_t ld = g.ld;
+    const bool single = g.single;
+    const float* row = prob;
+    float* drow = dlogit;
     for (int i = r; i < r + rows; ++i, row += ld, drow += ld) {
       const vf factor = set1(single ? inverse[i] : 1.f), shift = set1(delta[i]);
 #pragma GCC unroll 8
-      for (int j = 0; j <= last; j += kLanes) store(drow + j, load(row + j) * factor * (load(drow + j) - shift));
+      for (int j = 0; j < padded; j += kLanes) store(drow + j, load(row + j) * factor * (load(drow + j) - shift));
     }
   }
 
@@ -406,7 +493,7 @@ struct Backward {
     });
   }
   // Calls of prefetch() for a head.
-  int64_t steps() const { return (kBf16Products<T> ? 1 : 5) * std::max(1, queries.n / kRows); }
+  int64_t steps() const { return (kBf16Tiles<T> ? 1 : 5) * std::max(1, queries.n / kRows); }
 
   // P and dS of query rows [r, r + rows) into rows [0, rows) of prob and dlogit. grad_out takes the factor that P
   // lacks.
@@ -417,11 +504,13 @@ struct Backward {
     };
     additions.find(queries, keys, table, r, rows, prob, g.ld);
     gemm_to_logits(rows, keys.padded, static_cast<int>(p.d), RowMajorA{q + int64_t{r} * g.dp, g.dp},
-                   DenseB{kt, keys.padded}, prob, g.ld, additions, between);
+                   DenseB{kt, keys.padded}, prob, g.ld, NoFactor{}, additions, between);
     gemm_into(rows, keys.padded, static_cast<int>(p.dv), RowMajorA{grad_out + int64_t{r} * g.dvp, g.dvp},
               DenseB{vt, keys.padded}, StoreC{dlogit, g.ld, false}, between);
-    dispatch_vectors(keys.padded / kLanes,
-                     [&](auto n) { softmax_backward<decltype(n)::value>(prob, dlogit, r, rows); });
+    dispatch_vectors(keys.padded / kLanes, [&](auto n) {
+      probabilities<decltype(n)::value>(prob, dlogit, r, rows);
+      logit_gradients<decltype(n)::value>(prob, dlogit, r, rows);
+    });
     if (!g.single) return;
     for (int i = r; i < r + rows; ++i) {
       float* row = grad_out + int64_t{i} * g.dvp;
@@ -445,10 +534,12 @@ struct Backward {
     }
   }
 
-  // Products whose results go to the gradients as they leave the registers. Rounding to 16 bits there would cost more
-  // registers than the product leaves.
-  bool direct_dq() const { return std::is_same_v<T, float> && g.single && !g.cosine; }
-  bool direct_dkv() const { return direct_dq() && queries.n <= g.backward_rows; }
+  // Products whose results go to the gradients as they leave the registers. Without an instruction for it, rounding to
+  // 16 bits there would cost more registers than the product leaves.
+  bool direct_dq() const {
+    return (std::is_same_v<T, float> || (kBf16Products<T> && !kBf16Tiles<T>)) && g.single && !g.cosine;
+  }
+  bool direct_dkv() const { return direct_dq() && queries.n <= block; }
 
   // One (queries, keys) tile. want_dq covers everything that is summed over queries of a window: dq, table, pads.
   void tile(int64_t head, bool want_dq, bool want_dkv, bool first_dq, bool first_dkv) {
@@ -459,12 +550,11 @@ struct Backward {
     };
     const int d = static_cast<int>(p.d), width = static_cast<int>(p.dv);
     T* const gradient = static_cast<T*>(p.dqkv);
-    const int block = kBf16Products<T> ? kBlockRows : g.backward_rows;  // which go in pairs
     for (int r = 0; r < queries.n; r += block) {
       const int rows = std::min(block, queries.n - r);
       const bool accumulate_dkv = !first_dkv || r > 0;
-#if defined(EFFVIT_HAS_BF16_PRODUCTS)
-      if constexpr (kBf16Products<T>) {
+#if defined(EFFVIT_HAS_TILES)
+      if constexpr (kBf16Tiles<T>) {
         recompute_rows_16(r, rows, table);
         if (want_dq) {
           dq_rows_16(r, rows, !first_dq);
@@ -474,29 +564,44 @@ struct Backward {
         continue;
       }
 #endif
-      recompute_rows(r, rows, table);
-      if (want_dq) {
-        const RowMajorA a{dlogit, g.ld};
-        if (direct_dq()) {
-          gemm_to_tokens(rows, d, keys.n, a, k, gradient + head * p.d, queries.dq_offset + r, factor_q, false, between);
-        } else {
-          gemm_into(rows, g.dp, keys.n, a, DenseB{k, g.dp}, StoreC{dq + int64_t{r} * g.dp, g.dp, !first_dq}, between);
+      // dq = dS k, dv = P^T dO, dk = dS^T q
+      const auto products = [&](int depth_dq, auto a_q, DenseB b_q, int depth_dkv, auto a_v, DenseB b_v, auto a_k,
+                                DenseB b_k) {
+        if (want_dq) {
+          if (direct_dq()) {
+            gemm_to_tokens(rows, d, depth_dq, a_q, b_q, gradient + head * p.d, queries.dq_offset + r, factor_q, false,
+                           between);
+          } else {
+            gemm_into(rows, g.dp, depth_dq, a_q, b_q, StoreC{dq + int64_t{r} * g.dp, g.dp, !first_dq}, between);
+          }
+          add_sums(r, rows);
         }
-        add_sums(r, rows);
-      }
-      if (want_dkv) {
-        const TransposedA a_v{prob, g.ld}, a_k{dlogit, g.ld};
-        const float *const b_v = grad_out + int64_t{r} * g.dvp, *const b_k = q + int64_t{r} * g.dp;
+        if (!want_dkv) return;
         if (direct_dkv()) {
           const bool holes = keys.pads > 0;
           T* const to_v = gradient + p.h * p.d + head * p.dv;
-          gemm_to_tokens(keys.n, width, rows, a_v, b_v, to_v, keys.grad_offset, factor_v, holes, between);
-          gemm_to_tokens(keys.n, d, rows, a_k, b_k, gradient + head * p.d, keys.grad_offset, factor_k, holes, between);
+          gemm_to_tokens(keys.n, width, depth_dkv, a_v, b_v, to_v, keys.grad_offset, factor_v, holes, between);
+          gemm_to_tokens(keys.n, d, depth_dkv, a_k, b_k, gradient + head * p.d, keys.grad_offset, factor_k, holes,
+                         between);
         } else {
-          gemm_into(keys.n, g.dvp, rows, a_v, DenseB{b_v, g.dvp}, StoreC{dv, g.dvp, accumulate_dkv}, between);
-          gemm_into(keys.n, g.dp, rows, a_k, DenseB{b_k, g.dp}, StoreC{dk, g.dp, accumulate_dkv}, between);
+          gemm_into(keys.n, g.dvp, depth_dkv, a_v, b_v, StoreC{dv, g.dvp, accumulate_dkv}, between);
+          gemm_into(keys.n, g.dp, depth_dkv, a_k, b_k, StoreC{dk, g.dp, accumulate_dkv}, between);
         }
+      };
+#if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
+      if constexpr (kBf16Products<T>) {
+        recompute_rows_16(r, rows, table);
+        const int64_t at = row_in_pairs(r), padded = 2 * keys.padded;
+        products((keys.n + 1) / 2, RowMajorPairs(ds16, round_up(keys.padded, 32)), pairs_b(k16_rows, 2 * g.dp),
+                 (rows + 1) / 2, TransposedPairs(pt16, padded), pairs_b(do16_rows + at * g.dvp, 2 * g.dvp),
+                 TransposedPairs(dst16, padded), pairs_b(q16_rows + at * g.dp, 2 * g.dp));
+        continue;
       }
+#endif
+      recompute_rows(r, rows, table);
+      products(keys.n, RowMajorA{dlogit, g.ld}, DenseB{k, g.dp}, rows, TransposedA{prob, g.ld},
+               DenseB{grad_out + int64_t{r} * g.dvp, g.dvp}, TransposedA{dlogit, g.ld},
+               DenseB{q + int64_t{r} * g.dp, g.dp});
     }
   }
 
@@ -528,13 +633,19 @@ struct Backward {
     }
   }
 
+  // What a row of dS^T q lacks: the q that dS is multiplied with has its factor log2(e), but in bfloat16 it is as it
+  // was, and dS takes the factors (on pairs only those that differ from row to row).
+  float key_factor() const {
+    if constexpr (!kBf16Products<T>) return kLn2;
+    return kBf16Tiles<T> || g.cosine ? 1.f : p.scale;
+  }
+
   // row_k: the gradient of k, or of k^.
   void write_dkv(int64_t position, int64_t head, float* row_k, const float* unit_k, float norm, const float* row_v) {
     if (position < 0) return;
     T* base = gradient_row(position);
     if (g.cosine) normalize_row_backward(row_k, unit_k, norm, g.dp);
-    // What multiplies dS in row_k is q with its factor log2(e), but q's own rows in bfloat16.
-    store_row(base + (p.h + head) * p.d, row_k, static_cast<int>(p.d), kBf16Products<T> ? 1.f : kLn2);
+    store_row(base + (p.h + head) * p.d, row_k, static_cast<int>(p.d), key_factor());
     store_row(base + 2 * p.h * p.d + head * p.dv, row_v, static_cast<int>(p.dv));
   }
 
@@ -629,7 +740,7 @@ struct Backward {
     tables.reset();
     additions.reset(g);
     for (int i = 0; i < g.q_tile_max; ++i) factor_q[i] = p.scale;
-    for (int j = 0; j < g.k_tile_max; ++j) factor_k[j] = kLn2, factor_v[j] = 1.f;
+    for (int j = 0; j < g.k_tile_max; ++j) factor_k[j] = key_factor(), factor_v[j] = 1.f;
     [[maybe_unused]] const Products<T> products;
     const int64_t at_once = Ahead::group_of_heads(p, g, sizeof(T));
     const Partials layout(p, g);

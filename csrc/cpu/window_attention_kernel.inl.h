@@ -336,27 +336,43 @@ struct Additions {
   }
 };
 
+// What products are multiplied with on their way to logits, where the operands are the tokens as they are.
+struct NoFactor {
+  EFFVIT_INLINE vf operator()(int, int, vf x, vf bias) const { return x + bias; }
+};
+struct OneFactor {
+  float factor;
+  EFFVIT_INLINE vf operator()(int, int, vf x, vf bias) const { return fma(x, set1(factor), bias); }
+};
+struct OuterFactor {
+  const float *row, *column;
+  EFFVIT_INLINE vf operator()(int r, int c, vf x, vf bias) const {
+    return fma(x, set1(row[r]) * load(column + c), bias);
+  }
+};
+
 // Logits of a block of rows: products, bias and mask. The bias may lie where the logits go.
-template <bool kMasked>
+template <bool kMasked, class Factor>
 struct StoreLogits {
   float* data;
   int64_t ld;
   const float *const *bias, *const *mask;
+  Factor factor;
   EFFVIT_INLINE void operator()(int r, int c, vf x) const {
-    x = x + load(bias[r] + c);
+    x = factor(r, c, x, load(bias[r] + c));
     if (kMasked) x = x + load(mask[r] + c);
     store(data + r * ld + c, x);
   }
 };
 
-// dst = A[m, k] B[k, n] and the additions.
-template <class F>
-EFFVIT_INLINE void gemm_to_logits(int m, int n, int k, RowMajorA a, DenseB b, float* dst, int64_t ld,
+// dst = A[m, k] B[k, n] times the factor, and the additions.
+template <class A, class Factor, class F>
+EFFVIT_INLINE void gemm_to_logits(int m, int n, int k, A a, DenseB b, float* dst, int64_t ld, Factor factor,
                                   const Additions& add, const F& between) {
   if (add.masked) {
-    gemm_into(m, n, k, a, b, StoreLogits<true>{dst, ld, add.bias, add.mask}, between);
+    gemm_into(m, n, k, a, b, StoreLogits<true, Factor>{dst, ld, add.bias, add.mask, factor}, between);
   } else {
-    gemm_into(m, n, k, a, b, StoreLogits<false>{dst, ld, add.bias, nullptr}, between);
+    gemm_into(m, n, k, a, b, StoreLogits<false, Factor>{dst, ld, add.bias, nullptr, factor}, between);
   }
 }
 
@@ -384,13 +400,13 @@ struct StoreTokens {
 
 // Rows of A[m, k] B[k, width] to tokens, times factor. holes: some offsets are below zero.
 template <class T, class A, class F>
-EFFVIT_INLINE void gemm_to_tokens(int m, int width, int k, A a, const float* b, T* base, const int64_t* offset,
+EFFVIT_INLINE void gemm_to_tokens(int m, int width, int k, A a, DenseB b, T* base, const int64_t* offset,
                                   const float* factor, bool holes, const F& between) {
   const int padded = round_up(width, kLanes);
   if (width == padded && !holes) {
-    gemm_into(m, padded, k, a, DenseB{b, padded}, StoreTokens<T, true>{base, offset, factor, width}, between);
+    gemm_into(m, padded, k, a, b, StoreTokens<T, true>{base, offset, factor, width}, between);
   } else {
-    gemm_into(m, padded, k, a, DenseB{b, padded}, StoreTokens<T, false>{base, offset, factor, width}, between);
+    gemm_into(m, padded, k, a, b, StoreTokens<T, false>{base, offset, factor, width}, between);
   }
 }
 
@@ -437,12 +453,6 @@ struct Products {
   std::conditional_t<kBf16Products<T>, TileScope, int> scope{};
 #endif
 };
-
-// Columns [0, n) of src, zeros up to n_padded.
-EFFVIT_INLINE void copy_row(BFloat16* dst, const BFloat16* src, int n, int n_padded) {
-  std::memcpy(dst, src, static_cast<size_t>(n) * 2);
-  std::memset(dst + n, 0, static_cast<size_t>(n_padded - n) * 2);
-}
 
 template <class T>
 EFFVIT_INLINE const T* row_or_pad(const void* base, const void* pad, int64_t offset, int64_t position, int64_t head,
@@ -606,8 +616,9 @@ struct Forward {
       kt = scratch.take<float>(int64_t{g.dp} * round_up(g.k_tile_max, kLanes));
       v = scratch.take<float>(int64_t{g.k_tile_max} * g.dvp);
     }
-    s = scratch.take<float>(int64_t{kBf16Products<T> ? 32 : g.block_rows} * g.ld);
-    o = scratch.take<float>((kBf16Products<T> && g.single ? 32 : round_up(g.q_tile_max, 32)) * int64_t{g.dvp});
+    const int rows = kBf16Tiles<T> ? 32 : g.block_rows;
+    s = scratch.take<float>(int64_t{rows} * g.ld);
+    o = scratch.take<float>((kBf16Tiles<T> && g.single ? 32 : round_up(g.q_tile_max, 32)) * int64_t{g.dvp});
     top = scratch.take<float>(g.q_tile_max + kLanes);
     sum = scratch.take<float>(g.q_tile_max + kLanes);
     inverse = scratch.take<float>(g.q_tile_max + kLanes);
@@ -617,11 +628,11 @@ struct Forward {
       q16 = scratch.take<BFloat16>(int64_t{round_up(g.q_tile_max, 32)} * g.dk32);
       kt16 = scratch.take<BFloat16>(nk * g.dk32);
       v16 = scratch.take<BFloat16>(nk * g.dvp);
-      p16 = scratch.take<BFloat16>(32 * nk);
+      p16 = scratch.take<BFloat16>(rows * nk);
       row16 = scratch.take<BFloat16>(nk * std::max(g.dk32, g.dvp));
       row_scale = scratch.take<float>(g.q_tile_max);
       column_scale = scratch.take<float>(nk);
-      bias = scratch.take<float>(int64_t{32} * g.ld);
+      if (kBf16Tiles<T>) bias = scratch.take<float>(rows * g.ld);
     }
   }
 
@@ -660,10 +671,11 @@ struct Forward {
     });
   }
 
-  // Logits of query rows [r, r + rows) -> unnormalised probabilities, in place; updates top and sum, and rescales what
-  // o holds already (tiles after the first). First all maxima, then all exponentials: the latter then wait for nothing.
-  template <int kVectors>
-  void softmax(int r, int rows, bool first) {
+  // Logits of query rows [r, r + rows) -> unnormalised probabilities, at `to` (s itself, or bfloat16); updates top and
+  // sum, and rescales what o holds already (tiles after the first). First all maxima, then all exponentials: the latter
+  // then wait for nothing.
+  template <int kVectors, class P>
+  void softmax(int r, int rows, bool first, P* to, int64_t ld_to) {
     const int last = (kVectors ? kVectors : keys.padded / kLanes) * kLanes - kLanes;
     const int64_t ld = g.ld;
     const vi there = lanes_below(keys.n - last);
@@ -676,17 +688,17 @@ struct Forward {
       highest[i] = reduce_max(m);
     }
     row = s;
-    for (int i = 0; i < rows; ++i, row += ld) {
+    for (int i = 0; i < rows; ++i, row += ld, to += ld_to) {
       const vf shift = set1(highest[i]);
       vf total{};
 #pragma GCC unroll 8
       for (int j = 0; j < last; j += kLanes) {
         const vf e = exp2(load(row + j) - shift);
-        store(row + j, e);
+        store(to + j, e);
         total = total + e;
       }
       const vf e = (vf)((vi)exp2(load(row + last) - shift) & there);
-      store(row + last, e);
+      store(to + last, e);
       accumulate_sum(r + i, highest[i], reduce_add(total + e), first);
     }
   }
@@ -733,7 +745,7 @@ struct Forward {
     });
   }
   // Calls of prefetch() for a head.
-  int64_t steps() const { return (kBf16Products<T> ? 1 : 2) * std::max(1, queries.n / kRows); }
+  int64_t steps() const { return (kBf16Tiles<T> ? 1 : 2) * std::max(1, queries.n / kRows); }
 
   void rows_of_tile(int64_t head, bool first) {
     const float* table = tables.get(p, g, head);
@@ -745,13 +757,13 @@ struct Forward {
       const int rows = std::min(g.block_rows, queries.n - r);
       additions.find(queries, keys, table, r, rows, s, g.ld);
       gemm_to_logits(rows, keys.padded, static_cast<int>(p.d), RowMajorA{q + int64_t{r} * g.dp, g.dp},
-                     DenseB{kt, keys.padded}, s, g.ld, additions, between);
-      dispatch_vectors(keys.padded / kLanes, [&](auto n) { softmax<decltype(n)::value>(r, rows, first); });
+                     DenseB{kt, keys.padded}, s, g.ld, NoFactor{}, additions, between);
+      dispatch_vectors(keys.padded / kLanes, [&](auto n) { softmax<decltype(n)::value>(r, rows, first, s, g.ld); });
       const RowMajorA prob{s, g.ld};
       if (g.single && std::is_same_v<T, float>) {
         for (int i = 0; i < rows; i += kLanes) store(inverse + i, 1.f / load(sum + r + i));
-        gemm_to_tokens(rows, static_cast<int>(p.dv), keys.n, prob, v, static_cast<T*>(p.out) + head * p.dv,
-                       queries.out_offset + r, inverse, false, between);
+        gemm_to_tokens(rows, static_cast<int>(p.dv), keys.n, prob, DenseB{v, g.dvp},
+                       static_cast<T*>(p.out) + head * p.dv, queries.out_offset + r, inverse, false, between);
       } else {
         float* const acc = o + int64_t{r} * g.dvp;
         gemm_into(rows, g.dvp, keys.n, prob, DenseB{v, g.dvp}, StoreC{acc, g.dvp, !first}, between);
@@ -765,10 +777,11 @@ struct Forward {
   void load_queries_16(int64_t head) {
     const BFloat16* base = static_cast<const BFloat16*>(p.q) + head * p.q_stride_h;
     const float factor = (g.cosine ? temperature(p, head) : p.scale) * kLog2E;
-    for (int i = 0; i < queries.n; ++i) {
-      copy_row(q16 + int64_t{i} * g.dk32, base + queries.offset[i], static_cast<int>(p.d), g.dk32);
-      row_scale[i] = factor;
-      if (g.cosine) row_scale[i] *= inverse_norm(base + queries.offset[i], static_cast<int>(p.d), q);
+    const int64_t* const offset = queries.offset;
+    copy_rows(q16, g.dk32, queries.n, static_cast<int>(p.d), [&](int i) { return base + offset[i]; });
+    for (int i = 0; i < queries.n; ++i) row_scale[i] = factor;
+    for (int i = 0; g.cosine && i < queries.n; ++i) {
+      row_scale[i] *= inverse_norm(base + offset[i], static_cast<int>(p.d), q);
     }
   }
 
@@ -794,17 +807,18 @@ struct Forward {
     if (d % 32 == 0) {
       pack_transposed(kt16, ldb, keys.n, d, key);
     } else {
-      for (int j = 0; j < keys.n; ++j) copy_row(row16 + int64_t{j} * g.dk32, key(j), d, g.dk32);
+      copy_rows(row16, g.dk32, keys.n, d, key);
       pack_transposed(kt16, ldb, keys.n, d, [&](int j) { return row16 + int64_t{j} * g.dk32; });
     }
     if (width % 16 == 0) {
       pack_rows(v16, 2 * g.dvp, keys.n, width, value);
     } else {
-      for (int j = 0; j < keys.n; ++j) copy_row(row16 + int64_t{j} * g.dvp, value(j), width, g.dvp);
+      copy_rows(row16, g.dvp, keys.n, width, value);
       pack_rows(v16, 2 * g.dvp, keys.n, g.dvp, [&](int j) { return row16 + int64_t{j} * g.dvp; });
     }
   }
 
+#if defined(EFFVIT_HAS_TILES)
   void rows_of_tile_16(int64_t head, bool first) {
     const float* table = tables.get(p, g, head);
     const int depth = round_up(keys.padded, 32);
@@ -844,6 +858,40 @@ struct Forward {
       }
     }
   }
+#else
+  // As rows_of_tile, on pairs.
+  void rows_of_tile_16(int64_t head, bool first) {
+    const float* table = tables.get(p, g, head);
+    const auto between = [&](int) {
+      prefetch();
+      return Fetch{};
+    };
+    const int depth = round_up(keys.padded, 32), pairs = (keys.n + 1) / 2;
+    const DenseB transposed_keys = pairs_b(kt16, 2 * keys.padded), values = pairs_b(v16, 2 * g.dvp);
+    const RowMajorPairs prob(p16, depth);
+    for (int r = 0; r < queries.n; r += g.block_rows) {
+      const int rows = std::min(g.block_rows, queries.n - r);
+      additions.find(queries, keys, table, r, rows, s, g.ld);
+      const RowMajorPairs q_rows(q16 + int64_t{r} * g.dk32, g.dk32);
+      const auto logits = [&](auto factor) {
+        gemm_to_logits(rows, keys.padded, g.dk32 / 2, q_rows, transposed_keys, s, g.ld, factor, additions, between);
+      };
+      if (g.cosine) {
+        logits(OuterFactor{row_scale + r, column_scale});
+      } else {
+        logits(OneFactor{row_scale[r]});
+      }
+      dispatch_vectors(keys.padded / kLanes, [&](auto n) { softmax<decltype(n)::value>(r, rows, first, p16, depth); });
+      if (g.single) {
+        for (int i = 0; i < rows; i += kLanes) store(inverse + i, 1.f / load(sum + r + i));
+        gemm_to_tokens(rows, static_cast<int>(p.dv), pairs, prob, values, static_cast<BFloat16*>(p.out) + head * p.dv,
+                       queries.out_offset + r, inverse, false, between);
+      } else {
+        gemm_into(rows, g.dvp, pairs, prob, values, StoreC{o + int64_t{r} * g.dvp, g.dvp, !first}, between);
+      }
+    }
+  }
+#endif
 #endif
 
   void start(int64_t head) {

@@ -12,12 +12,19 @@ constexpr bool kBf16Products = std::is_same_v<T, BFloat16>;  // operands are rou
 template <class T>
 constexpr bool kBf16Products = false;
 #endif
+#if defined(EFFVIT_HAS_TILES)
+template <class T>
+constexpr bool kBf16Tiles = kBf16Products<T>;  // on tiles, whose results go through memory
+#else
+template <class T>
+constexpr bool kBf16Tiles = false;
+#endif
 
 #if defined(EFFVIT_HAS_BF16_PRODUCTS)
 static_assert(kLanes == 16, "a row of a float32 tile is one vector");
 
-// A product is C[m, n] (+)= A[m, k] B[k, n], C in float32. A is row-major with `lda` elements from row to row, B has its
-// rows interleaved in pairs ("VNNI": b[k/2][n][k%2]) with `ldb` elements from one pair to the next (2n when dense).
+// A product is C[m, n] (+)= A[m, k] B[k, n], C in float32. A is row-major with `lda` elements from row to row, B has
+// its rows interleaved in pairs ("VNNI": b[k/2][n][k%2]) with `ldb` elements from one pair to the next (2n when dense).
 // m is a multiple of kBf16Rows, k of kBf16Depth, n of 16.
 
 #if defined(EFFVIT_HAS_TILES)
@@ -158,8 +165,8 @@ inline void bf16_gemm(int m, int n, int k, const BFloat16* a, int64_t lda, const
 }
 
 // A = the transpose of rows that pack_transposed_a has put there, [k, m] before: the same product.
-EFFVIT_INLINE void bf16_gemm_transposed(int m, int n, int k, const BFloat16* a, const BFloat16* b, int64_t ldb, float* c,
-                                        int64_t ldc, bool accumulate) {
+EFFVIT_INLINE void bf16_gemm_transposed(int m, int n, int k, const BFloat16* a, const BFloat16* b, int64_t ldb,
+                                        float* c, int64_t ldc, bool accumulate) {
   bf16_gemm(m, n, k, a, k, b, ldb, c, ldc, accumulate);
 }
 
@@ -222,6 +229,25 @@ inline void bf16_gemm_transposed(int m, int n, int k, const BFloat16* a, const B
 
 // ---- repacking -----------------------------------------------------------------------------------------------------
 
+// dst[i * ld] = row(i), `width` elements and zeros up to ld, for n rows.
+template <class Row>
+EFFVIT_INLINE void copy_rows(BFloat16* dst, int ld, int n, int width, const Row& row) {
+  if (width == 32 && ld == 32) {
+    for (int i = 0; i < n; ++i) std::memcpy(dst + i * 32, row(i), 64);
+  } else if (width == ld && width % 32 == 0) {
+    for (int i = 0; i < n; ++i) {
+      const BFloat16* from = row(i);
+      for (int c = 0; c < width; c += 32) std::memcpy(dst + int64_t{i} * ld + c, from + c, 64);
+    }
+  } else {
+    for (int i = 0; i < n; ++i) {
+      BFloat16* to = dst + int64_t{i} * ld;
+      std::memcpy(to, row(i), static_cast<size_t>(width) * 2);
+      std::memset(to + width, 0, static_cast<size_t>(ld - width) * 2);
+    }
+  }
+}
+
 // dst[k/2][n][k%2] = row(n)[k]: B = transpose of the rows, for rows of bfloat16 as they lie in memory. A pair of
 // neighbouring elements is one 32-bit word, so this is a transpose of words. rows are readable up to round_up(k, 32);
 // columns n..round_up(n, 16) become zero, ldb counts elements.
@@ -273,11 +299,11 @@ EFFVIT_INLINE void interleave_rows(BFloat16* dst, const BFloat16* even, const BF
   }
 }
 
-// dst[t/2][n][t%2] = row(t)[n] for t < k, zero up to round_up(k, 32); rows readable up to n, a multiple of 16.
+// dst[t/2][n][t%2] = row(t)[n] for t < k, zero up to round_up(k, kBf16Depth); rows readable up to n, a multiple of 16.
 template <class Row>
 EFFVIT_INLINE void pack_rows(BFloat16* dst, int64_t ldb, int k, int n, const Row& row) {
   static const BFloat16 kZeros[1024] = {};
-  for (int t = 0; t < round_up(k, 32); t += 2) {
+  for (int t = 0; t < round_up(k, kBf16Depth); t += 2) {
     for (int c = 0; c < n; c += 1024) {
       const int width = n - c < 1024 ? n - c : 1024;
       interleave_rows(dst + (t / 2) * ldb + 2 * c, t < k ? row(t) + c : kZeros, t + 1 < k ? row(t + 1) + c : kZeros,
@@ -286,8 +312,8 @@ EFFVIT_INLINE void pack_rows(BFloat16* dst, int64_t ldb, int k, int n, const Row
   }
 }
 
-// The left operand of bf16_gemm_transposed from float32 rows: dst = src^T, for src [k, m] with `lds` elements from row to
-// row; k is a multiple of kBf16Depth, m of 16.
+// The left operand of bf16_gemm_transposed from float32 rows: dst = src^T, for src [k, m] with `lds` elements from row
+// to row; k is a multiple of kBf16Depth, m of 16.
 EFFVIT_INLINE void pack_transposed_a(BFloat16* dst, const float* src, int64_t lds, int k, int m) {
 #if defined(EFFVIT_HAS_TILES)
   for (int r = 0; r < k; r += kLanes) {

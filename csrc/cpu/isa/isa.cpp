@@ -18,8 +18,8 @@
 namespace effvit::cpu {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"generic", "avx2",            "avx512",               "avx512_bf16",
-                                           "amx",     "avx512_emulated", "avx512_bf16_emulated", "amx_emulated"};
+constexpr const char* kNames[kIsaCount] = {
+    "generic", "avx2", "avx512", "avx512_bf16", "amx", "avx512_emulated", "avx512_bf16_emulated", "amx_emulated"};
 
 #if defined(__x86_64__)
 uint64_t xgetbv0() {

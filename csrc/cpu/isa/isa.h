@@ -36,17 +36,17 @@ const Kernel& select(const Kernel* const (&table)[kIsaCount]) {
 
 // In namespace effvit::cpu: declares op_<isa>(), which every translation unit of the op's kernel defines, and defines
 // `const Kernel& op_kernel()`, the table of entry points of the current ISA.
-#define EFFVIT_DECLARE_KERNEL(Kernel, op)                                                                              \
-  const Kernel* op##_generic();                                                                                        \
-  EFFVIT_IF_X86(const Kernel* op##_avx2(); const Kernel* op##_avx512(); const Kernel* op##_avx512_bf16();              \
-                const Kernel* op##_amx();)                                                                             \
-  EFFVIT_IF_TEST_ISAS(const Kernel* op##_avx512_emulated(); const Kernel* op##_avx512_bf16_emulated();                 \
-                      const Kernel* op##_amx_emulated();)                                                              \
-  inline const Kernel& op##_kernel() {                                                                                 \
-    static const Kernel* const table[kIsaCount] = {op##_generic() EFFVIT_IF_X86(                                       \
-        , op##_avx2(), op##_avx512(), op##_avx512_bf16(), op##_amx())                                                  \
-        EFFVIT_IF_TEST_ISAS(, op##_avx512_emulated(), op##_avx512_bf16_emulated(), op##_amx_emulated())};              \
-    return select(table);                                                                                              \
+#define EFFVIT_DECLARE_KERNEL(Kernel, op)                                                                     \
+  const Kernel* op##_generic();                                                                               \
+  EFFVIT_IF_X86(const Kernel* op##_avx2(); const Kernel* op##_avx512(); const Kernel* op##_avx512_bf16();     \
+                const Kernel* op##_amx();)                                                                    \
+  EFFVIT_IF_TEST_ISAS(const Kernel* op##_avx512_emulated(); const Kernel* op##_avx512_bf16_emulated();        \
+                      const Kernel* op##_amx_emulated();)                                                     \
+  inline const Kernel& op##_kernel() {                                                                        \
+    static const Kernel* const table[kIsaCount] = {                                                           \
+        op##_generic() EFFVIT_IF_X86(, op##_avx2(), op##_avx512(), op##_avx512_bf16(), op##_amx())            \
+            EFFVIT_IF_TEST_ISAS(, op##_avx512_emulated(), op##_avx512_bf16_emulated(), op##_amx_emulated())}; \
+    return select(table);                                                                                     \
   }
 #if defined(__x86_64__)
 #define EFFVIT_IF_X86(...) __VA_ARGS__
