@@ -53,9 +53,12 @@ def _native(spec):
 
 
 def _takes(backend, sample, dtype):
-    """Compiled kernels take everything; the others a sample's first dtype (emulated ones: small ones), all of a few."""
+    """Compiled kernels take everything; the others a sample's first dtype (emulated ones: small ones), all of a few.
+
+    An instruction set that adds products of bfloat16 to another one takes what is not bfloat16 of the few alone.
+    """
     if not backend.slow and backend.name != "reference":
-        return True
+        return dtype == torch.bfloat16 or not backend.bfloat16_only or "framework" in sample.tags
     return ("small" in sample.tags or not backend.slow) and (dtype == sample.dtypes[0] or "framework" in sample.tags)
 
 

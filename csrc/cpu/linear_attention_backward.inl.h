@@ -111,7 +111,11 @@ struct Backward {
   EFFVIT_INLINE void add_queries(const float* features, int n, float* slot) {
     if (forward.bf16_products) {
 #if defined(EFFVIT_HAS_BF16_PRODUCTS)
+#if defined(EFFVIT_HAS_TILES)
       if constexpr (kBf16Products<T>) forward.operands.add_outer(qf, n, slot);
+#else
+      if constexpr (kBf16Products<T>) forward.operands.add_outer(n, slot, [&](int calls) { return ahead.step(calls); });
+#endif
 #endif
     } else {
       gemm_into(plan.K, plan.Vp, n, TransposedA{qf, plan.Kp}, DenseB{u, plan.Vp}, StoreC{slot, plan.Vp, true},
@@ -154,9 +158,23 @@ struct Backward {
              for (int i = 0; i < n; ++i) dots[i] = dot(features + i * plan.Kp, z, plan.Kp);
              normalizers(p, dots, n, all.end - all.begin, 0, factor, slope);
            }
-           pack_rows_scaled(u, grad.at(at, head), grad.stride_l, n, plan.V, factor);
+           if (!forward.bf16_products || kBf16Tiles<T>) {
+             pack_rows_scaled(u, grad.at(at, head), grad.stride_l, n, plan.V, factor);
+           }
            if (forward.bf16_products) {
-#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+#if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
+             if constexpr (kBf16Products<T>) {
+               auto& operands = forward.operands;
+               pack_feature_rows(FeatureMap::kNone, operands.rows, operands.V32, grad.at(at, head), grad.stride_l, n,
+                                 plan.V, factor);
+               gemm_into(n, plan.Kp, operands.V32 / 2, RowMajorPairs(operands.rows, operands.V32),
+                         operands.state_t_b(head - unit.h0), StoreC{product, plan.Kp, false},
+                         [&](int calls) { return ahead.step(calls); });
+               pack_feature_pairs(p.feature_map, operands.transposed, q.at(at, head), q.stride_l, n, plan.K);
+               pack_rows(operands.pairs, 2 * plan.Vp, n, plan.Vp,
+                         [&](int i) { return operands.rows + int64_t{i} * operands.V32; });
+             }
+#elif defined(EFFVIT_HAS_BF16_PRODUCTS)
              if constexpr (kBf16Products<T>) {
                forward.operands.load_rows(u, plan.Vp, forward.operands.V32, n);
                ahead.fetch((plan.chunk + plan.K) / kRows + 1);
@@ -263,7 +281,19 @@ struct Backward {
            const float* features = kf;
            int64_t dz_stride = 0;
            if (forward.bf16_products) {
-#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+#if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
+             if constexpr (kBf16Products<T>) {
+               auto& operands = forward.operands;
+               const auto between = [&](int calls) { return ahead.step(calls); };
+               pack_feature_rows(FeatureMap::kNone, operands.rows, operands.V32, values.at(at, head), values.stride_l,
+                                 n, plan.V);
+               gemm_into(n, plan.Kp, operands.V32 / 2, RowMajorPairs(operands.rows, operands.V32),
+                         operands.state_t_b(head - unit.h0), StoreC{product, plan.Kp, false}, between);
+               pack_feature_rows(p.feature_map, operands.rows, operands.K32, k.at(at, head), k.stride_l, n, plan.K);
+               gemm_to_rows(n, plan.V, operands.K32 / 2, RowMajorPairs(operands.rows, operands.K32),
+                            operands.state_b(head - unit.h0), dv.at(at, head), dv.stride_l, w, streamed, between);
+             }
+#elif defined(EFFVIT_HAS_BF16_PRODUCTS)
              if constexpr (kBf16Products<T>) {
                forward.operands.load_rows(values.at(at, head), values.stride_l, plan.V, forward.operands.V32, n);
                ahead.fetch(2 * plan.chunk / kRows + 1);

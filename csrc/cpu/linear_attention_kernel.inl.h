@@ -17,11 +17,13 @@ constexpr int kChunk = 64;  // tokens that go through L1 at once
 constexpr int kBlock = 16;  // rows of a triangular product that share their number of columns
 constexpr int kMaxSplits = 32;
 constexpr int64_t kTargetUnits = 64;
-constexpr int64_t kAheadBytes = 512;  // of a token's heads in a unit: from there on the next chunk is fetched ahead
+constexpr int64_t kAheadBytes = 256;  // of a token's heads in a unit: from there on the next chunk is fetched ahead
 constexpr int64_t kStateFloats = 48 << 10;  // of the states that a unit works on: they stay in L2
 constexpr int64_t kChunkBytes = 128 << 10;  // of a chunk's rows, all heads of a unit
 constexpr int64_t kStreamBytes = 16 << 20;  // of out: from there on nobody finds it in a cache afterwards
 static_assert(kBlock % kLanes == 0 && kChunk % kBlock == 0);
+template <class T>
+constexpr bool kStreams = std::is_same_v<T, float> || (kBf16Products<T> && !kBf16Tiles<T>);
 
 LinearAttentionRange tokens_of(const Params& p, int64_t sequence, int64_t size) {
   if (!p.cu_seqlens) return {sequence, 0, size};
@@ -347,6 +349,78 @@ EFFVIT_INLINE void pack_features_dot(FeatureMap map, float* dst, const T* src, i
   dispatch_map(map, [&](auto f) { pack_features_dot<decltype(f)::value>(dst, src, stride, n, width, z, dots); });
 }
 
+#if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
+// The operands of products on pairs, straight from the tokens.
+
+// phi(src[i]) * weight[i] in bfloat16 with the rows in pairs, of 2 round_up(width, kLanes) elements with zeros behind
+// the width. Null weight: 1. sum, where given, takes the sum of the rows, not rounded, in addition to what it holds.
+template <FeatureMap F>
+void pack_feature_pairs(BFloat16* dst, const BFloat16* src, int64_t stride, int n, int width, const float* weight,
+                        float* sum) {
+  const int padded = round_up(width, kLanes);
+  for (int c = 0; c < width; c += kLanes) {
+    const int left = width - c;
+    const auto at = [&](int i) __attribute__((always_inline)) {
+      const BFloat16* from = src + i * stride + c;
+      vf x = feature<F>(left >= kLanes ? load(from) : load_some(from, left));
+      if (left < kLanes) x = first_lanes(x, left);
+      return weight ? x * set1(weight[i]) : x;
+    };
+    vf total{};
+    BFloat16* to = dst + 2 * c;
+    const auto put = [&](vf even, vf odd) __attribute__((always_inline)) {
+      if (sum) total = total + (even + odd);
+      const bool exact = !weight && (F == FeatureMap::kNone || F == FeatureMap::kRelu);
+      store(reinterpret_cast<Pair*>(to), (vf)(exact ? join_pairs(even, odd) : round_pairs(even, odd)));
+      to += 2 * padded;
+    };
+    int i = 0;
+    for (; i + 2 <= n; i += 2) put(at(i), at(i + 1));
+    if (i < n) put(at(i), vf{});
+    if (sum) store(sum + c, load(sum + c) + total);
+  }
+}
+EFFVIT_INLINE void pack_feature_pairs(FeatureMap map, BFloat16* dst, const BFloat16* src, int64_t stride, int n,
+                                      int width, const float* weight = nullptr, float* sum = nullptr) {
+  dispatch_map(map, [&](auto f) { pack_feature_pairs<decltype(f)::value>(dst, src, stride, n, width, weight, sum); });
+}
+
+// dst[i] = phi(src[i]) * factor[i] in bfloat16, rows of `depth` elements with zeros behind the width; where z is given
+// dots[i] = phi(src[i]) . z, not rounded.
+template <FeatureMap F>
+void pack_feature_rows(BFloat16* dst, int depth, const BFloat16* src, int64_t stride, int n, int width,
+                       const float* factor, const float* z, float* dots) {
+  for (int i = 0; i < n; ++i) {
+    const BFloat16* from = src + i * stride;
+    BFloat16* to = dst + int64_t{i} * depth;
+    const vf by = set1(factor ? factor[i] : 1.f);
+    vf total{};
+    int c = 0;
+    for (; c + kLanes <= width; c += kLanes) {
+      vf x = feature<F>(load(from + c));
+      if (z) total = fma(x, load(z + c), total);
+      if (factor) x = x * by;
+      store(to + c, x);
+    }
+    if (c < width) {
+      vf x = first_lanes(feature<F>(load_some(from + c, width - c)), width - c);
+      if (z) total = fma(x, load(z + c), total);
+      if (factor) x = x * by;
+      store(to + c, x);
+      c += kLanes;
+    }
+    for (; c < depth; c += kLanes) store(to + c, vf{});
+    if (z) dots[i] = reduce_add(total);
+  }
+}
+EFFVIT_INLINE void pack_feature_rows(FeatureMap map, BFloat16* dst, int depth, const BFloat16* src, int64_t stride,
+                                     int n, int width, const float* factor = nullptr, const float* z = nullptr,
+                                     float* dots = nullptr) {
+  dispatch_map(
+      map, [&](auto f) { pack_feature_rows<decltype(f)::value>(dst, depth, src, stride, n, width, factor, z, dots); });
+}
+#endif
+
 // dst[i] = src[i] * factor[i]. Null factor: 1.
 template <class T>
 EFFVIT_INLINE void pack_rows_scaled(float* dst, const T* src, int64_t stride, int n, int width, const float* factor) {
@@ -395,7 +469,7 @@ template <class T, class A, class B, class F>
 EFFVIT_INLINE void gemm_to_rows(int m, int width, int k, A a, B b, T* dst, int64_t stride, const float* factor,
                                 bool streamed, const F& ahead) {
   const int padded = round_up(width, kLanes);
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (kStreams<T>) {
     if (streamed) return gemm_into(m, padded, k, a, b, StoreRows<T, Write::kStream>{dst, stride, width, factor}, ahead);
   }
   if (width == padded) {
@@ -405,11 +479,13 @@ EFFVIT_INLINE void gemm_to_rows(int m, int width, int k, A a, B b, T* dst, int64
   }
 }
 
-// Whether rows of `width` elements are written past the caches: much memory, all of it at whole vectors.
+// Whether rows of `width` elements are written past the caches: much memory, all of it at whole vectors (of float32;
+// the products of bfloat16 write a whole cache line at a time as well).
 template <class T>
 bool streams(const void* rows, int64_t width, int64_t bytes) {
-  return std::is_same_v<T, float> && bytes >= kStreamBytes && width % kLanes == 0 &&
-         reinterpret_cast<uintptr_t>(rows) % (kLanes * sizeof(float)) == 0;
+  constexpr int64_t kWhole = kLanes * sizeof(float);
+  return kStreams<T> && bytes >= kStreamBytes && width * static_cast<int64_t>(sizeof(T)) % kWhole == 0 &&
+         reinterpret_cast<uintptr_t>(rows) % kWhole == 0;
 }
 
 template <class T>
@@ -579,6 +655,17 @@ struct Bf16Operands {
   BFloat16* state(int64_t index) const { return states + index * K32 * plan.Vp; }
   BFloat16* state_t(int64_t index) const { return states_t + index * V32 * plan.Kp; }
 
+#if !defined(EFFVIT_HAS_TILES)
+  DenseB state_b(int64_t index) const { return pairs_b(state(index), 2 * plan.Vp); }
+  DenseB state_t_b(int64_t index) const { return pairs_b(state_t(index), 2 * plan.Kp); }
+
+  // slot += (rows in `transposed`)^T (rows in `pairs`), n rows in pairs.
+  template <class F>
+  EFFVIT_INLINE void add_outer(int n, float* slot, const F& between) {
+    gemm_into(plan.K, plan.Vp, (n + 1) / 2, TransposedPairs(transposed, 2 * plan.Kp), pairs_b(pairs, 2 * plan.Vp),
+              StoreC{slot, plan.Vp, true}, between);
+  }
+#else
   // rows = src[n, padded], zeros up to `depth` columns
   void load_rows(const float* src, int padded, int depth, int n) {
     for (int i = 0; i < n; ++i) {
@@ -610,6 +697,7 @@ struct Bf16Operands {
   void times_state_t(int64_t index, int n, float* c) {
     bf16_gemm(round_up(n, kBf16Rows), plan.Kp, V32, rows, V32, state_t(index), 2 * plan.Kp, c, plan.Kp, false);
   }
+#endif
 
  private:
   TileScope scope_;
@@ -670,8 +758,18 @@ struct Forward {
                               int64_t at, int n, int64_t head, float* slot) {
     const float* w = load_weights(p, batch, at, n, head, weights);
     if (k_den) pack_features(p.feature_map, kf, k_den.at(at, head), k_den.stride_l, n, plan.K, w, z_of(slot));
+#if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
+    if constexpr (kBf16Products<T>) {
+      if (bf16_products) {
+        pack_feature_pairs(p.feature_map, operands.transposed, k.at(at, head), k.stride_l, n, plan.K, w,
+                           k_den ? nullptr : z_of(slot));
+        pack_feature_pairs(FeatureMap::kNone, operands.pairs, v.at(at, head), v.stride_l, n, plan.V);
+        return operands.add_outer(n, slot, [&](int calls) { return ahead.step(calls); });
+      }
+    }
+#endif
     pack_features(p.feature_map, kf, k.at(at, head), k.stride_l, n, plan.K, w, k_den ? nullptr : z_of(slot));
-#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+#if defined(EFFVIT_HAS_TILES)
     if constexpr (kBf16Products<T>) {
       if (bf16_products) {
         operands.load_rows(v.at(at, head), v.stride_l, plan.V, operands.V32, n);
@@ -716,6 +814,21 @@ struct Forward {
     walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, plan.chunk / kRows, false,
          [&](int64_t at, int n, int64_t head) {
            float* const state = slot(head);
+#if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
+           if constexpr (kBf16Products<T>) {
+             const float* const z = p.normalize == Normalize::kNone ? nullptr : z_of(state);
+             if (q_den) {
+               pack_features_dot(p.feature_map, den, q_den.at(at, head), q_den.stride_l, n, plan.K, z_of(state), dots);
+             }
+             pack_feature_rows(p.feature_map, operands.rows, operands.K32, q.at(at, head), q.stride_l, n, plan.K,
+                               nullptr, q_den ? nullptr : z, dots);
+             normalizers(p, dots, n, keys.end - keys.begin, 0, factor, nullptr);
+             gemm_to_rows(n, plan.V, operands.K32 / 2, RowMajorPairs(operands.rows, operands.K32),
+                          operands.state_b(head - unit.h0), out.at(at, head), out.stride_l, factor, streamed,
+                          [&](int calls) { return ahead.step(calls); });
+             return;
+           }
+#endif
            if (q_den) {
              pack_features_dot(p.feature_map, den, q_den.at(at, head), q_den.stride_l, n, plan.K, z_of(state), dots);
              pack_features(p.feature_map, qf, q.at(at, head), q.stride_l, n, plan.K);
@@ -725,7 +838,7 @@ struct Forward {
              pack_features_dot(p.feature_map, qf, q.at(at, head), q.stride_l, n, plan.K, z_of(state), dots);
            }
            normalizers(p, dots, n, keys.end - keys.begin, 0, factor, nullptr);
-#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+#if defined(EFFVIT_HAS_TILES)
            if constexpr (kBf16Products<T>) {
              operands.load_rows(qf, plan.Kp, operands.K32, n);
              ahead.fetch(plan.chunk / kRows + 1);

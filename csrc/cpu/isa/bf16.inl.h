@@ -187,6 +187,9 @@ EFFVIT_INLINE vf dot_pairs(vf a, vf b, vf acc) {
 #endif
 }
 
+// Pairs of numbers that are bfloat16 already, or (round_pairs, below) are rounded: a low, b high in every lane.
+EFFVIT_INLINE vi join_pairs(vf a, vf b) { return (vi)((vu)a >> 16) | ((vi)b & (vi{} - 65536)); }
+
 // Operands of the float32 GEMM whose elements are pairs of bfloat16: k counts pairs.
 typedef float Pair __attribute__((may_alias));
 struct RowMajorPairs {  // elements 2 t and 2 t + 1 of row r

@@ -281,6 +281,13 @@ EFFVIT_INLINE void store(BFloat16* p, vf v) {
   for (int i = 0; i < kLanes; ++i) p[i] = from_float<BFloat16>(v[i]);
 #endif
 }
+EFFVIT_INLINE void stream(BFloat16* p, vf v) {
+#if defined(EFFVIT_HAS_AVX512_BF16)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  store(p, v);
+#endif
+}
 EFFVIT_INLINE void store(Float16* p, vf v) {
 #if defined(EFFVIT_HAS_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, 0));

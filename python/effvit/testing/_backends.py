@@ -17,6 +17,7 @@ class Backend:
     backward: Callable | None
     device: str = "cpu"
     slow: bool = False  # emulated or interpreted: only for samples tagged "small"
+    bfloat16_only: bool = False  # elsewhere it is the same code as another one of the list
     # Forward and backward choose the implementation themselves; around calls from several threads choose it once, here.
     selected: Callable = contextlib.nullcontext
 
@@ -78,7 +79,12 @@ def backends(op):
                 return isa(name)
 
             run_backward = _dispatched(backward, within) if backward else None
-            found.append(Backend(f"cpu:{name}", _dispatched(op, within), run_backward, selected=within))
+            found.append(
+                Backend(
+                    f"cpu:{name}", _dispatched(op, within), run_backward, selected=within,
+                    bfloat16_only=name.removesuffix("_emulated") in ("avx512_bf16", "amx"),
+                )
+            )  # fmt: skip
 
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
