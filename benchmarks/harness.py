@@ -178,8 +178,7 @@ class CpuTimer:
         return first if first > SLOW_S else self.burst(call, 1)[0]
 
     def burst(self, call, count):
-        if count > 1:
-            call()  # the previous contender emptied the caches
+        call()  # the previous contender emptied the caches, and the system may have taken back what this one freed
         start = time.perf_counter()
         for _ in range(count):
             call()
