@@ -69,6 +69,10 @@ struct Backward {
     transpose_packed(dst, plan.Kp, state, plan.Kp, plan.V);
   }
 
+  // Steps of `ahead` in a chunk of pass A, and of pass B.
+  int steps_of_queries() const { return gemm_steps(plan.chunk, plan.Kp) + gemm_steps(plan.K, plan.Vp); }
+  int steps_of_keys() const { return gemm_steps(plan.chunk, plan.Kp) + gemm_steps(plan.chunk, plan.Vp); }
+
   // ---- pass A: queries ----
 
   // What pass A needs of the chunk's denominators: features, r's factors. Returns the features of the denominator.
@@ -139,7 +143,7 @@ struct Backward {
     if (p.causal) ahead.add(k, p.K);
     if (p.causal) ahead.add(values, p.V);
     ahead.add(dq, p.K);
-    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, (plan.chunk + plan.K) / kRows, false,
+    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, steps_of_queries(), false,
          [&](int64_t at, int n, int64_t head) {
            float *const st = state(head), *const z = zt_of(st);
            const float* features = load_queries(q, q_den, at, n, head);
@@ -177,7 +181,7 @@ struct Backward {
 #elif defined(EFFVIT_HAS_BF16_PRODUCTS)
              if constexpr (kBf16Products<T>) {
                forward.operands.load_rows(u, plan.Vp, forward.operands.V32, n);
-               ahead.fetch((plan.chunk + plan.K) / kRows + 1);
+               ahead.fetch(steps_of_queries() + 1);
                forward.operands.times_state_t(head - unit.h0, n, product);
              }
 #endif
@@ -273,7 +277,7 @@ struct Backward {
     ahead.add(dk, p.K);
     if (!streamed) ahead.add(dv, p.V);
     for (int64_t h = unit.h0; h < unit.h1; ++h) transpose_state(transposed_states(unit)(h), state(h), h - unit.h0);
-    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, 2 * plan.chunk / kRows, p.causal,
+    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, steps_of_keys(), p.causal,
          [&](int64_t at, int n, int64_t head) {
            float *const s = state(head), *const st = transposed_states(unit)(head), *dz = z_of(s);
            const float* w = load_weights(p, b, at, n, head, weights);
@@ -296,7 +300,7 @@ struct Backward {
 #elif defined(EFFVIT_HAS_BF16_PRODUCTS)
              if constexpr (kBf16Products<T>) {
                forward.operands.load_rows(values.at(at, head), values.stride_l, plan.V, forward.operands.V32, n);
-               ahead.fetch(2 * plan.chunk / kRows + 1);
+               ahead.fetch(steps_of_keys() + 1);
                forward.operands.times_state_t(head - unit.h0, n, product);
                forward.operands.load_rows(kf, plan.Kp, forward.operands.K32, n);
                forward.operands.times_state(head - unit.h0, n, value_product);

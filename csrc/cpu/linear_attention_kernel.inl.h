@@ -763,7 +763,12 @@ struct Forward {
       if (bf16_products) {
         pack_feature_pairs(p.feature_map, operands.transposed, k.at(at, head), k.stride_l, n, plan.K, w,
                            k_den ? nullptr : z_of(slot));
-        pack_feature_pairs(FeatureMap::kNone, operands.pairs, v.at(at, head), v.stride_l, n, plan.V);
+        const T* const values = v.at(at, head);
+        if (plan.V == plan.Vp) {
+          pack_rows(operands.pairs, 2 * plan.Vp, n, plan.Vp, [&](int i) { return values + i * v.stride_l; });
+        } else {
+          pack_feature_pairs(FeatureMap::kNone, operands.pairs, values, v.stride_l, n, plan.V);
+        }
         return operands.add_outer(n, slot, [&](int calls) { return ahead.step(calls); });
       }
     }
@@ -773,7 +778,7 @@ struct Forward {
     if constexpr (kBf16Products<T>) {
       if (bf16_products) {
         operands.load_rows(v.at(at, head), v.stride_l, plan.V, operands.V32, n);
-        ahead.fetch(plan.K / kRows + 1);
+        ahead.fetch(gemm_steps(plan.K, plan.Vp) + 1);
         return operands.add_outer(kf, n, slot);
       }
     }
@@ -791,7 +796,7 @@ struct Forward {
     ahead.add(k, p.K);
     ahead.add(v, p.V);
     ahead.add(k_den, p.K);
-    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, plan.K / kRows, false,
+    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, gemm_steps(plan.K, plan.Vp), false,
          [&](int64_t at, int n, int64_t head) { add_keys(k, v, k_den, range.batch, at, n, head, slot(head)); });
   }
 
@@ -811,7 +816,7 @@ struct Forward {
       for (int64_t h = unit.h0; h < unit.h1; ++h) operands.load_state(slot(h), h - unit.h0, true, false);
     }
 #endif
-    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, plan.chunk / kRows, false,
+    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, gemm_steps(plan.chunk, plan.Vp), false,
          [&](int64_t at, int n, int64_t head) {
            float* const state = slot(head);
 #if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
@@ -841,7 +846,7 @@ struct Forward {
 #if defined(EFFVIT_HAS_TILES)
            if constexpr (kBf16Products<T>) {
              operands.load_rows(qf, plan.Kp, operands.K32, n);
-             ahead.fetch(plan.chunk / kRows + 1);
+             ahead.fetch(gemm_steps(plan.chunk, plan.Vp) + 1);
              operands.times_state(head - unit.h0, n, o);
              store_rows(out.at(at, head), out.stride_l, o, plan.Vp, n, plan.V, factor);
              return;
@@ -876,8 +881,8 @@ struct Forward {
     ahead.add(q, p.K);
     ahead.add(k, p.K);
     ahead.add(v, p.V);
-    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, (plan.chunk + plan.K) / kRows, false,
-         [&](int64_t at, int n, int64_t head) {
+    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk,
+         gemm_steps(plan.chunk, plan.Vp) + gemm_steps(plan.K, plan.Vp), false, [&](int64_t at, int n, int64_t head) {
            float* const state = slot(head);
            const float* w = load_weights(p, b, at, n, head, weights);
            pack_features(p.feature_map, qf, q.at(at, head), q.stride_l, n, plan.K);

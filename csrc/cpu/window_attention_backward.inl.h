@@ -493,7 +493,11 @@ struct Backward {
     });
   }
   // Calls of prefetch() for a head.
-  int64_t steps() const { return (kBf16Tiles<T> ? 1 : 5) * std::max(1, queries.n / kRows); }
+  int64_t steps() const {
+    if (kBf16Tiles<T>) return std::max(1, queries.n / kRows);
+    return std::max(1, 2 * gemm_steps(queries.n, keys.padded) + gemm_steps(queries.n, g.dp) + gemm_steps(keys.n, g.dp) +
+                           gemm_steps(keys.n, g.dvp));
+  }
 
   // P and dS of query rows [r, r + rows) into rows [0, rows) of prob and dlogit. grad_out takes the factor that P
   // lacks.

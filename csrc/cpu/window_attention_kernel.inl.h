@@ -745,7 +745,10 @@ struct Forward {
     });
   }
   // Calls of prefetch() for a head.
-  int64_t steps() const { return (kBf16Tiles<T> ? 1 : 2) * std::max(1, queries.n / kRows); }
+  int64_t steps() const {
+    if (kBf16Tiles<T>) return std::max(1, queries.n / kRows);
+    return std::max(1, gemm_steps(queries.n, keys.padded) + gemm_steps(queries.n, g.dvp));
+  }
 
   void rows_of_tile(int64_t head, bool first) {
     const float* table = tables.get(p, g, head);

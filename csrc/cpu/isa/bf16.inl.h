@@ -286,9 +286,20 @@ EFFVIT_INLINE vi round_pairs(vf a, vf b) {
 }
 #endif
 
-// Interleaves two rows of n bfloat16 (n a multiple of 32): dst[2 i + s] = row s [i].
+// Interleaves two rows of n bfloat16 (n a multiple of 16): dst[2 i + s] = row s [i].
 EFFVIT_INLINE void interleave_rows(BFloat16* dst, const BFloat16* even, const BFloat16* odd, int n) {
-  for (int i = 0; i < n; i += 16) {
+  int i = 0;
+#if defined(EFFVIT_HAS_AVX512)
+  alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (; i + 32 <= n; i += 32) {
+    const __m512i a = _mm512_loadu_si512(even + i), b = _mm512_loadu_si512(odd + i);
+    _mm512_storeu_si512(dst + 2 * i, _mm512_permutex2var_epi16(a, low, b));
+    _mm512_storeu_si512(dst + 2 * i + 32, _mm512_permutex2var_epi16(a, high, b));
+  }
+#endif
+  for (; i < n; i += 16) {
 #if defined(EFFVIT_HAS_AVX512)
     const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + i)));
     const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + i)));

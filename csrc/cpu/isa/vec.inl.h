@@ -435,11 +435,12 @@ EFFVIT_INLINE void transpose_rows(float* dst, int64_t ld, int n, int cols, const
 
 // ---- float32 GEMM on registers -------------------------------------------------------------------------------------
 
-// Register tile: kRows x up to kCols vectors, sized so that accumulators, one row of B and a broadcast fit the file.
+// Register tile: kRows x up to kCols vectors, sized so that accumulators, one row of B and a broadcast fit the file;
+// where the result has at most two vectors across, kTallRows rows, so that as many sums are under way.
 #if EFFVIT_LANES == 16 && defined(EFFVIT_HAS_AVX512)
-constexpr int kRows = 6, kCols = 4;  // 24 + 4 + 1 of 32 registers
+constexpr int kRows = 6, kTallRows = 8, kCols = 4;  // 24 + 4 + 1 of 32 registers
 #else
-constexpr int kRows = 3, kCols = 4;  // 12 + 3 (one B vector is a memory operand) + 1 of 16 registers
+constexpr int kRows = 3, kTallRows = 3, kCols = 4;  // 12 + 3 (one B vector is a memory operand) + 1 of 16 registers
 #endif
 
 // How A and B of a product C[m, n] += A[m, k] B[k, n] are addressed.
@@ -516,8 +517,12 @@ EFFVIT_INLINE void gemm_tile(int k, A a, B b, C sink, int row, int column, P fet
 }
 
 // MR rows of C, from `row` on; n a multiple of kLanes. Columns go in blocks of nearly equal width: 7 is 4 + 3.
-template <int MR, class A, class B, class C, class P>
+template <int MR, bool kNarrow, class A, class B, class C, class P>
 inline __attribute__((noinline)) void gemm_rows(int n, int k, A a, B b, C sink, int row, P fetch) {
+  if constexpr (kNarrow) {
+    if (n == kLanes) return gemm_tile<MR, 1>(k, a, b, sink, row, 0, fetch);
+    return gemm_tile<MR, 2>(k, a, b, sink, row, 0, fetch);
+  }
   int vectors = n / kLanes, blocks = (vectors + kCols - 1) / kCols, column = 0;
   for (; blocks > 0; --blocks) {
     const int width = blocks == 1 ? vectors : (vectors + blocks - 1) / blocks;
@@ -542,20 +547,35 @@ inline __attribute__((noinline)) void gemm_rows(int n, int k, A a, B b, C sink, 
   }
 }
 
+// How often gemm_into asks for something to fetch, for a result of m x n.
+constexpr int gemm_steps(int m, int n) { return m / (n <= 2 * kLanes ? kTallRows : kRows); }
+
 // A[m, k] B[k, n], handed to the sink. ahead(calls) is asked before every few rows for a Fetch to make meanwhile.
 template <class A, class B, class C, class F>
 EFFVIT_INLINE void gemm_into(int m, int n, int k, A a, B b, C sink, const F& ahead) {
   const int calls = k * ((n / kLanes + kCols - 1) / kCols);
   int r = 0;
-  for (; r + kRows <= m; r += kRows) {
-    if (const Fetch fetch = ahead(calls); fetch.data) {
-      gemm_rows<kRows>(n, k, a.rows_from(r), b, sink, r, fetch);
-    } else {
-      gemm_rows<kRows>(n, k, a.rows_from(r), b, sink, r, NoFetch{});
+  const auto blocks_of = [&](auto rows, auto narrow) __attribute__((always_inline)) {
+    constexpr int kBlock = decltype(rows)::value;
+    constexpr bool kNarrow = decltype(narrow)::value;
+    for (; r + kBlock <= m; r += kBlock) {
+      if (const Fetch fetch = ahead(calls); fetch.data) {
+        gemm_rows<kBlock, kNarrow>(n, k, a.rows_from(r), b, sink, r, fetch);
+      } else {
+        gemm_rows<kBlock, kNarrow>(n, k, a.rows_from(r), b, sink, r, NoFetch{});
+      }
     }
+  };
+  if (n <= 2 * kLanes && kTallRows > kRows) {
+    blocks_of(std::integral_constant<int, kTallRows>{}, std::true_type{});
+  } else {
+    blocks_of(std::integral_constant<int, kRows>{}, std::false_type{});
   }
-  for (; r + 2 <= m; r += 2) gemm_rows<2>(n, k, a.rows_from(r), b, sink, r, NoFetch{});
-  if (r < m) gemm_rows<1>(n, k, a.rows_from(r), b, sink, r, NoFetch{});
+  if constexpr (kRows > 4) {
+    for (; r + 4 <= m; r += 4) gemm_rows<4, false>(n, k, a.rows_from(r), b, sink, r, NoFetch{});
+  }
+  for (; r + 2 <= m; r += 2) gemm_rows<2, false>(n, k, a.rows_from(r), b, sink, r, NoFetch{});
+  if (r < m) gemm_rows<1, false>(n, k, a.rows_from(r), b, sink, r, NoFetch{});
 }
 template <class A, class B, class C>
 EFFVIT_INLINE void gemm_into(int m, int n, int k, A a, B b, C sink) {
