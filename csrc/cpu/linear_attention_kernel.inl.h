@@ -687,7 +687,7 @@ struct Bf16Operands {
     zero(features + int64_t{n} * plan.Kp, int64_t{depth - n} * plan.Kp);
     pack_transposed_a(transposed, features, plan.Kp, depth, plan.Kp);
     pack_rows(pairs, 2 * plan.Vp, n, plan.Vp, [&](int i) { return rows + int64_t{i} * V32; });
-    bf16_gemm_transposed(plan.Kp, plan.Vp, depth, transposed, pairs, 2 * plan.Vp, slot, plan.Vp, true);
+    bf16_gemm(plan.Kp, plan.Vp, depth, transposed, depth, pairs, 2 * plan.Vp, slot, plan.Vp, true);
   }
 
   // c[n, Vp] = rows[n, K32] S, and c[n, Kp] = rows[n, V32] S^T; c has room for round_up(n, 16) rows.

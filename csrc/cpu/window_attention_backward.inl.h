@@ -347,15 +347,15 @@ struct Backward {
   void dkv_rows_16(int r, int rows, bool accumulate) {
     const int depth = round_up(rows, kBf16Depth);
     pack_transposed_a(pt16, prob, g.ld, depth, keys.padded);
-    bf16_gemm_transposed(keys.padded, g.dvp, depth, pt16, do16_rows + row_in_pairs(r) * g.dvp, 2 * g.dvp, dv, g.dvp,
-                         accumulate);
+    bf16_gemm(keys.padded, g.dvp, depth, pt16, depth, do16_rows + row_in_pairs(r) * g.dvp, 2 * g.dvp, dv, g.dvp,
+              accumulate);
     for (int i = 0; i < rows; ++i) {
       float* row = dlogit + int64_t{i} * g.ld;
       for (int j = 0; j < keys.padded; j += kLanes) store(row + j, load(row + j) * row_scale[r + i]);
     }
     pack_transposed_a(dst16, dlogit, g.ld, depth, keys.padded);
-    bf16_gemm_transposed(keys.padded, g.dp, depth, dst16, q16_rows + row_in_pairs(r) * g.dp, 2 * g.dp, dk, g.dp,
-                         accumulate);
+    bf16_gemm(keys.padded, g.dp, depth, dst16, depth, q16_rows + row_in_pairs(r) * g.dp, 2 * g.dp, dk, g.dp,
+              accumulate);
   }
 #else
   // As recompute_rows, on pairs; and from P and dS the left operands of the products that follow.

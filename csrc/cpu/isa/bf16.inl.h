@@ -25,7 +25,7 @@ static_assert(kLanes == 16, "a row of a float32 tile is one vector");
 
 // A product is C[m, n] (+)= A[m, k] B[k, n], C in float32. A is row-major with `lda` elements from row to row, B has
 // its rows interleaved in pairs ("VNNI": b[k/2][n][k%2]) with `ldb` elements from one pair to the next (2n when dense).
-// m is a multiple of kBf16Rows, k of kBf16Depth, n of 16.
+// n is a multiple of 16, k of kBf16Depth, on tiles m of kBf16Rows.
 
 #if defined(EFFVIT_HAS_TILES)
 constexpr int kBf16Rows = 16, kBf16Depth = 32;
@@ -164,15 +164,9 @@ inline void bf16_gemm(int m, int n, int k, const BFloat16* a, int64_t lda, const
   }
 }
 
-// A = the transpose of rows that pack_transposed_a has put there, [k, m] before: the same product.
-EFFVIT_INLINE void bf16_gemm_transposed(int m, int n, int k, const BFloat16* a, const BFloat16* b, int64_t ldb,
-                                        float* c, int64_t ldc, bool accumulate) {
-  bf16_gemm(m, n, k, a, k, b, ldb, c, ldc, accumulate);
-}
-
 #else
 
-constexpr int kBf16Rows = 1, kBf16Depth = 2;
+constexpr int kBf16Depth = 2;
 
 struct TileScope {};
 
@@ -217,16 +211,6 @@ struct TransposedPairs {  // the transpose of a matrix with its rows interleaved
   }
 };
 EFFVIT_INLINE DenseB pairs_b(const BFloat16* b, int64_t ldb) { return {reinterpret_cast<const Pair*>(b), ldb / 2}; }
-
-inline void bf16_gemm(int m, int n, int k, const BFloat16* a, int64_t lda, const BFloat16* b, int64_t ldb, float* c,
-                      int64_t ldc, bool accumulate) {
-  gemm_into(m, n, k / 2, RowMajorPairs(a, lda), pairs_b(b, ldb), StoreC{c, ldc, accumulate});
-}
-
-inline void bf16_gemm_transposed(int m, int n, int k, const BFloat16* a, const BFloat16* b, int64_t ldb, float* c,
-                                 int64_t ldc, bool accumulate) {
-  gemm_into(m, n, k / 2, TransposedPairs(a, 2 * m), pairs_b(b, ldb), StoreC{c, ldc, accumulate});
-}
 
 #endif  // EFFVIT_HAS_TILES
 
@@ -326,10 +310,10 @@ EFFVIT_INLINE void pack_rows(BFloat16* dst, int64_t ldb, int k, int n, const Row
   }
 }
 
-// The left operand of bf16_gemm_transposed from float32 rows: dst = src^T, for src [k, m] with `lds` elements from row
+#if defined(EFFVIT_HAS_TILES)
+// A left operand from float32 rows that are its columns: dst[m, k] = src^T, for src [k, m] with `lds` elements from row
 // to row; k is a multiple of kBf16Depth, m of 16.
 EFFVIT_INLINE void pack_transposed_a(BFloat16* dst, const float* src, int64_t lds, int k, int m) {
-#if defined(EFFVIT_HAS_TILES)
   for (int r = 0; r < k; r += kLanes) {
     for (int c = 0; c < m; c += kLanes) {
       vf t[kLanes];
@@ -340,15 +324,8 @@ EFFVIT_INLINE void pack_transposed_a(BFloat16* dst, const float* src, int64_t ld
       for (int i = 0; i < kLanes; ++i) store(dst + int64_t{c + i} * k + r, t[i]);
     }
   }
-#else
-  for (int r = 0; r < k; r += 2) {
-    for (int c = 0; c < m; c += kLanes) {
-      store(reinterpret_cast<Pair*>(dst + int64_t{r} * m + 2 * c),
-            (vf)round_pairs(load(src + r * lds + c), load(src + (r + 1) * lds + c)));
-    }
-  }
-#endif
 }
+#endif
 
 #endif  // EFFVIT_HAS_BF16_PRODUCTS
 
