@@ -36,7 +36,7 @@ struct Backward {
       transposed = s.take<float>(n * std::max(plan.Kp, plan.Vp));
       z_rows = s.take<float>(n * plan.Kp);
     }
-    if (p.causal || p.quadratic || kBf16Products<T>) value_product = s.take<float>(n * plan.Vp);
+    if (p.causal || p.quadratic || kBf16Tiles<T>) value_product = s.take<float>(n * plan.Vp);
     dots = s.take<float>(n);
     factor = s.take<float>(n);
     slope = s.take<float>(n);
@@ -171,10 +171,10 @@ struct Backward {
                auto& operands = forward.operands;
                pack_feature_rows(FeatureMap::kNone, operands.rows, operands.V32, grad.at(at, head), grad.stride_l, n,
                                  plan.V, factor);
-               gemm_into(n, plan.Kp, operands.V32 / 2, RowMajorPairs(operands.rows, operands.V32),
+               gemm_into(n, plan.Kp, (plan.V + 1) / 2, RowMajorPairs(operands.rows, operands.V32),
                          operands.state_t_b(head - unit.h0), StoreC{product, plan.Kp, false},
                          [&](int calls) { return ahead.step(calls); });
-               pack_feature_pairs(p.feature_map, operands.transposed, q.at(at, head), q.stride_l, n, plan.K);
+               operands.load_transposed(qf, n);
                pack_rows(operands.pairs, 2 * plan.Vp, n, plan.Vp,
                          [&](int i) { return operands.rows + int64_t{i} * operands.V32; });
              }
@@ -291,10 +291,10 @@ struct Backward {
                const auto between = [&](int calls) { return ahead.step(calls); };
                pack_feature_rows(FeatureMap::kNone, operands.rows, operands.V32, values.at(at, head), values.stride_l,
                                  n, plan.V);
-               gemm_into(n, plan.Kp, operands.V32 / 2, RowMajorPairs(operands.rows, operands.V32),
+               gemm_into(n, plan.Kp, (plan.V + 1) / 2, RowMajorPairs(operands.rows, operands.V32),
                          operands.state_t_b(head - unit.h0), StoreC{product, plan.Kp, false}, between);
-               pack_feature_rows(p.feature_map, operands.rows, operands.K32, k.at(at, head), k.stride_l, n, plan.K);
-               gemm_to_rows(n, plan.V, operands.K32 / 2, RowMajorPairs(operands.rows, operands.K32),
+               operands.load_rows(kf, plan.Kp, operands.K32, n);
+               gemm_to_rows(n, plan.V, (plan.K + 1) / 2, RowMajorPairs(operands.rows, operands.K32),
                             operands.state_b(head - unit.h0), dv.at(at, head), dv.stride_l, w, streamed, between);
              }
 #elif defined(EFFVIT_HAS_BF16_PRODUCTS)

@@ -4,7 +4,8 @@
 // Tokens lie as [B, L, H, D], so one head's rows are far apart. A unit of work is (sequence, range of tokens, group of
 // heads): it walks its tokens in chunks, all heads of the group within a chunk, so that memory is read once and in long
 // runs, while the states of the group stay in the L2 cache. A chunk of one head goes through L1 scratch in float32,
-// with the feature map and the weight applied on the way, and from there through register-tiled products.
+// with the feature map and the weight applied on the way, and from there through register-tiled products; for products
+// of bfloat16, in bfloat16.
 #pragma once
 
 namespace effvit::cpu::EFFVIT_ISA_NAME {
@@ -17,11 +18,13 @@ constexpr int kChunk = 64;  // tokens that go through L1 at once
 constexpr int kBlock = 16;  // rows of a triangular product that share their number of columns
 constexpr int kMaxSplits = 32;
 constexpr int64_t kTargetUnits = 64;
-constexpr int64_t kAheadBytes = 256;  // of a token's heads in a unit: from there on the next chunk is fetched ahead
 constexpr int64_t kStateFloats = 48 << 10;  // of the states that a unit works on: they stay in L2
 constexpr int64_t kChunkBytes = 128 << 10;  // of a chunk's rows, all heads of a unit
 constexpr int64_t kStreamBytes = 16 << 20;  // of out: from there on nobody finds it in a cache afterwards
 static_assert(kBlock % kLanes == 0 && kChunk % kBlock == 0);
+// Of a token's heads in a unit: from there on the next chunk is fetched ahead.
+template <class T>
+constexpr int64_t kAheadBytes = kBf16Products<T> ? 256 : 512;
 template <class T>
 constexpr bool kStreams = std::is_same_v<T, float> || (kBf16Products<T> && !kBf16Tiles<T>);
 
@@ -133,7 +136,7 @@ class Ahead {
     for (int i = 0; i < count_; ++i) {
       const Operand& o = operands_[i];
       // A few heads of a short sequence are in the cache already, or soon.
-      if ((h1 - h0) * o.width < kAheadBytes || end <= begin) {
+      if ((h1 - h0) * o.width < kAheadBytes<T> || end <= begin) {
         runs_ = 0;
         break;
       }
@@ -170,6 +173,7 @@ class Ahead {
       for (; at_ < row_end_; at_ += 64, --left) __builtin_prefetch(at_, 0, 2);
       if (!next_row() || left <= 0) return {};
     }
+    for (; left > calls; at_ += 64, --left) __builtin_prefetch(at_, 0, 2);  // a call fetches one line
     const Fetch fetch{at_, ceil_div(64 * left, calls)};
     at_ += 64 * left;
     return fetch;
@@ -479,13 +483,13 @@ EFFVIT_INLINE void gemm_to_rows(int m, int width, int k, A a, B b, T* dst, int64
   }
 }
 
-// Whether rows of `width` elements are written past the caches: much memory, all of it at whole vectors (of float32;
-// the products of bfloat16 write a whole cache line at a time as well).
+// Whether rows of `width` elements are written past the caches: much memory, in whole cache lines. Of bfloat16 a line
+// is two vectors, so a product must not leave an odd number of them to a block of columns.
 template <class T>
 bool streams(const void* rows, int64_t width, int64_t bytes) {
-  constexpr int64_t kWhole = kLanes * sizeof(float);
-  return kStreams<T> && bytes >= kStreamBytes && width * static_cast<int64_t>(sizeof(T)) % kWhole == 0 &&
-         reinterpret_cast<uintptr_t>(rows) % kWhole == 0;
+  constexpr int64_t kWhole = kLanes * sizeof(float), kLine = kWhole / sizeof(T);
+  const bool lines = width % kLine == 0 && (sizeof(T) == 4 || width == kLine || width % (kCols * kLanes) == 0);
+  return kStreams<T> && bytes >= kStreamBytes && lines && reinterpret_cast<uintptr_t>(rows) % kWhole == 0;
 }
 
 template <class T>
@@ -620,7 +624,8 @@ struct NoBf16Operands {
 struct Bf16Operands {
   const Plan& plan;
   int K32, V32;  // head dims rounded up to the depth of a product on tiles
-  // A chunk's rows [64, 32-multiple], the transpose of one [Kp, 64], one in pairs of rows [32, 2 Vp]; a state's rows.
+  // A chunk's rows [64, 32-multiple], those whose transpose is multiplied with ([Kp, 64] for tiles, else in pairs of
+  // rows [32, 2 Kp]), one in pairs of rows [32, 2 Vp]; a state's rows.
   BFloat16 *rows, *transposed, *pairs, *state_rows;
   // Per head of the unit: S as a right-hand side, [K32 / 2, 2 Vp], and S^T, [V32 / 2, 2 Kp].
   BFloat16 *states, *states_t;
@@ -655,6 +660,14 @@ struct Bf16Operands {
   BFloat16* state(int64_t index) const { return states + index * K32 * plan.Vp; }
   BFloat16* state_t(int64_t index) const { return states_t + index * V32 * plan.Kp; }
 
+  // rows = src[n, padded], zeros up to `depth` columns
+  void load_rows(const float* src, int padded, int depth, int n) {
+    for (int i = 0; i < n; ++i) {
+      BFloat16* to = rows + int64_t{i} * depth;
+      for (int c = 0; c < depth; c += kLanes) store(to + c, c < padded ? load(src + int64_t{i} * padded + c) : vf{});
+    }
+  }
+
 #if !defined(EFFVIT_HAS_TILES)
   DenseB state_b(int64_t index) const { return pairs_b(state(index), 2 * plan.Vp); }
   DenseB state_t_b(int64_t index) const { return pairs_b(state_t(index), 2 * plan.Kp); }
@@ -665,14 +678,19 @@ struct Bf16Operands {
     gemm_into(plan.K, plan.Vp, (n + 1) / 2, TransposedPairs(transposed, 2 * plan.Kp), pairs_b(pairs, 2 * plan.Vp),
               StoreC{slot, plan.Vp, true}, between);
   }
-#else
-  // rows = src[n, padded], zeros up to `depth` columns
-  void load_rows(const float* src, int padded, int depth, int n) {
-    for (int i = 0; i < n; ++i) {
-      BFloat16* to = rows + int64_t{i} * depth;
-      for (int c = 0; c < depth; c += kLanes) store(to + c, c < padded ? load(src + int64_t{i} * padded + c) : vf{});
+
+  // transposed = rows of src[n, Kp] in pairs
+  void load_transposed(const float* src, int n) {
+    const int64_t ld = plan.Kp;
+    for (int i = 0; i < n; i += 2) {
+      const float* row = src + i * ld;
+      for (int c = 0; c < plan.Kp; c += kLanes) {
+        const vf odd = i + 1 < n ? load(row + ld + c) : vf{};
+        store(reinterpret_cast<Pair*>(transposed + i * ld + 2 * c), (vf)round_pairs(load(row + c), odd));
+      }
     }
   }
+#else
   void load_rows(const BFloat16* src, int64_t stride, int width, int depth, int n) {
     for (int i = 0; i < n; ++i) {
       BFloat16* to = rows + int64_t{i} * depth;
@@ -738,7 +756,7 @@ struct Forward {
       scores = s.take<float>(kBlock * n);
       kt = s.take<float>(n * plan.Kp);
     }
-    if (p.causal || p.quadratic || kBf16Products<T>) o = s.take<float>(n * plan.Vp);
+    if (p.causal || p.quadratic || kBf16Tiles<T>) o = s.take<float>(n * plan.Vp);
   }
 
   float* z_of(float* slot) const { return slot + int64_t{plan.Kp} * plan.Vp; }
@@ -828,7 +846,7 @@ struct Forward {
              pack_feature_rows(p.feature_map, operands.rows, operands.K32, q.at(at, head), q.stride_l, n, plan.K,
                                nullptr, q_den ? nullptr : z, dots);
              normalizers(p, dots, n, keys.end - keys.begin, 0, factor, nullptr);
-             gemm_to_rows(n, plan.V, operands.K32 / 2, RowMajorPairs(operands.rows, operands.K32),
+             gemm_to_rows(n, plan.V, (plan.K + 1) / 2, RowMajorPairs(operands.rows, operands.K32),
                           operands.state_b(head - unit.h0), out.at(at, head), out.stride_l, factor, streamed,
                           [&](int calls) { return ahead.step(calls); });
              return;

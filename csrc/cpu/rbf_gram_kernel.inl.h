@@ -223,7 +223,7 @@ struct Backward {
     }
   }
 
-  // dq where the keys are several operands.
+  // dq where the keys are several tiles.
   void rows_of_queries(int64_t head, int64_t begin, int64_t end) {
     zero(column_sum, round_up(g.tile_keys, kLanes));  // not used here, but added to
     for (int64_t row = begin; row < end; row += kBlockRows) {

@@ -133,15 +133,15 @@ struct Backward {
   BiasTable tables;
   BiasGradient table_gradient;
   Additions additions;
-  float *q, *q_norm, *grad_out, *delta, *lse, *inverse, *logit_scale, *factor_q, *factor_k, *factor_v, *k, *k_norm, *kt,
-      *v, *vt, *prob, *dlogit, *dq, *dk, *dv;
+  float *q, *q_norm, *grad_out, *delta, *lse, *inverse, *factor_q, *factor_k, *factor_v, *k, *k_norm, *kt, *v, *vt,
+      *prob, *dlogit, *dq, *dk, *dv;
   float *own_k, *own_v;
   // The operands of the five products in bfloat16. Those with rows in pairs start anew with each block of query rows.
   int block = 0;  // query rows of a block
   int64_t block_pairs = 0;  // and the rows that it takes up there
   BFloat16 *q16 = nullptr, *q16_rows = nullptr, *do16 = nullptr, *do16_rows = nullptr, *kt16 = nullptr, *vt16 = nullptr,
            *k16_rows = nullptr, *row16 = nullptr, *ds16 = nullptr, *pt16 = nullptr, *dst16 = nullptr;
-  float *row_scale = nullptr, *column_scale = nullptr, *bias = nullptr;
+  float *row_scale = nullptr, *column_scale = nullptr, *logit_factor = nullptr, *bias = nullptr;
   // Of the current head and chunk; null where the argument was not given.
   float *sum_table = nullptr, *sum_pad_k = nullptr, *sum_pad_v = nullptr, *sum_tau = nullptr;
 
@@ -151,7 +151,7 @@ struct Backward {
     queries = windows.scratch().queries;
     keys = windows.scratch().keys;
     block = kBf16Tiles<T> ? kBlockRows : g.backward_rows;
-    block_pairs = round_up(block, 32);
+    block_pairs = kBf16Tiles<T> ? round_up(block, 32) : round_up(block, 2);
     const int64_t heads = Partials(p, g).heads(p);
     tables.allocate(scratch, p, g, heads);
     table_gradient.allocate(scratch, p, g, heads);
@@ -162,7 +162,6 @@ struct Backward {
     delta = scratch.take<float>(nq);
     lse = scratch.take<float>(nq);
     inverse = scratch.take<float>(nq);
-    logit_scale = scratch.take<float>(nq);
     factor_q = scratch.take<float>(nq);
     factor_k = scratch.take<float>(nk);
     factor_v = scratch.take<float>(nk);
@@ -195,6 +194,7 @@ struct Backward {
       row_scale = scratch.take<float>(nq);
       column_scale = scratch.take<float>(nk32);
       if (kBf16Tiles<T>) bias = scratch.take<float>(int64_t{kBlockRows} * g.ld);
+      if (!kBf16Tiles<T> && g.cosine) logit_factor = scratch.take<float>(block);
     }
     own_k = own_v = nullptr;
     if (!g.single) {
@@ -368,15 +368,17 @@ struct Backward {
     const RowMajorPairs q_rows(q16 + int64_t{r} * g.dk32, g.dk32), do_rows(do16 + int64_t{r} * g.dv32, g.dv32);
     const DenseB transposed_keys = pairs_b(kt16, 2 * keys.padded), values = pairs_b(vt16, 2 * keys.padded);
     const auto logits = [&](auto factor) {
-      gemm_to_logits(rows, keys.padded, g.dk32 / 2, q_rows, transposed_keys, prob, g.ld, factor, additions, between);
+      gemm_to_logits(rows, keys.padded, (static_cast<int>(p.d) + 1) / 2, q_rows, transposed_keys, prob, g.ld, factor,
+                     additions, between);
     };
     if (g.cosine) {
-      for (int i = 0; i < rows; ++i) logit_scale[i] = row_scale[r + i] * kLog2E;
-      logits(OuterFactor{logit_scale, column_scale});
+      for (int i = 0; i < rows; ++i) logit_factor[i] = row_scale[r + i] * kLog2E;
+      logits(OuterFactor{logit_factor, column_scale});
     } else {
       logits(OneFactor{row_scale[r] * kLog2E});
     }
-    gemm_into(rows, keys.padded, g.dv32 / 2, do_rows, values, StoreC{dlogit, g.ld, false}, between);
+    gemm_into(rows, keys.padded, (static_cast<int>(p.dv) + 1) / 2, do_rows, values, StoreC{dlogit, g.ld, false},
+              between);
     if (rows % 2 == 1) {  // the second row of the last pair
       zero(prob + int64_t{rows} * g.ld, keys.padded);
       zero(dlogit + int64_t{rows} * g.ld, keys.padded);

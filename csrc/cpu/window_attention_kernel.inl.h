@@ -446,7 +446,7 @@ EFFVIT_INLINE float temperature(const Params& p, int64_t head) {
   return std::exp(tau > kLogitScaleMax ? kLogitScaleMax : tau);
 }
 
-// Owns the tile configuration of the thread while a pass runs on them.
+// Owns the tile configuration of the thread while a pass runs on tiles.
 template <class T>
 struct Products {
 #if defined(EFFVIT_HAS_BF16_PRODUCTS)
@@ -877,7 +877,8 @@ struct Forward {
       additions.find(queries, keys, table, r, rows, s, g.ld);
       const RowMajorPairs q_rows(q16 + int64_t{r} * g.dk32, g.dk32);
       const auto logits = [&](auto factor) {
-        gemm_to_logits(rows, keys.padded, g.dk32 / 2, q_rows, transposed_keys, s, g.ld, factor, additions, between);
+        gemm_to_logits(rows, keys.padded, (static_cast<int>(p.d) + 1) / 2, q_rows, transposed_keys, s, g.ld, factor,
+                       additions, between);
       };
       if (g.cosine) {
         logits(OuterFactor{row_scale + r, column_scale});

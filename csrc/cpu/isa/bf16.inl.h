@@ -1,6 +1,6 @@
 // Products of bfloat16 operands with float32 sums, where the ISA has them: AMX tiles, or AVX512-BF16's dot products of
-// pairs on vectors. Both take the same operands, so the ops are written once; and the repacking these need. Emulated
-// ISAs run the same code on ordinary instructions, so that every machine tests it.
+// pairs on vectors; and the repacking these need. Emulated ISAs run the same code on ordinary instructions, so that
+// every machine tests it.
 #pragma once
 
 namespace effvit::cpu::EFFVIT_ISA_NAME {
@@ -23,7 +23,8 @@ constexpr bool kBf16Tiles = false;
 #if defined(EFFVIT_HAS_BF16_PRODUCTS)
 static_assert(kLanes == 16, "a row of a float32 tile is one vector");
 
-// A product is C[m, n] (+)= A[m, k] B[k, n], C in float32. A is row-major with `lda` elements from row to row, B has
+// A product is C[m, n] (+)= A[m, k] B[k, n], C in float32. A is row-major (on pairs it may also be the transpose of
+// rows interleaved as those of B are) with `lda` elements from row to row, B has
 // its rows interleaved in pairs ("VNNI": b[k/2][n][k%2]) with `ldb` elements from one pair to the next (2n when dense).
 // n is a multiple of 16, k of kBf16Depth, on tiles m of kBf16Rows.
 

@@ -13,7 +13,8 @@ constexpr int kLanes = EFFVIT_LANES;
 typedef float vf __attribute__((vector_size(4 * EFFVIT_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * EFFVIT_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * EFFVIT_LANES)));
-typedef float vf_unaligned __attribute__((vector_size(4 * EFFVIT_LANES), aligned(4), may_alias));
+typedef float vf_unaligned
+    __attribute__((vector_size(4 * EFFVIT_LANES), aligned(2), may_alias));  // or pairs of bfloat16
 typedef int32_t vi_unaligned __attribute__((vector_size(4 * EFFVIT_LANES), aligned(4), may_alias));
 
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
@@ -436,8 +437,8 @@ EFFVIT_INLINE void transpose_rows(float* dst, int64_t ld, int n, int cols, const
 // ---- float32 GEMM on registers -------------------------------------------------------------------------------------
 
 // Register tile: kRows x up to kCols vectors, sized so that accumulators, one row of B and a broadcast fit the file;
-// where the result has at most two vectors across, kTallRows rows, so that as many sums are under way.
-#if EFFVIT_LANES == 16 && defined(EFFVIT_HAS_AVX512)
+// where the result has at most two vectors across, kTallRows rows: enough sums under way to hide the latency of each.
+#if EFFVIT_LANES == 16  // the emulated ones too, though their registers do not hold it: what is tested is what runs
 constexpr int kRows = 6, kTallRows = 8, kCols = 4;  // 24 + 4 + 1 of 32 registers
 #else
 constexpr int kRows = 3, kTallRows = 3, kCols = 4;  // 12 + 3 (one B vector is a memory operand) + 1 of 16 registers
@@ -519,7 +520,7 @@ EFFVIT_INLINE void gemm_tile(int k, A a, B b, C sink, int row, int column, P fet
 // MR rows of C, from `row` on; n a multiple of kLanes. Columns go in blocks of nearly equal width: 7 is 4 + 3.
 template <int MR, bool kNarrow, class A, class B, class C, class P>
 inline __attribute__((noinline)) void gemm_rows(int n, int k, A a, B b, C sink, int row, P fetch) {
-  if constexpr (kNarrow) {
+  if constexpr (kNarrow) {  // n is one vector or two
     if (n == kLanes) return gemm_tile<MR, 1>(k, a, b, sink, row, 0, fetch);
     return gemm_tile<MR, 2>(k, a, b, sink, row, 0, fetch);
   }

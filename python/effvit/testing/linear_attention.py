@@ -378,7 +378,9 @@ SAMPLES = [
     _sample("huge_batch", 70001, 2, 1, 2, tags="huge", dtypes=(torch.float32,)),
     _sample("huge_heads", 1, 2, 66000, 2, quadratic=True, tags="huge", dtypes=(torch.float32,)),
     _sample("huge_length", 1, 140000, 1, 4, tags="huge", dtypes=(torch.float32,)),
-    _sample("huge_output", 8, 2048, 4, 64, tags="huge", dtypes=(torch.float32,)),  # 16 MiB: written past the caches
+    # Outputs of 16 MiB are written past the caches.
+    _sample("huge_output", 8, 2048, 4, 64, tags="huge", dtypes=(torch.float32,)),
+    _sample("huge_output_bfloat16", 4, 4096, 8, 64, tags="huge", dtypes=(torch.bfloat16,)),
 ]
 # fmt: on
 

@@ -289,6 +289,7 @@ SAMPLES = [
     ),
     # Strides.
     _sample("misaligned", 1, 8, 8, 2, 16, window=4, tags="strided", layout=_all_misaligned),
+    _sample("misaligned_whole_rows", 1, 8, 8, 2, 32, window=4, tags="strided", layout=_all_misaligned),
     _sample("transposed_batch", 3, 8, 6, 2, 16, window=4, tags="strided", layout=_transposed_batch),
     _sample("expanded_batch", 3, 8, 8, 2, 16, window=4, shift=2, tags="strided", layout=_expanded_batch),
     _sample(
