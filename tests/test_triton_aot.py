@@ -66,7 +66,6 @@ KNOWN_SPILLS = {
     ("gfx942", "window7-shift-fp32", "window_attention_bwd_fused_kernel"): 35,
     ("gfx942", "window7-shift-fp32", "window_attention_fwd_kernel"): 9,
 }
-WORKERS = 2
 
 
 def configuration(kernel, signature, constexprs, options):
@@ -76,8 +75,8 @@ def configuration(kernel, signature, constexprs, options):
     return f"{kernel.__name__} {dtype} {chosen} {options}"
 
 
-def compile_share(worker, workers, only=()):
-    """Worker process: compiles its share and prints one JSON line per compilation. The interpreter must be off here."""
+def compile_for(targets, only=()):
+    """Prints one JSON line with the names of all kernels, and one per compilation. The interpreter must be off here."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -96,16 +95,15 @@ def compile_share(worker, workers, only=()):
                     declared.add(name)
         for launch in getattr(module, "aot_signatures", list)():
             _, kernel, signature, constexprs, _, options = launch
-            for target in TARGETS:
+            for target in targets:
                 key = (target, str(launch[1:]))
                 if target != FULL_TARGET:
                     key = (target, configuration(kernel, signature, constexprs, options))
                 if key not in seen:
                     seen.add(key)
                     jobs.append((target, *launch))
-    if worker == 0:
-        print(json.dumps({"declared": sorted(declared)}))
-    for target, name, kernel, signature, constexprs, attrs, options in jobs[worker::workers]:
+    print(json.dumps({"declared": sorted(declared)}))
+    for target, name, kernel, signature, constexprs, attrs, options in jobs:
         source = ASTSource(kernel, signature, constexprs, attrs)
         options = for_warp_size(options, TARGETS[target][2])
         compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
@@ -141,54 +139,30 @@ def table(reports):
     return header + "".join(rows)
 
 
-@pytest.fixture(scope="module")
-def compilations():
-    """(names of all kernels, reports of all compilations)."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, os.path.abspath(__file__)]
-    workers = [
-        subprocess.Popen(
-            [*command, str(i), str(WORKERS)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for i in range(WORKERS)
-    ]
-    lines = []
-    for process in workers:
-        stdout, stderr = process.communicate()
-        assert process.returncode == 0, f"ahead-of-time compilation failed:\n{stderr[-6000:]}"
-        lines += [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
-    (declared,) = [line["declared"] for line in lines if "declared" in line]
-    reports = [line for line in lines if "declared" not in line]
-    print("\n" + table(reports))
-    return declared, reports
-
-
+# One test per target, in a process of its own: test workers then share the work instead of repeating it.
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_compiles(compilations, target):
-    declared, reports = compilations
+def test_kernels(target):
+    """Every kernel compiles, fits the shared memory and spills no register that is not known to be spilled."""
+    done = subprocess.run(
+        [sys.executable, os.path.abspath(__file__), "--target", target], capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"ahead-of-time compilation failed:\n{done.stderr[-6000:]}"
+    first, *reports = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    declared = first["declared"]
+    print("\n" + table(reports))
     compiled = {r["kernel"] for r in reports if r["target"] == target and r["binary"] > 0}
     assert compiled == set(declared), "no aot_signatures() yields these kernels, or they are not kernels of the package"
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_shared_memory_fits(compilations, target):
-    too_large = [r for r in compilations[1] if r["target"] == target and r["shared"] > SHARED_LIMIT[target]]
-    assert not too_large
-
-
-def test_no_register_spills(compilations):
-    new = [
-        r for r in compilations[1]
-        if r["spills"] > KNOWN_SPILLS.get((r["target"], r["launch"], r["kernel"]), 0)
-    ]  # fmt: skip
-    assert not new
+    assert not [r for r in reports if r["shared"] > SHARED_LIMIT[target]]
+    assert not [r for r in reports if r["spills"] > KNOWN_SPILLS.get((target, r["launch"], r["kernel"]), 0)]
 
 
 if __name__ == "__main__":
-    if sys.argv[1].isdigit():
-        compile_share(int(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[1] == "--target":
+        compile_for([sys.argv[2]])
     else:  # by hand
         os.environ["TRITON_INTERPRET"] = "0"
         with contextlib.redirect_stdout(io.StringIO()) as lines:
-            compile_share(0, 1, sys.argv[1:])
+            compile_for(TARGETS, sys.argv[1:])
         print(table(json.loads(line) for line in lines.getvalue().splitlines()[1:]))
