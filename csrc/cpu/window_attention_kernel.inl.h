@@ -116,6 +116,7 @@ struct Columns {
 // Queries of one tile: the tokens of the window that are on the map.
 struct Queries {
   int n = 0;
+  bool mixed = false;  // more than one shift region among the queries
   int64_t* position = nullptr;  // flat index into [B, H, W]
   int64_t* lse_offset = nullptr;  // into lse, of head 0
   int64_t* offset = nullptr;  // into q
@@ -166,12 +167,15 @@ struct Keys {
     run = s.take<Run>(max);
     mask = s.take<float>(int64_t{9} * round_up(max, kLanes));
   }
-  // Null where no key is masked for any of these queries.
-  bool masked(const Queries& q) const { return mixed || (n > 0 && q.n > 0 && label[0] != q.label[0]); }
+  // Whether any of these keys is masked for any of the queries: unless all of both are of one region.
+  bool masked(const Queries& q) const {
+    return mixed || q.mixed || (n > 0 && q.n > 0 && label[0] != q.label[0]);
+  }
 };
 
 void find_queries(const Params& p, const Geometry& g, int64_t b, int wy, int wx, int y0, int y1, Queries* q) {
   int n = 0;
+  bool mixed = false;
   q->columns.find(g, wx, 0, g.x.window);
   const int32_t *const column = q->columns.position + g.x.halo, *const region = q->columns.region + g.x.halo;
   for (int y = y0; y < y1; ++y) {
@@ -194,10 +198,12 @@ void find_queries(const Params& p, const Geometry& g, int64_t b, int wy, int wx,
       q->dq_offset[n] = (row + px) * p.h * (2 * p.d + p.dv);
       q->table[n] = table_row + x * table_step;
       q->label[n] = region_y + region[x];
+      mixed |= q->label[n] != q->label[0];
       ++n;
     }
   }
   q->n = n;
+  q->mixed = mixed;
 }
 
 // Keys of window (wy, wx) in local rows [y0, y1) and columns [x0, x1), counted from -halo.
