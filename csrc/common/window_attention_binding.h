@@ -170,6 +170,10 @@ inline WindowAttentionGrads window_attention_backward_call(const char* op, Windo
     for (Tensor* t : {&dqkv, &dbias, &dlogit, &dpad_k, &dpad_v}) torch::stable::zero_(*t);
   }
   p.dqkv = dqkv.mutable_data_ptr();
+  p.dq = p.dqkv;
+  p.dk = static_cast<char*>(p.dqkv) + p.h * p.d * element_bytes(p.dtype);
+  p.dvalue = static_cast<char*>(p.dqkv) + 2 * p.h * p.d * element_bytes(p.dtype);
+  p.dq_stride_t = p.dk_stride_t = p.dvalue_stride_t = p.h * (2 * p.d + p.dv);
   p.dbias_table = dbias.mutable_data_ptr();
   p.dlogit_scale = dlogit.mutable_data_ptr();
   p.dpad_k = dpad_k.mutable_data_ptr();

@@ -22,6 +22,11 @@ struct WindowAttentionParams {
   const void* grad_out = nullptr;  // [B, H, W, h, dv], last stride 1
   const float* grad_lse = nullptr;  // [B, h, H, W], contiguous, may be null
   void* dqkv = nullptr;  // [B, H, W, h*(2*d+dv)], contiguous: dq [h, d], then dk [h, d], then dv [h, dv]
+  // The same memory as three tensors: token t (a flat index into [B, H, W]) of head j is at dq + t * dq_stride_t + j * d,
+  // of dk likewise, of the values at dvalue + t * dvalue_stride_t + j * dv.
+  void* dq = nullptr;
+  void* dk = nullptr;
+  void* dvalue = nullptr;
   void* dbias_table = nullptr;  // [h, 2*wh-1+2*halo_h, 2*ww-1+2*halo_w], contiguous, bias_dtype
   void* dlogit_scale = nullptr;  // [h], logit_scale_dtype
   void* dpad_k = nullptr;  // [h, d], contiguous, dtype of q
@@ -32,6 +37,7 @@ struct WindowAttentionParams {
   int64_t k_stride_b = 0, k_stride_y = 0, k_stride_x = 0, k_stride_h = 0;
   int64_t v_stride_b = 0, v_stride_y = 0, v_stride_x = 0, v_stride_h = 0;
   int64_t grad_out_stride_b = 0, grad_out_stride_y = 0, grad_out_stride_x = 0, grad_out_stride_h = 0;
+  int64_t dq_stride_t = 0, dk_stride_t = 0, dvalue_stride_t = 0;
   int64_t bias_stride_h = 0, bias_stride_y = 0, bias_stride_x = 0;
 
   int32_t window_h = 1, window_w = 1;
