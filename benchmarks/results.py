@@ -1,10 +1,17 @@
-"""Reading benchmarks/results/*.csv: the rows of the latest run of an operator, and what they say."""
+"""Reading benchmarks/results/*.csv: the latest rows of an operator, and what they say."""
 
 import csv
 import math
 import pathlib
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "results"
+DTYPES = ("float32", "bfloat16", "float16")
+MACHINE = ("device", "isa", "threads", "kernel")  # what rows of one table have in common
+# Names that are shown together, by the operator that heads them. Any other is a family of its own.
+FAMILIES = {
+    "window_attention": ("window_attention", "swin"),
+    "linear_attention": ("linear_attention", "soft", "rbf_gram", "newton_pinv"),
+}
 
 
 def _rows(results):
@@ -20,13 +27,34 @@ def measured_ops(results="cpu"):
     return distinct(_rows(results), "op")
 
 
-def latest_run(op, results="cpu", run=None):
-    """Rows of one run (the newest unless named) of `op` in results/<results>.csv; LookupError if there are none."""
-    rows = [row for row in _rows(results) if row["op"] == op and run in (None, row["run"])]
+def latest(op, results="cpu", run=None, isa=None):
+    """The newest rows of `op` in results/<results>.csv; LookupError if there are none.
+
+    They are of one machine: the last one that measured it, or the last with instruction set `isa`. Each dtype and
+    direction comes from the newest run that has it, or all from the run named.
+    """
+    rows = [r for r in _rows(results) if r["op"] == op and run in (None, r["run"]) and isa in (None, r["isa"])]
     if not rows:
-        raise LookupError(f"no run of {op} in results {results}: run benchmarks/bench_{op}.py first")
-    newest = max(row["run"] for row in rows)
-    return [row for row in rows if row["run"] == newest]
+        what = " ".join([op, *(f"{name}={value}" for name, value in (("run", run), ("isa", isa)) if value)])
+        raise LookupError(f"no run of {what} in results {results}: run benchmarks/bench_{op}.py first")
+    last = max(rows, key=lambda r: r["run"])
+    rows = [r for r in rows if all(r[key] == last[key] for key in MACHINE)]
+    newest = {}
+    for r in rows:
+        column = r["dtype"], r["direction"]
+        newest[column] = max(newest.get(column, ""), r["run"])
+    return [r for r in rows if r["run"] == newest[r["dtype"], r["direction"]]]
+
+
+def instruction_sets(op, results="cpu"):
+    """Those that `op` was measured with, the latest first."""
+    rows = [row for row in _rows(results) if row["op"] == op]
+    return distinct(sorted(rows, key=lambda row: row["run"], reverse=True), "isa")
+
+
+def family(name, results="cpu"):
+    """The names shown together under `name`, as far as they were measured."""
+    return [op for op in FAMILIES.get(name, (name,)) if op in measured_ops(results)]
 
 
 def distinct(rows, key):
@@ -34,8 +62,9 @@ def distinct(rows, key):
 
 
 def groups(rows):
-    """[(dtype, direction)] of a run, in the order they ran."""
-    return list(dict.fromkeys((row["dtype"], row["direction"]) for row in rows))
+    """[(dtype, direction)] of these rows, float32 first."""
+    found = {(row["dtype"], row["direction"]) for row in rows}
+    return sorted(found, key=lambda column: (DTYPES.index(column[0]), column[1]))
 
 
 def find(rows, **wanted):
@@ -53,11 +82,14 @@ def ratios(rows, dtype, direction):
     return {r["shape"]: float(r["ratio"]) for r in chosen if r["ratio"]}
 
 
-def describe(rows):
-    """One line: device, instruction set, threads, versions, commit and date."""
+def describe(rows, common=MACHINE):
+    """One line: device, instruction set, threads, kernel (those in `common`), versions, commits and dates."""
     r = rows[0]
-    where = f"{r['device']}, {r['isa']}"
-    if not r["isa"].startswith("sm_"):
-        where += f", {r['threads']} threads"
-    timm = f", timm {r['timm']}" if r["timm"] else ""
-    return f"{where}, kernel {r['kernel']}, torch {r['torch']}{timm}, commit {r['commit']}, {r['date']}"
+    on_gpu = r["isa"].startswith("sm_")
+    where = {"device": r["device"], "isa": r["isa"], "kernel": f"kernel {r['kernel']}"}
+    where["threads"] = "" if on_gpu else f"{r['threads']} threads"
+    timm = [f"timm {version}" for version in distinct(rows, "timm") if version]
+    commits = sorted(distinct(rows, "commit"), key=lambda c: min(r["run"] for r in rows if r["commit"] == c))
+    commit = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    torch = f"torch {', '.join(distinct(rows, 'torch'))}"
+    return ", ".join(filter(None, [*(where[key] for key in common), torch, *timm, commit, max(distinct(rows, "date"))]))

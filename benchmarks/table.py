@@ -1,7 +1,12 @@
-"""Markdown tables from benchmarks/results: printed, or written between the markers of a Markdown file.
+"""Markdown tables from benchmarks/results: printed, or written between the markers of Markdown files.
 
-The lines between `<!-- bench:window_attention -->` and `<!-- /bench:window_attention -->` become the latest run in
-results/cpu.csv; `<!-- bench:window_attention nvidia-h200 -->` stands for results/nvidia-h200.csv.
+What is between two markers becomes the latest rows in results/cpu.csv:
+
+    <!-- bench:window_attention -->           a table of all shapes, up to <!-- /bench:window_attention -->
+    <!-- bench:window_attention isa=avx2 -->  on the last machine with this instruction set
+    <!-- bench-summary:window_attention -->   a row per name of the family and instruction set: means and least ratios
+
+`results=nvidia-h200` in a marker stands for results/nvidia-h200.csv.
 """
 
 import argparse
@@ -9,9 +14,22 @@ import pathlib
 import re
 import sys
 
-from results import describe, distinct, find, geometric_mean, groups, latest_run, measured_ops, ratios
+from results import (
+    describe,
+    distinct,
+    family,
+    find,
+    geometric_mean,
+    groups,
+    instruction_sets,
+    latest,
+    measured_ops,
+    ratios,
+)
 
-MARKER = re.compile(r"(<!-- bench:(\w+)(?: ([\w.-]+))? -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
+MARKER = re.compile(
+    r"(<!-- (bench|bench-summary):(\w+)((?: (?:results|isa)=[\w.-]+)*) -->\n)(.*?)(<!-- /\2:\3 -->)", re.DOTALL
+)
 
 
 def milliseconds(text):
@@ -32,17 +50,32 @@ def cell(rows, shape, dtype, direction):
     return f"**{float(row['ratio']):.1f}×** ({time}; {row['best_peer']} {milliseconds(peer['median_ms'])})"
 
 
+def mean(rows, dtype, direction):
+    """Geometric mean and least ratio, and of how many shapes where some are missing."""
+    found, shapes = list(ratios(rows, dtype, direction).values()), len(distinct(rows, "shape"))
+    if not found:
+        return "not measured"
+    text = f"**{geometric_mean(found):.1f}×**"
+    if shapes > 1:
+        text += f", least {min(found):.1f}×"
+    return text + (f" ({len(found)} of {shapes} shapes)" if len(found) < shapes else "")
+
+
 def notes(rows):
     """Sentences on the roofline and on memory, where they were measured."""
     lines = []
     measured = [r for r in rows if r["contender"] == "effvit" and r["roofline_share"]]
     if measured:
         shape = measured[0]["shape"]
-        at_shape = [r for r in measured if r["shape"] == shape]
-        shares = [f"{100 * float(r['roofline_share']):.0f} % ({r['dtype']} {r['direction']})" for r in at_shape]
+        at_shape = {(r["dtype"], r["direction"]): r for r in measured if r["shape"] == shape}
+        shares = [
+            f"{100 * float(at_shape[column]['roofline_share']):.0f} % ({' '.join(column)})"
+            for column in groups(at_shape.values())
+        ]
+        copies = distinct(sorted(at_shape.values(), key=lambda r: r["run"]), "copy_gb_per_s")
         lines.append(
             f"Share of the roofline, max(bytes / copy bandwidth, FLOPs / GEMM rate), both measured in the same run "
-            f"(copy {float(measured[0]['copy_gb_per_s']):.0f} GB/s), at {shape}: {', '.join(shares)}."
+            f"(copy {' and '.join(f'{float(c):.0f}' for c in copies)} GB/s), at {shape}: {', '.join(shares)}."
         )
     memory = [r for r in rows if r["peak_extra_mib"]]
     by_shape = {}
@@ -58,29 +91,57 @@ def notes(rows):
     return lines
 
 
-def markdown(op, results="cpu", run=None):
-    rows = latest_run(op, results, run)
+def row_of(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def markdown(op, results="cpu", run=None, isa=None):
+    """The table of one op: a row per shape."""
+    rows = latest(op, results, run, isa)
     columns = groups(rows)
-    lines = [
-        "| " + " | ".join(["shape", *(f"{dtype} {direction}" for dtype, direction in columns)]) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
+    lines = [row_of(["shape", *map(" ".join, columns)]), "|---" * (len(columns) + 1) + "|"]
     for shape in distinct(rows, "shape"):
-        lines.append("| " + " | ".join([shape, *(cell(rows, shape, *column) for column in columns)]) + " |")
-    means = [list(ratios(rows, *column).values()) for column in columns]
+        lines.append(row_of([shape, *(cell(rows, shape, *column) for column in columns)]))
     if len(distinct(rows, "shape")) > 1:
-        figures = [f"**{geometric_mean(m):.1f}×**, least {min(m):.1f}×" if m else "" for m in means]
-        lines.append("| " + " | ".join(["geometric mean", *figures]) + " |")
+        lines.append(row_of(["geometric mean", *(mean(rows, *column) for column in columns)]))
     lines += ["", f"Best peer's time over effvit's (effvit's time; the best peer and its time). {describe(rows)}."]
     return "\n".join([*lines, *notes(rows)]) + "\n"
 
 
-def rewrite(path):
-    """Replaces what is between the markers of a file; returns the number of tables."""
+def summary(name, results="cpu", isa=None):
+    """The table of a family: a row per op and instruction set."""
+    found = [(op, i) for op in family(name, results) for i in instruction_sets(op, results) if isa in (None, i)]
+    if not found:
+        raise LookupError(f"no run of {name} in results {results}: run benchmarks/bench_{name}.py first")
+    tables = {(op, isa): latest(op, results, isa=isa) for op, isa in found}
+    every = [row for rows in tables.values() for row in rows]
+    columns = groups(every)
+    lines = [row_of(["", "instruction set", *map(" ".join, columns)]), "|---" * (len(columns) + 2) + "|"]
+    for (op, isa), rows in tables.items():
+        lines.append(row_of([f"`{op}`", isa, *(mean(rows, *column) for column in columns)]))
+    common = ("device", "threads")
+    lines += ["", f"Best peer's time over effvit's: geometric mean and least of the shapes. {describe(every, common)}."]
+    return "\n".join(lines) + "\n"
+
+
+def rewritten(text):
+    """(text with every marked table up to date, number of tables)."""
+
+    def replace(found):
+        start, kind, name, options, _, end = found.groups()
+        options = dict(option.split("=") for option in options.split())
+        return start + (markdown if kind == "bench" else summary)(name, **options) + end
+
+    return MARKER.subn(replace, text)
+
+
+def write(path):
+    """Brings every marked table of a file up to date; returns their number."""
     text = path.read_text()
-    new, count = MARKER.subn(lambda m: m[1] + markdown(m[2], m[3] or "cpu") + m[5], text)
-    if count and new != text:
+    new, count = rewritten(text)
+    if new != text:
         path.write_text(new)
+    print(f"{path}: {count} tables")
     return count
 
 
@@ -89,19 +150,19 @@ def main():
     parser.add_argument("op", nargs="*", help="default: every op with results")
     parser.add_argument("--results", default="cpu", help="results/<this>.csv, or a path (default cpu)")
     parser.add_argument("--run", help="a run's id instead of the latest")
-    parser.add_argument("--write", type=pathlib.Path, help="rewrite every marked table of this Markdown file")
+    parser.add_argument("--isa", help="the latest run with this instruction set")
+    parser.add_argument("--write", type=pathlib.Path, nargs="+", help="rewrite every marked table of these files")
     options = parser.parse_args()
     try:
-        if options.write is None:
-            for op in options.op or measured_ops(options.results):
-                print(f"{op}\n\n{markdown(op, options.results, options.run)}")
-            return 0
-        count = rewrite(options.write)
+        if options.write is not None:
+            counts = [write(path) for path in options.write]
+            return 0 if all(counts) else 1
+        for op in options.op or measured_ops(options.results):
+            print(f"{op}\n\n{markdown(op, options.results, options.run, options.isa)}")
     except LookupError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{options.write}: {count} tables")
-    return 0 if count else 1
+    return 0
 
 
 if __name__ == "__main__":
