@@ -58,10 +58,10 @@ demo: build  ## Swin-T on a photograph, before and after effvit.patch: differenc
 test: build  ## build, then the whole suite; ARGS="-k name" selects
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) $(ARGS)
 
-bench: build  ## every benchmark beside its peers; appends to benchmarks/results, redraws the picture and the README tables
+bench: build  ## every benchmark beside its peers; appends to benchmarks/results, redraws pictures and tables
 	for bench in benchmarks/bench_*.py; do $(PYTHON) $$bench $(ARGS); done
 	$(PYTHON) benchmarks/plot.py
-	$(PYTHON) benchmarks/table.py --write README.md
+	$(PYTHON) benchmarks/table.py --write README.md docs/benchmarks.md
 
 lint: setup  ## ruff and clang-format, checking only
 	$(PYTHON) -m pytest -q tests/test_layout.py -k 'ruff or clang_format'

@@ -561,7 +561,7 @@ EFFVIT_INLINE void pack(float* dst, int n, int width, const Row& row, WideFactor
 }
 
 // The (window, group of heads) after the one at work. Its tokens are fetched in turn, of each token the rows of all
-// heads, so that memory is read in long runs: see "Where the time goes" in csrc/README.md. A pass calls step() between
+// heads, so that memory is read in long runs: see docs/notes.md. A pass calls step() between
 // the row tiles of its products, so that few lines are on their way at once.
 struct Ahead {
   const Tokens* tokens = nullptr;
