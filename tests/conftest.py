@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 import numpy as np
 import pytest
+import random_calls
 
 import effvit
 from effvit import _backends
@@ -26,7 +27,7 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     kernels = {device: sorted({_backends.chosen(op, device).name for op in OPS}) for device in ("cpu", "cuda")}
-    return f"effvit {effvit.__version__}, torch {torch.__version__}, ISAs {_backends.isas()}, kernels {kernels}"
+    return f"effvit {effvit.__version__}, torch {torch.__version__}, ISAs {_backends.isas()}, kernels {kernels}, seed {random_calls.seed()}"
 
 
 def pytest_collection_modifyitems(items):

@@ -10,6 +10,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
+import random_calls
 import torch
 import torch._dynamo.testing
 
@@ -95,6 +96,8 @@ class OpSuite:
             metafunc.parametrize("any_sample", spec.samples, ids=[s.name for s in spec.samples])
         elif "bad" in names:
             metafunc.parametrize("bad", spec.bad_inputs, ids=[b.name for b in spec.bad_inputs])
+        if "chunk" in names:
+            metafunc.parametrize("chunk", range(random_calls.CHUNKS))
         if "opcheck" in names:
             metafunc.parametrize("opcheck", OPCHECKS)
         if "route" in names:
@@ -121,6 +124,10 @@ class OpSuite:
         outputs = as_tuple(backend.forward(*args, **oracle.kwargs))
         bargs, bkwargs = spec.backward_call(args, oracle.kwargs, outputs, grads)
         oracle.check_gradients(spec.split_gradients(backend.backward(*bargs, **bkwargs), args, oracle.kwargs))
+
+    def test_random_calls(self, chunk):
+        """Any options at once: what nobody thought of."""
+        random_calls.run_chunk(self.spec, chunk)
 
     def test_backward_of_one_output(self, framework_sample, native):
         """Gradients with the other outputs unused: their cotangents arrive as None or zeros."""

@@ -22,8 +22,8 @@ struct WindowAttentionParams {
   const void* grad_out = nullptr;  // [B, H, W, h, dv], last stride 1
   const float* grad_lse = nullptr;  // [B, h, H, W], contiguous, may be null
   void* dqkv = nullptr;  // [B, H, W, h*(2*d+dv)], contiguous: dq [h, d], then dk [h, d], then dv [h, dv]
-  // The same memory as three tensors: token t (a flat index into [B, H, W]) of head j is at dq + t * dq_stride_t + j * d,
-  // of dk likewise, of the values at dvalue + t * dvalue_stride_t + j * dv.
+  // The same memory as three tensors: token t (a flat index into [B, H, W]) of head j is at dq + t * dq_stride_t + j *
+  // d, of dk likewise, of the values at dvalue + t * dvalue_stride_t + j * dv.
   void* dq = nullptr;
   void* dk = nullptr;
   void* dvalue = nullptr;

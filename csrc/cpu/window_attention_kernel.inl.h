@@ -168,9 +168,7 @@ struct Keys {
     mask = s.take<float>(int64_t{9} * round_up(max, kLanes));
   }
   // Whether any of these keys is masked for any of the queries: unless all of both are of one region.
-  bool masked(const Queries& q) const {
-    return mixed || q.mixed || (n > 0 && q.n > 0 && label[0] != q.label[0]);
-  }
+  bool masked(const Queries& q) const { return mixed || q.mixed || (n > 0 && q.n > 0 && label[0] != q.label[0]); }
 };
 
 void find_queries(const Params& p, const Geometry& g, int64_t b, int wy, int wx, int y0, int y1, Queries* q) {

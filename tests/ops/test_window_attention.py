@@ -3,10 +3,12 @@
 import math
 
 import pytest
+import random_calls
 import torch
 import torch.nn.functional as F
 
-from effvit.testing.window_attention import SPEC, reference_call
+from effvit.testing import backends
+from effvit.testing.window_attention import SPEC, _qkv_views, _sample, reference_call
 from op_suite import OpSuite
 
 
@@ -219,3 +221,14 @@ def test_reference_window_over_the_map_is_dense_attention():
     expected = F.scaled_dot_product_attention(*rows, scale=0.3).transpose(1, 2).reshape(v.shape)
     check(reference_call(q, k, v, window=(3, 5), scale=0.3)[:1], [expected])
     check(reference_call(q, k, v, window=(8, 9), scale=0.3)[:1], [expected])
+
+
+@pytest.mark.parametrize("d", [32, 160])
+@pytest.mark.parametrize("side", range(1, 33))
+def test_every_window_with_half_shift(side, d):
+    """Tiles of queries and of keys that straddle the seam anywhere: where a window is cut depends on its side."""
+    sample = _sample(
+        f"side_{side}", 1, side, 2 * side, 1, d, window=side, shift=side // 2, mask_value=-5.0, layout=_qkv_views
+    )
+    native = [b for b in backends("window_attention") if not b.slow][-1]
+    random_calls.check_call(SPEC, sample, torch.float32, [native])

@@ -33,7 +33,7 @@ constexpr int kBf16Rows = 16, kBf16Depth = 32;
 
 // A tile is 16 rows of 64 bytes: 16x32 bfloat16 of A; 16 pairs of rows of B, interleaved ("VNNI": b[k/2][n][k%2]);
 // 16x16 float32 of C.
-#if defined(EFFVIT_EMULATED_TILES)
+#if defined(EFFVIT_HAS_EMULATED_TILES)
 struct TileState {
   unsigned char rows[8][16][64];
 };
@@ -75,7 +75,7 @@ inline void emulated_dot(int c, int a, int b) {
 class TileScope {
  public:
   TileScope() {
-#if !defined(EFFVIT_EMULATED_TILES)
+#if !defined(EFFVIT_HAS_EMULATED_TILES)
     struct alignas(64) Config {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -85,7 +85,7 @@ class TileScope {
 #endif
   }
   ~TileScope() {
-#if !defined(EFFVIT_EMULATED_TILES)
+#if !defined(EFFVIT_HAS_EMULATED_TILES)
     _tile_release();
 #endif
   }

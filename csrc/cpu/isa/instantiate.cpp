@@ -1,7 +1,8 @@
-// Compiles one op's kernel for one ISA. CMake builds this file once per csrc/cpu/*_kernel.inl.h and ISA, with
-// -DEFFVIT_KERNEL_HEADER="../<op>_kernel.inl.h" and -DEFFVIT_ISA_<NAME>. Everything with code in it is included before
-// the target region, so that no inline function shared with another file is compiled for a wider ISA: the linker
-// would be free to keep that copy, and it would be an illegal instruction elsewhere.
+// Compiles one op's kernel for one instruction set. CMake writes a file that includes this one per
+// csrc/cpu/*_kernel.inl.h and instruction set. It defines EFFVIT_OP, EFFVIT_KERNEL_HEADER, EFFVIT_KERNEL_DECLARATIONS
+// and, from the table in isas.h, EFFVIT_ISA_NAME, EFFVIT_LANES, EFFVIT_TARGET and EFFVIT_HAS_<...>. Everything with
+// code in it is included before the target region, so that no inline function shared with another file is compiled for
+// a wider ISA: the linker would be free to keep that copy, and it would be an illegal instruction elsewhere.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -13,58 +14,6 @@
 
 #include "../../common/dtype.h"
 #include "isa.h"
-
-#if defined(EFFVIT_ISA_AVX2) || defined(EFFVIT_ISA_AVX512_EMULATED) || defined(EFFVIT_ISA_AVX512_BF16_EMULATED) || \
-    defined(EFFVIT_ISA_AMX_EMULATED)
-#define EFFVIT_TARGET "avx2,fma,f16c"
-#elif defined(EFFVIT_ISA_AVX512)
-#define EFFVIT_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
-#elif defined(EFFVIT_ISA_AVX512_BF16)
-#define EFFVIT_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
-#elif defined(EFFVIT_ISA_AMX)
-#define EFFVIT_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"
-#endif
-
-#if defined(EFFVIT_ISA_GENERIC)
-#define EFFVIT_ISA_NAME generic
-#define EFFVIT_LANES 4
-#elif defined(EFFVIT_ISA_AVX2)
-#define EFFVIT_ISA_NAME avx2
-#define EFFVIT_LANES 8
-#define EFFVIT_HAS_AVX2 1
-#elif defined(EFFVIT_ISA_AVX512)
-#define EFFVIT_ISA_NAME avx512
-#define EFFVIT_LANES 16
-#define EFFVIT_HAS_AVX512 1
-#elif defined(EFFVIT_ISA_AVX512_BF16)
-#define EFFVIT_ISA_NAME avx512_bf16
-#define EFFVIT_LANES 16
-#define EFFVIT_HAS_AVX512 1
-#define EFFVIT_HAS_AVX512_BF16 1
-#define EFFVIT_HAS_BF16_PRODUCTS 1
-#elif defined(EFFVIT_ISA_AMX)
-#define EFFVIT_ISA_NAME amx
-#define EFFVIT_LANES 16
-#define EFFVIT_HAS_AVX512 1
-#define EFFVIT_HAS_AVX512_BF16 1
-#define EFFVIT_HAS_BF16_PRODUCTS 1
-#define EFFVIT_HAS_TILES 1
-#elif defined(EFFVIT_ISA_AVX512_EMULATED)
-#define EFFVIT_ISA_NAME avx512_emulated
-#define EFFVIT_LANES 16
-#elif defined(EFFVIT_ISA_AVX512_BF16_EMULATED)
-#define EFFVIT_ISA_NAME avx512_bf16_emulated
-#define EFFVIT_LANES 16
-#define EFFVIT_HAS_BF16_PRODUCTS 1
-#elif defined(EFFVIT_ISA_AMX_EMULATED)
-#define EFFVIT_ISA_NAME amx_emulated
-#define EFFVIT_LANES 16
-#define EFFVIT_HAS_BF16_PRODUCTS 1
-#define EFFVIT_HAS_TILES 1
-#define EFFVIT_EMULATED_TILES 1
-#else
-#error "no ISA named"
-#endif
 
 // Kernel entry points: `EFFVIT_KERNEL_NAME(op)` is op_<isa>.
 #define EFFVIT_CONCAT2(a, b) a##_##b
@@ -107,3 +56,10 @@ EFFVIT_GCC_PRAGMA(GCC target(EFFVIT_TARGET))
 #pragma GCC pop_options
 #endif
 #endif
+
+namespace effvit::cpu {
+namespace {
+[[maybe_unused]] const auto registered = EFFVIT_CONCAT(EFFVIT_OP, table)[static_cast<int>(Isa::EFFVIT_ISA_NAME)] =
+    EFFVIT_KERNEL_NAME(EFFVIT_OP)();
+}  // namespace
+}  // namespace effvit::cpu

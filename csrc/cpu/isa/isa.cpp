@@ -2,6 +2,7 @@
 #include "isa.h"
 
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -18,8 +19,21 @@
 namespace effvit::cpu {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {
-    "generic", "avx2", "avx512", "avx512_bf16", "amx", "avx512_emulated", "avx512_bf16_emulated", "amx_emulated"};
+struct Entry {
+  const char *name, *base, *emulates;
+};
+constexpr Entry kIsas[kIsaCount] = {
+#define EFFVIT_ISA(name, base, lanes, emulates, target, has) {#name, #base, #emulates},
+#include "isas.h"
+#undef EFFVIT_ISA
+};
+constexpr const char* kBuilt = "," EFFVIT_BUILT_ISAS ",";  // what this library was compiled for
+
+bool is_built(Isa isa) {
+  const std::string name = kIsas[static_cast<int>(isa)].name;
+  return std::string(kBuilt).find("," + name + ",") != std::string::npos;
+}
+bool is_emulated(Isa isa) { return kIsas[static_cast<int>(isa)].emulates[0] != '-'; }
 
 #if defined(__x86_64__)
 uint64_t xgetbv0() {
@@ -61,58 +75,56 @@ bool amx_permitted() {
 #endif
 }
 
-bool available(Isa isa) {
+bool has(Isa isa) {
   static const Features f = detect();
+  if (is_emulated(isa)) return f.avx2;
   switch (isa) {
-    case Isa::kGeneric:
+    case Isa::generic:
       return true;
-    case Isa::kAvx2:
+    case Isa::avx2:
       return f.avx2;
-    case Isa::kAvx512:
+    case Isa::avx512:
       return f.avx512;
-    case Isa::kAvx512Bf16:
+    case Isa::avx512_bf16:
       return f.avx512_bf16;
-    case Isa::kAmx:
+    case Isa::amx:
       return f.amx_bf16 && amx_permitted();
-#if defined(EFFVIT_TEST_ISAS)
-    case Isa::kAvx512Emulated:
-    case Isa::kAvx512Bf16Emulated:
-    case Isa::kAmxEmulated:
-      return f.avx2;
-#endif
     default:
       return false;
   }
 }
 #else
-bool available(Isa isa) { return isa == Isa::kGeneric; }
+bool has(Isa isa) { return isa == Isa::generic; }
 #endif
 
-Isa best() {
-  for (Isa isa : {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2}) {
-    if (available(isa)) return isa;
-  }
-  return Isa::kGeneric;
-}
+bool available(Isa isa) { return is_built(isa) && has(isa); }
 
-bool find(const char* name, Isa* isa) {
+// The last real one that `ok` holds for, or -1.
+template <class F>
+int best(const F& ok) {
+  int found = -1;
   for (int i = 0; i < kIsaCount; ++i) {
-    if (std::strcmp(name, kNames[i]) == 0) {
-      *isa = static_cast<Isa>(i);
-      return true;
-    }
+    const Isa isa = static_cast<Isa>(i);
+    if (!is_emulated(isa) && ok(isa)) found = i;
   }
-  return false;
+  return found;
 }
 
-Isa initial() {
-  Isa isa;
+int find(const char* name) {
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (std::strcmp(name, kIsas[i].name) == 0) return i;
+  }
+  return -1;
+}
+
+int initial() {
   const char* forced = std::getenv("EFFVIT_ISA");
-  return forced && *forced && find(forced, &isa) && available(isa) ? isa : best();
+  const int isa = forced && *forced ? find(forced) : -1;
+  return isa >= 0 && available(static_cast<Isa>(isa)) ? isa : best(available);
 }
 
 std::atomic<int>& chosen() {
-  static std::atomic<int> isa{static_cast<int>(initial())};
+  static std::atomic<int> isa{initial()};
   return isa;
 }
 
@@ -123,6 +135,8 @@ struct Arena {
 };
 
 }  // namespace
+
+int base_of(Isa isa) { return find(kIsas[static_cast<int>(isa)].base); }
 
 Isa current_isa() { return static_cast<Isa>(chosen().load(std::memory_order_relaxed)); }
 
@@ -143,27 +157,34 @@ void* thread_scratch(size_t bytes) {
 
 #define EFFVIT_EXPORT extern "C" __attribute__((visibility("default")))
 
-// 0 if `name` is known and this machine has it; the choice is unchanged otherwise.
+// 0 if `name` is known, compiled and this machine has it; the choice is unchanged otherwise.
 EFFVIT_EXPORT int effvit_cpu_set_isa(const char* name) {
   using namespace effvit::cpu;
-  Isa isa;
-  if (!find(name, &isa) || !available(isa)) return 1;
-  chosen().store(static_cast<int>(isa));
+  const int isa = find(name);
+  if (isa < 0 || !available(static_cast<Isa>(isa))) return 1;
+  chosen().store(isa);
   return 0;
 }
 
-EFFVIT_EXPORT const char* effvit_cpu_isa() { return effvit::cpu::kNames[static_cast<int>(effvit::cpu::current_isa())]; }
+EFFVIT_EXPORT const char* effvit_cpu_isa() {
+  const int isa = static_cast<int>(effvit::cpu::current_isa());
+  return isa < 0 ? "" : effvit::cpu::kIsas[isa].name;
+}
 
-// Comma separated, in the order of the Isa enum.
+// Comma separated, in the order of isas.h.
 EFFVIT_EXPORT const char* effvit_cpu_available_isas() {
+  using namespace effvit::cpu;
   static const std::string list = [] {
     std::string s;
-    for (int i = 0; i < effvit::cpu::kIsaCount; ++i) {
-      if (effvit::cpu::available(static_cast<effvit::cpu::Isa>(i))) {
-        s += (s.empty() ? "" : ",") + std::string(effvit::cpu::kNames[i]);
-      }
+    for (int i = 0; i < kIsaCount; ++i) {
+      if (available(static_cast<Isa>(i))) s += (s.empty() ? "" : ",") + std::string(kIsas[i].name);
     }
     return s;
   }();
   return list.c_str();
 }
+
+#if defined(EFFVIT_PRINT_NATIVE_ISA)
+// CMake asks for the best that this machine has.
+int main() { return std::puts(effvit::cpu::kIsas[effvit::cpu::best(effvit::cpu::has)].name) < 0; }
+#endif

@@ -5,56 +5,40 @@
 
 namespace effvit::cpu {
 
-// Ordered: the best available one is used. The emulated ones run the wide code paths (16-lane vectors, bfloat16 dot
-// products, AMX tiles) on any AVX2 machine, for tests; they exist in test builds (EFFVIT_TEST_ISAS) and are only ever
-// chosen by name.
+// In the order of isas.h, best last; the emulated ones run the wide code paths (16-lane vectors, bfloat16 dot products,
+// tiles) on any AVX2 machine, for tests, and are only ever chosen by name.
 enum class Isa : int32_t {
-  kGeneric,
-  kAvx2,
-  kAvx512,
-  kAvx512Bf16,
-  kAmx,
-  kAvx512Emulated,
-  kAvx512Bf16Emulated,
-  kAmxEmulated
+#define EFFVIT_ISA(name, base, lanes, emulates, target, has) name,
+#include "isas.h"
+#undef EFFVIT_ISA
 };
-inline constexpr int kIsaCount = 8;
+inline constexpr int kIsaCount = 0
+#define EFFVIT_ISA(name, base, lanes, emulates, target, has) +1
+#include "isas.h"
+#undef EFFVIT_ISA
+    ;
 
 Isa current_isa();
+
+// The instruction set that serves an op which has no use for what this one adds, or -1.
+int base_of(Isa isa);
 
 // 64-byte aligned scratch of the calling thread, at least `bytes` long. Kept for the next call, contents undefined.
 void* thread_scratch(size_t bytes);
 
-// Picks the current ISA's entry from a table indexed by Isa. An ISA is only ever chosen where the build has it, so
-// there is no fallback here that a test could mistake for the kernel it asked for.
+// The current instruction set's entry, or its base's where an op was not compiled for the former. Null only where the
+// library has no instruction set that this machine has.
 template <class Kernel>
-const Kernel& select(const Kernel* const (&table)[kIsaCount]) {
-  return *table[static_cast<int>(current_isa())];
+const Kernel* select(const Kernel* const (&table)[kIsaCount]) {
+  int isa = static_cast<int>(current_isa());
+  if (isa >= 0 && !table[isa]) isa = base_of(static_cast<Isa>(isa));
+  return isa < 0 ? nullptr : table[isa];
 }
 
 }  // namespace effvit::cpu
 
-// In namespace effvit::cpu: declares op_<isa>(), which every translation unit of the op's kernel defines, and defines
-// `const Kernel& op_kernel()`, the table of entry points of the current ISA.
-#define EFFVIT_DECLARE_KERNEL(Kernel, op)                                                                     \
-  const Kernel* op##_generic();                                                                               \
-  EFFVIT_IF_X86(const Kernel* op##_avx2(); const Kernel* op##_avx512(); const Kernel* op##_avx512_bf16();     \
-                const Kernel* op##_amx();)                                                                    \
-  EFFVIT_IF_TEST_ISAS(const Kernel* op##_avx512_emulated(); const Kernel* op##_avx512_bf16_emulated();        \
-                      const Kernel* op##_amx_emulated();)                                                     \
-  inline const Kernel& op##_kernel() {                                                                        \
-    static const Kernel* const table[kIsaCount] = {                                                           \
-        op##_generic() EFFVIT_IF_X86(, op##_avx2(), op##_avx512(), op##_avx512_bf16(), op##_amx())            \
-            EFFVIT_IF_TEST_ISAS(, op##_avx512_emulated(), op##_avx512_bf16_emulated(), op##_amx_emulated())}; \
-    return select(table);                                                                                     \
-  }
-#if defined(__x86_64__)
-#define EFFVIT_IF_X86(...) __VA_ARGS__
-#else
-#define EFFVIT_IF_X86(...)
-#endif
-#if defined(EFFVIT_TEST_ISAS)
-#define EFFVIT_IF_TEST_ISAS(...) __VA_ARGS__
-#else
-#define EFFVIT_IF_TEST_ISAS(...)
-#endif
+// In namespace effvit::cpu: the table of an op's entry points, which instantiate.cpp fills before main, and
+// `const Kernel& op_kernel()`, those of the current instruction set.
+#define EFFVIT_DECLARE_KERNEL(Kernel, op)          \
+  inline const Kernel* op##_table[kIsaCount] = {}; \
+  inline const Kernel& op##_kernel() { return *select(op##_table); }

@@ -67,6 +67,8 @@ class OpSpec:
     outputs: Sequence[str]
     reference: Callable  # differentiable, any float dtype: the definition
     cost: Callable  # (args, kwargs) -> Cost
+    random_sample: Callable | None = None  # (name, random.Random) -> Sample: any options at once, at a small size
+    random_calls: int = 400  # of a test run, on the machine's best instruction set
     bad_inputs: Sequence[BadInput] = ()
     good_input: Callable | None = None  # () -> (args, kwargs) of a call near every bad one
     # (args, kwargs, outputs, output_grads) -> (args, kwargs) of the backward op; None for an op without gradient

@@ -385,6 +385,31 @@ SAMPLES = [
 # fmt: on
 
 
+def random_sample(name, choose):
+    """Any options at once, at a small size; `choose` is a random.Random."""
+    normalize = choose.choice((PLAIN, SUM, MEAN, CLAMP))
+    form = choose.choice(("", "", "causal", "segments", "segments causal", "quadratic", "quadratic causal"))
+    causal, quadratic = "causal" in form, "quadratic" in form
+    L = choose.choice((1, 2, 7, 16, 31, 33, 63, 65, 70, 130, 150))
+    lens = None
+    if "segments" in form:
+        cuts = sorted(choose.randint(0, L) for _ in range(choose.randint(0, 4)))
+        lens = tuple(b - a for a, b in zip([0, *cuts], [*cuts, L], strict=True))
+    free = not causal and lens is None
+    K, V = (choose.choice((1, 3, 8, 16, 17, 32, 40, 64, 72)) for _ in range(2))
+    return _sample(
+        name, 1 if lens else choose.randint(1, 2), L, choose.randint(1, 3), K, V,
+        M=choose.choice((1, 5, 32, 67, L)) if free else L, lens=lens,
+        den="" if normalize == PLAIN else choose.choice(("", "", "q", "k", "qk")),
+        weight=choose.choice(("", "", "plain", "head_major", "per_key")),
+        initial=not quadratic and choose.random() < 0.3,
+        feature_map=choose.choice((RELU, ELU1, EXP)), normalize=normalize, eps=1e-3, clamp_min=5.0,
+        scale=choose.choice((1.0, -0.7)), causal=causal, quadratic=quadratic,
+        layout=choose.choice((None, _head_major, _misaligned, *(() if free else (_packed_heads,)))),
+        values=_positive,
+    )  # fmt: skip
+
+
 # ---- error magnitudes ------------------------------------------------------------------------------------------------
 
 
@@ -815,6 +840,8 @@ SPEC = OpSpec(
     name="linear_attention",
     public_kwargs=public_kwargs,
     samples=SAMPLES,
+    random_sample=random_sample,
+    random_calls=2000,
     tensors=TENSORS,
     outputs=OUTPUTS,
     reference=reference_call,

@@ -143,6 +143,13 @@ SAMPLES = [
 # fmt: on
 
 
+def random_sample(name, choose):
+    """Any sizes and layouts, small; `choose` is a random.Random."""
+    m = choose.choice((1, 2, 5, 16, 17, 33, 49, 65))
+    layout = choose.choice((None, _heads_last, _misaligned))
+    return _sample(name, choose.randint(1, 3), choose.randint(1, 3), m, _dominant, layout=layout)
+
+
 # ---- error magnitudes, cost ----------------------------------------------------------------------------------------
 
 
@@ -289,6 +296,7 @@ BAD_INPUTS = [
 SPEC = OpSpec(
     name="newton_pinv",
     samples=SAMPLES,
+    random_sample=random_sample,
     tensors=TENSORS,
     outputs=("out",),
     reference=reference,

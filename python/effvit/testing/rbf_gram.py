@@ -171,6 +171,15 @@ SAMPLES = [
 # fmt: on
 
 
+def random_sample(name, choose):
+    """Any sizes and layouts, small; `choose` is a random.Random."""
+    L, M = (choose.choice((1, 2, 7, 16, 31, 49, 65, 130)) for _ in range(2))
+    return _sample(
+        name, choose.randint(1, 3), L, M, choose.randint(1, 3), choose.choice((1, 3, 8, 16, 17, 32, 64, 96)),
+        gamma=choose.choice((0.1, 0.5, 2.0)), layout=choose.choice((None, _heads_first, _tokens_first)),
+    )  # fmt: skip
+
+
 # ---- error magnitudes, cost ----------------------------------------------------------------------------------------
 
 
@@ -333,6 +342,7 @@ BAD_INPUTS = [
 SPEC = OpSpec(
     name="rbf_gram",
     samples=SAMPLES,
+    random_sample=random_sample,
     tensors=TENSORS,
     outputs=("out",),
     reference=reference,

@@ -309,6 +309,25 @@ SAMPLES = [
 # fmt: on
 
 
+def random_sample(name, choose):
+    """Any options at once, at a small size; `choose` is a random.Random."""
+    wh, ww = (choose.choice((1, 2, 3, 4, 5, 7, 8, 9, 12)) for _ in range(2))
+    shifted = choose.random() < 0.75
+    window, shift = (wh, ww), ((choose.randrange(wh), choose.randrange(ww)) if shifted else (0, 0))
+    dilation = tuple(choose.choice((1, 1, 1, 2, 3)) for _ in range(2))
+    halo = tuple(choose.choice((0, 0, 0, 1, 2, 4)) for _ in range(2))
+    d, dv = (choose.choice((1, 4, 8, 13, 16, 32, 33, 64, 96, 160, 256)) for _ in range(2))
+    return _sample(
+        name, choose.choice((1, 1, 1, 2)), choose.randint(1, 17), choose.randint(1, 17), choose.choice((1, 1, 2)), d,
+        d if choose.random() < 0.5 else dv,
+        bias=choose.random() < 0.6, tau=(0.5, 3.0) if choose.random() < 0.25 else None, pads=choose.random() < 0.4,
+        layout=choose.choice((None, _packed_heads, _all_misaligned, _transposed_batch)),
+        bias_layout=choose.choice((None, _timm_table, _transposed_table)), window=window, shift=shift,
+        dilation=dilation, halo=halo, mask_value=choose.choice((-100.0, -2.0, 1.5)),
+        roll_before_pad=choose.random() < 0.5,
+    )  # fmt: skip
+
+
 # ---- error magnitudes ------------------------------------------------------------------------------------------------
 
 
@@ -753,6 +772,8 @@ BAD_INPUTS = [
 SPEC = OpSpec(
     name="window_attention",
     samples=SAMPLES,
+    random_sample=random_sample,
+    random_calls=2000,
     tensors=TENSORS,
     outputs=OUTPUTS,
     reference=reference_call,

@@ -1,0 +1,79 @@
+"""Random calls of an operator, any options at once, against the float64 reference: a new seed with every commit.
+
+The seed is printed in the header of the run and in every failure; EFFVIT_SEED repeats one.
+"""
+
+import functools
+import os
+import random
+import subprocess
+import zlib
+from pathlib import Path
+
+import torch
+
+from effvit.testing import backends, oracle_of
+from effvit.testing._oracle import random_output_grads
+from effvit.testing._spec import as_tuple, map_tensors
+
+CHUNKS = 8
+
+
+@functools.cache
+def seed():
+    given = os.environ.get("EFFVIT_SEED")
+    if given:
+        return int(given)
+    head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    done = subprocess.run(head, capture_output=True, text=True)
+    return zlib.crc32(done.stdout.encode()) if done.returncode == 0 else 0
+
+
+def backends_in_turn(op):
+    """Which backends call i of an operator runs on: the best one always, a slow or emulated one now and then."""
+    found = [b for b in backends(op) if b.name != "reference"]
+    fast = [b for b in found if not b.slow]
+    best = [b for b in fast if "emulated" not in b.name][-1:]
+    others = [b for b in fast if b not in best]
+    slow = [b for b in found if b.slow]
+
+    def of(i):
+        chosen = list(best)
+        if others and i % 4 == 0:
+            chosen.append(others[i // 4 % len(others)])
+        if slow and i % 101 == 2:
+            chosen.append(slow[i // 101 % len(slow)])
+        return chosen
+
+    return of
+
+
+def check_call(spec, sample, dtype, run_on):
+    args, kwargs = sample.build(dtype)
+    with torch.no_grad():
+        outputs = as_tuple(spec.reference(*args, **kwargs))
+    grads = random_output_grads(spec, sample, dtype, outputs)
+    oracle = oracle_of(spec, args, kwargs, grads)
+    for backend in run_on:
+        try:
+            on_device = map_tensors(lambda t: t.to(backend.device), args)
+            results = as_tuple(backend.forward(*on_device, **kwargs))
+            oracle.check_outputs(results)
+            cotangents = map_tensors(lambda t: t.to(backend.device), grads)
+            bargs, bkwargs = spec.backward_call(on_device, kwargs, results, cotangents)
+            oracle.check_gradients(spec.split_gradients(backend.backward(*bargs, **bkwargs), on_device, kwargs))
+        except Exception as e:
+            shapes = [None if a is None else list(a.shape) for a in args]
+            raise AssertionError(
+                f"{sample.name} with EFFVIT_SEED={seed()} on {backend.name}, {dtype}: {shapes}, {kwargs}: {e}"
+            ) from e
+
+
+def run_chunk(spec, chunk):
+    """Every CHUNKS-th random call of the operator, from `chunk` on."""
+    of = backends_in_turn(spec.name)
+    for i in range(chunk, spec.random_calls, CHUNKS):
+        choose = random.Random(f"{spec.name} {seed()} {i}")
+        sample = spec.random_sample(f"random_{i}", choose)
+        dtype = choose.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16))
+        check_call(spec, sample, dtype, of(i))
