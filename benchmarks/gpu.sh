@@ -82,7 +82,7 @@ build() {
     "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --disable-pip-version-check -e . || failed=1
   for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
   run "$PYTHON" -m effvit info || failed=1
-  run "$PYTHON" -c 'import sys, effvit; from effvit import _backends; from effvit.ops._registry import OPS
+  run "$PYTHON" -c 'import sys, effvit; from effvit import _backends; from effvit.ops._op import OPS
 sys.exit([op for op in OPS if _backends.chosen(op, "cuda").name != "cuda"] or None)' || failed=1
   return $failed
 }

@@ -15,7 +15,7 @@ import random_calls
 
 import effvit
 from effvit import _backends
-from effvit.ops._registry import OPS
+from effvit.ops._op import OPS
 from effvit.testing import torchvision_schemas
 
 torchvision_schemas()

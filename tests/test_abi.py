@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from effvit import _load
-from effvit.ops._registry import OPS
+from effvit.ops._op import OPS
 from layout import WAIVERS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -24,7 +24,7 @@ pytestmark = [
 def exercise():
     """Runs in a process of its own, with the sanitized library: every sample, dtype, ISA, forward and backward."""
     from effvit import _backends, _load
-    from effvit.ops._registry import OPS
+    from effvit.ops._op import OPS
 
     library = _load.LIBRARIES["effvit_cpu"]
     assert library.handle is not None, library.reason

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 import harness
-from effvit.ops._registry import OPS
+from effvit.ops._op import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 OP_NAMES = [name for name, op in OPS.items() if op.backward_of is None]
 PRETEND_GPU = '''"""Collects what a machine with a GPU and the CUDA library would."""
 import torch
 
-from effvit.ops._registry import OPS
+from effvit.ops._op import OPS
 from effvit.testing import _backends
 
 really = _backends.has_native_kernel

@@ -60,14 +60,14 @@ def _dispatched(op, call_within):
 
 
 def _has_backward(op):
-    from effvit.ops._registry import OPS
+    from effvit.ops._op import OPS
 
     return any(o.backward_of == op for o in OPS.values())
 
 
 def backends(op):
     """The list of Backend objects for `op`, reference first."""
-    from effvit.ops._registry import OPS
+    from effvit.ops._op import OPS
 
     backward = f"{op}_backward" if _has_backward(op) else None
     found = [Backend("reference", OPS[op].reference, OPS[backward].reference if backward else None)]

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 
-from effvit.testing._errors import assert_close_to_truth, coarsest_eps
+from effvit._accuracy import assert_close_to_truth, coarsest_eps
 from effvit.testing._spec import as_tuple, map_tensors, named_tensors
 
 
