@@ -66,10 +66,10 @@ demo: setup  ## Swin-T on a photograph, before and after effvit.patch: differenc
 	$(PYTHON) benchmarks/demo.py
 
 test: build  ## build, then the suite; ARGS="-k name" selects
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 test-all: build-all  ## every instruction set, backend, sample and dtype, and what takes long; before a release
-	EFFVIT_TEST_ALL=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) $(ARGS)
+	EFFVIT_TEST_ALL=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 bench: setup  ## every benchmark beside its peers; appends to benchmarks/results, redraws pictures and tables
 	@args="$(DEMO_BUILD) -DEFFVIT_BUILD_BENCH=ON"; $(BUILD)

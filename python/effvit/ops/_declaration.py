@@ -6,7 +6,8 @@ csrc/common/declaration.h reads the same text; tests/test_abi.py compares the tw
 
     tensor   NAME[?]: DIM ... [| MARK ...]      ? optional
     DIM      NAME, NAME' (another value, shown without the prime), an integer, or an expression such as 2*wh-1+2*halo_h;
-             an expression NAME+INT gives NAME its value where nothing else has
+             an expression NAME+INT gives NAME its value where nothing else has. A first DIM of ... stands for any
+             number of dims, the same for every tensor that has it
     MARK     float: any of the three float dtypes; float32, int32, ...: that dtype; else that of the first tensor
              strided: any strides; packed: any, a kernel gets a contiguous copy; whole: contiguous, as the forward
              returned it; else any with a last stride of 1
@@ -130,8 +131,24 @@ class Declaration:
         return f"{self.name}({', '.join(arguments)}) -> {returned}"
 
     def dim_of(self, tensor: Tensor, group: tuple[str, ...]) -> int | None:
-        """Which dim of a tensor one of these names is, if any."""
+        """Which dim of a tensor one of these names is, if any; the first of all for `...`."""
         return next((i for i, d in enumerate(tensor.dims) if d in group), None)
+
+
+def split(dims: tuple[str, ...], shape) -> tuple | None:
+    """[(dim, size)] of a tensor's shape, with all of `...` as one size; None where the ranks differ."""
+    if dims[:1] != ("...",):
+        return list(zip(dims, shape, strict=True)) if len(dims) == len(shape) else None
+    leading = len(shape) - len(dims) + 1
+    if leading < 0:
+        return None
+    return [("...", tuple(shape[:leading])), *zip(dims[1:], shape[leading:], strict=True)]
+
+
+def join(dims: tuple[str, ...], values: dict) -> list:
+    """The shape that these dims are."""
+    sizes = [value(d, values) for d in dims]
+    return [*sizes[0], *sizes[1:]] if dims[:1] == ("...",) else sizes
 
 
 def show(dim: str) -> str:
@@ -165,7 +182,7 @@ def value(dim: str, dims: dict):
 
 def solve(dim: str, size, dims: dict) -> bool:
     """Gives the name in `dim` the value that makes it `size`; False where it has one already."""
-    if re.fullmatch(r"[A-Za-z_]\w*'?", dim):
+    if dim == "..." or re.fullmatch(r"[A-Za-z_]\w*'?", dim):
         name, rest = dim, 0
     elif found := re.fullmatch(r"([A-Za-z_]\w*)\+(\d+)", dim):
         name, rest = found[1], int(found[2])
@@ -173,7 +190,7 @@ def solve(dim: str, size, dims: dict) -> bool:
         return False
     if name in dims:
         return False
-    dims[name] = size - rest
+    dims[name] = size - rest if rest else size
     return True
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from . import _checks, _dispatcher
-from ._declaration import Declaration, Tensor, backward_of, declare, names_in, solve, value
+from ._declaration import Declaration, Tensor, backward_of, declare, join, names_in, solve, split, value
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _TAKEN_AS = {
@@ -70,7 +70,7 @@ class Op:
 
     def is_empty(self, dims: Mapping) -> bool:
         """Nothing to compute: outputs without elements, gradients that are zero."""
-        return any(dims[d] == 0 for d in self.empty)
+        return any(0 in dims[d] if d == "..." else dims[d] == 0 for d in self.empty)
 
     def named(self, name: str) -> Op:
         """This op under another name in messages, for a function that takes the same arguments."""
@@ -132,8 +132,9 @@ class Op:
     def _check_main(self, t: Tensor, tensors: dict, dims: dict) -> None:
         """Rank and dims, in the words `[B, M, H, D] like q [1, 6, 2, 8]`; the first tensor's dtype."""
         x, main, first = tensors[t.name], self.declaration.main, t is self.declaration.first
-        fits = x.dim() == len(t.dims)
-        for dim, size in zip(t.dims, x.shape, strict=False):
+        sizes = split(t.dims, x.shape)
+        fits = sizes is not None
+        for dim, size in sizes or ():
             fits = fits and (solve(dim, size, dims) or value(dim, dims) == size)
         if not fits:
             expected = self.shape or t.shown
@@ -158,12 +159,13 @@ class Op:
             _checks.check_last_stride(op, t.name, x)
 
     def _check_other(self, t: Tensor, x: torch.Tensor, first: torch.Tensor, dims: dict) -> None:
-        if x.dim() != len(t.dims) and any(n not in dims for dim in t.dims for n in names_in(dim)):
+        sizes = split(t.dims, x.shape)
+        if sizes is None and any(n not in dims for dim in t.dims for n in names_in(dim)):
             raise _checks.value_error(self.name, t.name, t.shown, _checks.shape(x))
-        for dim, size in zip(t.dims, x.shape, strict=False):
+        for dim, size in sizes or ():
             if solve(dim, size, dims) and any(dims[n] < 0 for n in names_in(dim)):
                 raise _checks.value_error(self.name, t.name, t.shown, _checks.shape(x))
-        expected = [value(dim, dims) for dim in t.dims]
+        expected = join(t.dims, dims)
         if len(expected) != x.dim() or any(a != b for a, b in zip(x.shape, expected, strict=True)):
             raise _checks.value_error(
                 self.name, t.name, f"{t.shown} = [{', '.join(str(e) for e in expected)}]", _checks.shape(x)
@@ -206,7 +208,7 @@ class Op:
         made = []
         for t in self.declaration.outputs:
             dtype = first.dtype if not t.dtype else torch.float32 if t.dtype == "float" else getattr(torch, t.dtype)
-            size = [value(d, dims) for d in t.dims] if not t.optional else [0]
+            size = join(t.dims, dims) if not t.optional else [0]
             source = tensors.get(t.name[1:]) if self.backward_of else None
             if source is not None:
                 size, dtype = source.shape, source.dtype

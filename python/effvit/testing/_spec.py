@@ -50,6 +50,7 @@ class BadInput:
     schema_match: str | None = None
     torch_ops: bool = True
     public: bool = True
+    declared: bool = False  # follows from the declaration: options are as the schema has them
     op: str | None = None  # defaults to the spec's forward op
 
 
