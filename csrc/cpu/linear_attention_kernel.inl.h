@@ -12,7 +12,6 @@ namespace effvit::cpu::EFFVIT_ISA_NAME {
 namespace linear_attention_impl {
 
 using Params = LinearAttentionParams;
-using Kernel = LinearAttentionKernel;
 
 constexpr int kChunk = 64;  // tokens that go through L1 at once
 constexpr int kBlock = 16;  // rows of a triangular product that share their number of columns
@@ -1040,11 +1039,13 @@ struct Forward {
 namespace effvit::cpu::EFFVIT_ISA_NAME {
 namespace linear_attention_impl {
 
-int phases(bool backward) { return backward ? 5 : 3; }
+template <bool backward>
+int64_t workspace(const Params& p) {
+  return Plan(p, backward).workspace;
+}
 
-int64_t workspace(const Params& p, bool backward) { return Plan(p, backward).workspace; }
-
-int64_t units(const Params& p, bool backward, int phase) {
+template <bool backward, int phase>
+int64_t units(const Params& p) {
   const Plan plan(p, backward);
   const int64_t all = p.N * plan.groups * plan.splits;
   if (plan.whole) return phase == 0 ? all : 0;
@@ -1052,11 +1053,12 @@ int64_t units(const Params& p, bool backward, int phase) {
   return phase % 2 == 1 ? p.N * p.H : all;
 }
 
-void run(const Params& p, bool backward, int phase, float* workspace, int64_t begin, int64_t end) {
+template <bool backward, int phase>
+void run(const Params& p, float* workspace, int64_t begin, int64_t end) {
   const Plan plan(p, backward);
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    if (backward) {
+    if constexpr (backward) {
       run_pass<Backward<T>>(p, plan, phase, workspace, begin, end);
     } else {
       run_pass<Forward<T>>(p, plan, phase, workspace, begin, end);
@@ -1064,13 +1066,22 @@ void run(const Params& p, bool backward, int phase, float* workspace, int64_t be
   });
 }
 
+template <bool backward, int phase>
+constexpr Pass<Params> pass() {
+  return {units<backward, phase>, run<backward, phase>};
+}
+constexpr Pass<Params> kForward[] = {pass<false, 0>(), pass<false, 1>(), pass<false, 2>()};
+constexpr Pass<Params> kBackward[] = {pass<true, 0>(), pass<true, 1>(), pass<true, 2>(), pass<true, 3>(),
+                                      pass<true, 4>()};
+
 }  // namespace linear_attention_impl
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME
 
 namespace effvit::cpu {
-const LinearAttentionKernel* EFFVIT_KERNEL_NAME(linear_attention)() {
+const Kernel<LinearAttentionParams>* EFFVIT_KERNEL_NAME(linear_attention)() {
   namespace impl = EFFVIT_ISA_NAME::linear_attention_impl;
-  static const LinearAttentionKernel kernel = {impl::phases, impl::workspace, impl::units, impl::run};
+  static constexpr Kernel<LinearAttentionParams> kernel = {routine(impl::kForward, impl::workspace<false>),
+                                                           routine(impl::kBackward, impl::workspace<true>)};
   return &kernel;
 }
 }  // namespace effvit::cpu

@@ -14,7 +14,6 @@ namespace effvit::cpu::EFFVIT_ISA_NAME {
 namespace window_attention_impl {
 
 using Params = WindowAttentionParams;
-using Kernel = WindowAttentionKernel;
 
 constexpr float kNegInf = -__builtin_inff();
 constexpr float kLowest = -1e30f;  // start of a running maximum; finite, so that -inf - kLowest is not a NaN
@@ -982,7 +981,7 @@ int64_t forward_units(const Params& p) {
   return p.B * g.windows * p.h;
 }
 
-void forward(const Params& p, int64_t begin, int64_t end) {
+void forward(const Params& p, float*, int64_t begin, int64_t end) {
   const Geometry g(p);
   dispatch_dtype(p.dtype, [&](auto type) { run_pass<Forward<decltype(type)>>(p, g, begin, end); });
 }
@@ -1004,19 +1003,24 @@ void backward(const Params& p, float* partials, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) { run_pass<Backward<decltype(type)>>(p, g, partials, begin, end); });
 }
 
-void backward_reduce(const Params& p, const float* partials) {
+int64_t reduce_units(const Params&) { return 1; }
+
+void reduce_partials(const Params& p, float* partials, int64_t, int64_t) {
   const Geometry g(p);
   dispatch_dtype(p.dtype, [&](auto type) { reduce<decltype(type)>(p, g, partials); });
 }
+
+constexpr Pass<Params> kForward[] = {{forward_units, forward}};
+constexpr Pass<Params> kBackward[] = {{backward_units, backward}, {reduce_units, reduce_partials}};
 
 }  // namespace window_attention_impl
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME
 
 namespace effvit::cpu {
-const WindowAttentionKernel* EFFVIT_KERNEL_NAME(window_attention)() {
+const Kernel<WindowAttentionParams>* EFFVIT_KERNEL_NAME(window_attention)() {
   namespace impl = EFFVIT_ISA_NAME::window_attention_impl;
-  static const WindowAttentionKernel kernel = {impl::forward_units,     impl::forward,  impl::backward_units,
-                                               impl::backward_partials, impl::backward, impl::backward_reduce};
+  static constexpr Kernel<WindowAttentionParams> kernel = {routine(impl::kForward),
+                                                           routine(impl::kBackward, impl::backward_partials)};
   return &kernel;
 }
 }  // namespace effvit::cpu
