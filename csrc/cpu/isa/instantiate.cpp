@@ -13,6 +13,7 @@
 
 #include "../../common/dtype.h"
 #include "isa.h"
+#include "tiles.h"
 
 #if defined(EFFVIT_ISA_AVX2) || defined(EFFVIT_ISA_AVX512_EMULATED) || defined(EFFVIT_ISA_AVX512_BF16_EMULATED) || \
     defined(EFFVIT_ISA_AMX_EMULATED)
@@ -98,6 +99,7 @@ EFFVIT_GCC_PRAGMA(GCC target(EFFVIT_TARGET))
 #include "scratch.inl.h"
 #include "vec.inl.h"
 #include "bf16.inl.h"
+#include "tokens.inl.h"
 #include EFFVIT_KERNEL_HEADER
 
 #if defined(EFFVIT_TARGET)
