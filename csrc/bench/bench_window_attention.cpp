@@ -52,7 +52,10 @@ struct Problem {
     p.bias_table = table.data;
     p.bias_stride_h = 169, p.bias_stride_y = 13, p.bias_stride_x = 1;
     p.out = out.data, p.lse = static_cast<float*>(lse.data);
-    p.grad_out = grad_out.data, p.dqkv = dqkv.data, p.dbias_table = dtable.data;
+    p.grad_out = grad_out.data, p.dbias_table = dtable.data;
+    char* const grads = static_cast<char*>(dqkv.data);
+    p.dq = grads, p.dk = grads + width * item, p.dvalue = grads + 2 * width * item;
+    p.dq_stride_t = p.dk_stride_t = p.dvalue_stride_t = 3 * width;
     p.window_h = p.window_w = 7;
     p.shift_h = p.shift_w = shift;
     p.scale = 1.f / std::sqrt(32.f);

@@ -14,6 +14,7 @@
 
 #include "../../common/dtype.h"
 #include "isa.h"
+#include "tiles.h"
 
 // Kernel entry points: `EFFVIT_KERNEL_NAME(op)` is op_<isa>.
 #define EFFVIT_CONCAT2(a, b) a##_##b
@@ -48,6 +49,7 @@ EFFVIT_GCC_PRAGMA(GCC target(EFFVIT_TARGET))
 #include "scratch.inl.h"
 #include "vec.inl.h"
 #include "bf16.inl.h"
+#include "tokens.inl.h"
 #include EFFVIT_KERNEL_HEADER
 
 #if defined(EFFVIT_TARGET)
