@@ -101,13 +101,15 @@ EFFVIT_DEVICE void float_product(float (&acc)[kN][4], int n_tiles, const Operand
           y[1] = b.tile.hi.template load_vec<V4>((b.row + n * 8 + col + 1) * bs + b.col + k);
         }
         EFFVIT_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          const V4 &u = x[e / 2], &w = y[e % 2];
-          if constexpr (F::kFreshSums) {
-            acc[n][e] += (u.v[0] * w.v[0] + u.v[1] * w.v[1]) + (u.v[2] * w.v[2] + u.v[3] * w.v[3]);
-          } else {
-            EFFVIT_UNROLL
-            for (int s = 0; s < 4; ++s) acc[n][e] += u.v[s] * w.v[s];
+        for (int i = 0; i < 4; ++i) {
+          EFFVIT_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            const V4 &u = x[e / 2], &w = y[e % 2];
+            if constexpr (!F::kFreshSums) {
+              acc[n][e] += u.v[i] * w.v[i];
+            } else if (i == 0) {
+              acc[n][e] += (u.v[0] * w.v[0] + u.v[1] * w.v[1]) + (u.v[2] * w.v[2] + u.v[3] * w.v[3]);
+            }
           }
         }
       }
