@@ -8,29 +8,29 @@
 
 namespace effvit::cpu {
 
-// A pass is a number of independent units of work (perhaps none), to be spread over threads in any way. The units, and
+// A step is a number of independent units of work (perhaps none), to be spread over threads in any way. The units, and
 // how sums are grouped, depend on the shape alone, never on the number of threads. `run` takes units [begin, end).
 template <class Params>
-struct Pass {
+struct Step {
   int64_t (*units)(const Params& p);
   void (*run)(const Params& p, float* workspace, int64_t begin, int64_t end);
 };
 
-// Passes that run one after the other. Partial results go from one to the next in the workspace.
+// Steps that run one after the other. Partial results go from one to the next in the workspace.
 template <class Params>
 struct Routine {
-  const Pass<Params>* passes;
+  const Step<Params>* steps;
   int count;
   int64_t (*workspace)(const Params& p);  // in floats; null: none
 
   int64_t floats(const Params& p) const { return workspace ? workspace(p) : 0; }
-  const Pass<Params>* begin() const { return passes; }
-  const Pass<Params>* end() const { return passes + count; }
+  const Step<Params>* begin() const { return steps; }
+  const Step<Params>* end() const { return steps + count; }
 };
 
 template <class Params, int n>
-constexpr Routine<Params> routine(const Pass<Params> (&passes)[n], int64_t (*workspace)(const Params&) = nullptr) {
-  return {passes, n, workspace};
+constexpr Routine<Params> routine(const Step<Params> (&steps)[n], int64_t (*workspace)(const Params&) = nullptr) {
+  return {steps, n, workspace};
 }
 
 template <class Params>

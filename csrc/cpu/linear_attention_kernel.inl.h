@@ -49,12 +49,12 @@ void run(const Params& p, float* workspace, int64_t begin, int64_t end) {
 }
 
 template <bool backward, int phase>
-constexpr Pass<Params> pass() {
+constexpr Step<Params> step() {
   return {units<backward, phase>, run<backward, phase>};
 }
-constexpr Pass<Params> kForward[] = {pass<false, 0>(), pass<false, 1>(), pass<false, 2>()};
-constexpr Pass<Params> kBackward[] = {pass<true, 0>(), pass<true, 1>(), pass<true, 2>(), pass<true, 3>(),
-                                      pass<true, 4>()};
+constexpr Step<Params> kForward[] = {step<false, 0>(), step<false, 1>(), step<false, 2>()};
+constexpr Step<Params> kBackward[] = {step<true, 0>(), step<true, 1>(), step<true, 2>(), step<true, 3>(),
+                                      step<true, 4>()};
 
 }  // namespace linear_attention_impl
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME

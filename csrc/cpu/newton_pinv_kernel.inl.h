@@ -173,7 +173,7 @@ void backward(const Params& p, float*, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) { backward_units<decltype(type)>(p, begin, end); });
 }
 
-constexpr Pass<Params> kForward[] = {{units, forward}}, kBackward[] = {{units, backward}};
+constexpr Step<Params> kForward[] = {{units, forward}}, kBackward[] = {{units, backward}};
 
 }  // namespace newton_pinv_impl
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME

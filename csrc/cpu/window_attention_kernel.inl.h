@@ -54,8 +54,8 @@ void reduce_partials(const Params& p, float* partials, int64_t, int64_t) {
   dispatch_dtype(p.dtype, [&](auto type) { reduce<decltype(type)>(p, g, partials); });
 }
 
-constexpr Pass<Params> kForward[] = {{forward_units, forward}};
-constexpr Pass<Params> kBackward[] = {{backward_units, backward}, {reduce_units, reduce_partials}};
+constexpr Step<Params> kForward[] = {{forward_units, forward}};
+constexpr Step<Params> kBackward[] = {{backward_units, backward}, {reduce_units, reduce_partials}};
 
 }  // namespace window_attention_impl
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME
