@@ -51,7 +51,7 @@ def test_no_file_without_op(layer):
     prefix, suffix = pattern.split("{op}")
     for path in (ROOT / folder).glob(f"{prefix}*{suffix}"):
         name = path.name.removeprefix(prefix).removesuffix(suffix)
-        part = any(name.startswith(f"_{op}_") for op in OP_NAMES)  # of the op's file
+        part = any(name.startswith((f"{op}_", f"_{op}_")) for op in OP_NAMES)  # of the op's file
         known = name in OP_NAMES or name in SHARED or name.endswith("_test")
         assert known or part, f"{relative([path])[0]} belongs to no op"
 

@@ -14,7 +14,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/linear_attention.h"
+#include "common/linear_attention_params.h"
+#include "cpu/kernel.h"
 #include "micro.h"
 
 extern "C" int effvit_cpu_set_isa(const char* name);
@@ -62,14 +63,14 @@ struct Problem {
   }
 
   void run(bool backward, int threads) {
-    const effvit::cpu::LinearAttentionKernel& kernel = effvit::cpu::linear_attention_kernel();
-    workspace.resize(std::max<int64_t>(kernel.workspace(p, backward), 1));
-    for (int phase = 0; phase < kernel.phases(backward); ++phase) {
-      const int64_t units = kernel.units(p, backward, phase);
+    const auto& kernel = *effvit::cpu::kernel<LinearAttentionParams>();
+    const auto& routine = backward ? kernel.backward : kernel.forward;
+    workspace.resize(std::max<int64_t>(routine.floats(p), 1));
+    for (const auto& step : routine) {
+      const int64_t units = step.units(p);
       if (units == 0) continue;
-      repeat_parallel(threads, units, 1, [&](int64_t begin, int64_t end) {
-        kernel.run(p, backward, phase, workspace.data(), begin, end);
-      });
+      repeat_parallel(threads, units, 1,
+                      [&](int64_t begin, int64_t end) { step.run(p, workspace.data(), begin, end); });
     }
   }
 

@@ -13,7 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/window_attention.h"
+#include "common/window_attention_params.h"
+#include "cpu/kernel.h"
 #include "micro.h"
 
 extern "C" int effvit_cpu_set_isa(const char* name);
@@ -52,7 +53,10 @@ struct Problem {
     p.bias_table = table.data;
     p.bias_stride_h = 169, p.bias_stride_y = 13, p.bias_stride_x = 1;
     p.out = out.data, p.lse = static_cast<float*>(lse.data);
-    p.grad_out = grad_out.data, p.dqkv = dqkv.data, p.dbias_table = dtable.data;
+    p.grad_out = grad_out.data, p.dbias_table = dtable.data;
+    char* const grads = static_cast<char*>(dqkv.data);
+    p.dq = grads, p.dk = grads + width * item, p.dvalue = grads + 2 * width * item;
+    p.dq_stride_t = p.dk_stride_t = p.dvalue_stride_t = 3 * width;
     p.window_h = p.window_w = 7;
     p.shift_h = p.shift_w = shift;
     p.scale = 1.f / std::sqrt(32.f);
@@ -60,21 +64,18 @@ struct Problem {
   }
 
   void run(bool backward, int threads, int repeats) {
-    const effvit::cpu::WindowAttentionKernel& kernel = effvit::cpu::window_attention_kernel();
-    if (!backward) {
-      repeat_parallel(threads, kernel.forward_units(p), repeats,
-                      [&](int64_t begin, int64_t end) { kernel.forward(p, begin, end); });
-      return;
+    const auto& kernel = *effvit::cpu::kernel<WindowAttentionParams>();
+    const auto& routine = backward ? kernel.backward : kernel.forward;
+    workspace.resize(std::max<int64_t>(routine.floats(p), 1));
+    for (const auto& step : routine) {  // a step at a time, each as often as asked for
+      repeat_parallel(threads, step.units(p), repeats,
+                      [&](int64_t begin, int64_t end) { step.run(p, workspace.data(), begin, end); });
     }
-    partials.resize(std::max<int64_t>(kernel.backward_partials(p), 1));
-    repeat_parallel(threads, kernel.backward_units(p), repeats,
-                    [&](int64_t begin, int64_t end) { kernel.backward(p, partials.data(), begin, end); });
-    kernel.backward_reduce(p, partials.data());  // small; once per burst here
   }
 
   WindowAttentionParams p;
   Buffer qkv, table, out, lse, grad_out, dqkv, dtable;
-  std::vector<float> partials;
+  std::vector<float> workspace;
 };
 
 double relative_difference(const std::vector<float>& a, const std::vector<float>& b) {

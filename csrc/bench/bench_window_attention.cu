@@ -34,7 +34,9 @@ void run(int64_t B, int64_t size, int64_t heads, int32_t shift, bench::Runner& r
   p.bias_table = table.data;
   p.bias_stride_h = 169, p.bias_stride_y = 13, p.bias_stride_x = 1;
   p.out = out.data, p.lse = lse.data;
-  p.grad_out = grad_out.data, p.dqkv = dqkv.data, p.dbias_table = dtable.data;
+  p.grad_out = grad_out.data, p.dbias_table = dtable.data;
+  p.dq = dqkv.data, p.dk = dqkv.data + width, p.dvalue = dqkv.data + 2 * width;
+  p.dq_stride_t = p.dk_stride_t = p.dvalue_stride_t = 3 * width;
   p.window_h = p.window_w = 7;
   p.shift_h = p.shift_w = shift;
   p.scale = 1.f / std::sqrt(32.f);

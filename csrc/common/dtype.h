@@ -10,8 +10,11 @@
 
 namespace effvit {
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+// The first three are those of the tensors that are computed with; kOther is anything that no operator takes.
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt32 = 3, kInt8 = 4, kOther = 5 };
 
-EFFVIT_HD int64_t element_bytes(DType type) { return type == DType::kFloat32 ? 4 : 2; }
+EFFVIT_HD int64_t element_bytes(DType type) {
+  return type == DType::kFloat32 || type == DType::kInt32 ? 4 : type == DType::kInt8 ? 1 : 2;
+}
 
 }  // namespace effvit

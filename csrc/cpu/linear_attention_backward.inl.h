@@ -19,7 +19,7 @@ struct Backward {
   float *dots, *factor, *slope, *r, *weights;
   // Of the unit: per head S^T [V, Kp] in pass A and dS^T in pass B, and a whole state.
   float *state_t, *total, *row;
-  Ahead<T> ahead;
+  Ahead ahead;
   Forward<T> forward;  // sums of the causal form's prefixes; and the rows of the operands
 
   Backward(const Params& params, const Plan& cut, Scratch& s) : p(params), plan(cut), forward(params, cut, s, true) {
@@ -32,11 +32,11 @@ struct Backward {
     product = s.take<float>(n * plan.Kp);
     value_product = scores = transposed = z_rows = nullptr;
     if (p.causal || p.quadratic) {
+      value_product = s.take<float>(n * plan.Vp);
       scores = s.take<float>(kBlock * n);
       transposed = s.take<float>(n * std::max(plan.Kp, plan.Vp));
       z_rows = s.take<float>(n * plan.Kp);
     }
-    if (p.causal || p.quadratic || kBf16Tiles<T>) value_product = s.take<float>(n * plan.Vp);
     dots = s.take<float>(n);
     factor = s.take<float>(n);
     slope = s.take<float>(n);
@@ -61,12 +61,20 @@ struct Backward {
   // dst = S^T of a padded state, z behind it. bfloat16 operands have it in a form of their own, with S itself.
   void transpose_state(float* dst, const float* state, [[maybe_unused]] int64_t index) {
     std::memcpy(zt_of(dst), state + int64_t{plan.Kp} * plan.Vp, static_cast<size_t>(plan.Kp) * sizeof(float));
-#if defined(EFFVIT_HAS_BF16_PRODUCTS)
     if constexpr (kBf16Products<T>) {
       if (forward.bf16_products) return forward.operands.load_state(state, index, true, true);
     }
-#endif
     transpose_packed(dst, plan.Kp, state, plan.Kp, plan.V);
+  }
+
+  EFFVIT_INLINE auto fetches() {
+    return [this](int calls) __attribute__((always_inline)) { return ahead.step(calls); };
+  }
+  // to[n, Vp] = rows of grad_out or v, times factor[i] where given.
+  EFFVIT_INLINE void load_values(float* to, const Rows<const T>& x, int64_t at, int n, int64_t head,
+                                 const float* row_factor = nullptr) {
+    const T* const from = x.at(at, head);
+    load_tokens(to, plan.Vp, n, plan.V, [&](int i) { return from + i * x.stride_l; }, RowFactors{row_factor});
   }
 
   // Steps of `ahead` in a chunk of pass A, and of pass B.
@@ -97,33 +105,19 @@ struct Backward {
       for (int c = 0; c < plan.Kp; c += kLanes) {
         vf x = load(from + c);
         if (adds) x = fma(ri, load(zi + c), x);
-        put(to + c, x * feature_slope<F>(load(y + c)), plan.K - c);
-        if (own) put(to_den + c, ri * load(zi + c) * feature_slope<F>(load(fi + c)), plan.K - c);
+        store_lanes(to + c, x * feature_slope<F>(load(y + c)), plan.K - c);
+        if (own) store_lanes(to_den + c, ri * load(zi + c) * feature_slope<F>(load(fi + c)), plan.K - c);
       }
-    }
-  }
-
-  EFFVIT_INLINE static void put(T* to, vf x, int left) {
-    if (left >= kLanes) {
-      store(to, x);
-    } else {
-      store_some(to, x, left);
     }
   }
 
   // Adds a chunk's u and r to dS and dz.
   EFFVIT_INLINE void add_queries(const float* features, int n, float* slot) {
     if (forward.bf16_products) {
-#if defined(EFFVIT_HAS_BF16_PRODUCTS)
-#if defined(EFFVIT_HAS_TILES)
-      if constexpr (kBf16Products<T>) forward.operands.add_outer(qf, n, slot);
-#else
-      if constexpr (kBf16Products<T>) forward.operands.add_outer(n, slot, [&](int calls) { return ahead.step(calls); });
-#endif
-#endif
+      if constexpr (kBf16Products<T>) forward.operands.add_outer(n, slot, fetches());
     } else {
       gemm_into(plan.K, plan.Vp, n, TransposedA{qf, plan.Kp}, DenseB{u, plan.Vp}, StoreC{slot, plan.Vp, true},
-                [&](int calls) { return ahead.step(calls); });
+                fetches());
     }
     if (p.normalize != Normalize::kNone) {
       gemm(1, plan.Kp, n, RowMajorA{r, n}, DenseB{features, plan.Kp}, z_of(slot), plan.Kp, true);
@@ -143,7 +137,7 @@ struct Backward {
     if (p.causal) ahead.add(k, p.K);
     if (p.causal) ahead.add(values, p.V);
     ahead.add(dq, p.K);
-    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, steps_of_queries(), false,
+    walk(ahead, plan, range.begin, range.end, unit.h0, unit.h1, steps_of_queries(), false,
          [&](int64_t at, int n, int64_t head) {
            float *const st = state(head), *const z = zt_of(st);
            const float* features = load_queries(q, q_den, at, n, head);
@@ -162,35 +156,22 @@ struct Backward {
              for (int i = 0; i < n; ++i) dots[i] = dot(features + i * plan.Kp, z, plan.Kp);
              normalizers(p, dots, n, all.end - all.begin, 0, factor, slope);
            }
-           if (!forward.bf16_products || kBf16Tiles<T>) {
-             pack_rows_scaled(u, grad.at(at, head), grad.stride_l, n, plan.V, factor);
-           }
            if (forward.bf16_products) {
-#if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
              if constexpr (kBf16Products<T>) {
                auto& operands = forward.operands;
                pack_feature_rows(FeatureMap::kNone, operands.rows, operands.V32, grad.at(at, head), grad.stride_l, n,
                                  plan.V, factor);
-               gemm_into(n, plan.Kp, (plan.V + 1) / 2, RowMajorPairs(operands.rows, operands.V32),
-                         operands.state_t_b(head - unit.h0), StoreC{product, plan.Kp, false},
-                         [&](int calls) { return ahead.step(calls); });
-               operands.load_transposed(qf, n);
-               pack_rows(operands.pairs, 2 * plan.Vp, n, plan.Vp,
-                         [&](int i) { return operands.rows + int64_t{i} * operands.V32; });
+               operands.times_state_t(head - unit.h0, n, product, fetches());
+               operands.load_left(qf, n);
+               operands.load_right(n);
              }
-#elif defined(EFFVIT_HAS_BF16_PRODUCTS)
-             if constexpr (kBf16Products<T>) {
-               forward.operands.load_rows(u, plan.Vp, forward.operands.V32, n);
-               ahead.fetch(steps_of_queries() + 1);
-               forward.operands.times_state_t(head - unit.h0, n, product);
-             }
-#endif
            } else {
+             load_values(u, grad, at, n, head, factor);
              gemm_into(n, plan.Kp, plan.V, RowMajorA{u, plan.Vp}, DenseB{st, plan.Kp}, StoreC{product, plan.Kp, false},
-                       [&](int calls) { return ahead.step(calls); });
+                       fetches());
            }
            if (p.causal) {
-             pack_rows_scaled(v, values.at(at, head), values.stride_l, n, plan.V, nullptr);
+             load_values(v, values, at, n, head);
              transpose_packed(transposed, kChunk, v, n, plan.V);
              add_scores_product(Triangle::kLower, n, n, plan.V, u, plan.Vp, transposed, kChunk, kf, plan.Kp, plan.Kp,
                                 scores, product, plan.Kp);
@@ -201,18 +182,18 @@ struct Backward {
                                                 dq.at(at, head), dq_den ? dq_den.at(at, head) : nullptr, dq.stride_l);
            });
            if (!(p.causal && plan.whole)) add_queries(features, n, sum(head));  // pass B sums up by itself
-           if (p.causal) save_tokens(workspace, b, at, n, head);
+           if (p.causal) save_factors(workspace, b, at, n, head);
          });
   }
 
-  void save_tokens(float* workspace, int64_t b, int64_t at, int n, int64_t head) {
+  void save_factors(float* workspace, int64_t b, int64_t at, int n, int64_t head) {
     float* to = factor_at(workspace, b, at, head);
     for (int i = 0; i < n; ++i) {
       to[i * p.H] = factor[i];
       to[i * p.H + slope_offset()] = r[i];
     }
   }
-  void load_tokens(float* workspace, int64_t b, int64_t at, int n, int64_t head) {
+  void load_factors(float* workspace, int64_t b, int64_t at, int n, int64_t head) {
     const float* from = factor_at(workspace, b, at, head);
     for (int i = 0; i < n; ++i) {
       factor[i] = from[i * p.H];
@@ -249,11 +230,11 @@ struct Backward {
         const vf yc = load(y + c), zc = load(zj + c);
         if (adds) x = x + zc;
         along = fma(x, yc, along);
-        put(to + c, wj * x * feature_slope<F>(yc), plan.K - c);
+        store_lanes(to + c, wj * x * feature_slope<F>(yc), plan.K - c);
         if (own) {
           const vf fc = load(fj + c);
           along = fma(zc, fc, along);
-          put(to_den + c, wj * zc * feature_slope<F>(fc), plan.K - c);
+          store_lanes(to_den + c, wj * zc * feature_slope<F>(fc), plan.K - c);
         }
       }
       if (p.dweight) store_scalar(p.dweight, p.weight_dtype, weight_at + j * p.H, reduce_add(along));
@@ -268,7 +249,7 @@ struct Backward {
     const auto q = forward.q_rows(b), q_den = forward.q_den_rows(b), grad = grad_rows(b);
     const auto dk = contiguous_rows<T>(p.dk, b, p.M, p.H, p.K), dk_den = contiguous_rows<T>(p.dk_den, b, p.M, p.H, p.K);
     const auto dv = contiguous_rows<T>(p.dv, b, p.M, p.H, p.V);
-    const bool streamed = streams<T>(p.dv, p.V, p.B * p.M * p.H * p.V * static_cast<int64_t>(sizeof(T)));
+    const bool streamed = plan.streams<T>(p.dv, p.B * p.M * p.H, p.V);
     ahead.clear();
     ahead.add(k, p.K);
     ahead.add(values, p.V);
@@ -277,49 +258,36 @@ struct Backward {
     ahead.add(dk, p.K);
     if (!streamed) ahead.add(dv, p.V);
     for (int64_t h = unit.h0; h < unit.h1; ++h) transpose_state(transposed_states(unit)(h), state(h), h - unit.h0);
-    walk(ahead, range.begin, range.end, unit.h0, unit.h1, plan.chunk, steps_of_keys(), p.causal,
+    walk(ahead, plan, range.begin, range.end, unit.h0, unit.h1, steps_of_keys(), p.causal,
          [&](int64_t at, int n, int64_t head) {
            float *const s = state(head), *const st = transposed_states(unit)(head), *dz = z_of(s);
            const float* w = load_weights(p, b, at, n, head, weights);
            pack_features(p.feature_map, kf, k.at(at, head), k.stride_l, n, plan.K);
            const float* features = kf;
            int64_t dz_stride = 0;
+           const AtStride place{dv.stride_l, streamed};
            if (forward.bf16_products) {
-#if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
              if constexpr (kBf16Products<T>) {
                auto& operands = forward.operands;
-               const auto between = [&](int calls) { return ahead.step(calls); };
                pack_feature_rows(FeatureMap::kNone, operands.rows, operands.V32, values.at(at, head), values.stride_l,
                                  n, plan.V);
-               gemm_into(n, plan.Kp, (plan.V + 1) / 2, RowMajorPairs(operands.rows, operands.V32),
-                         operands.state_t_b(head - unit.h0), StoreC{product, plan.Kp, false}, between);
+               operands.times_state_t(head - unit.h0, n, product, fetches());
                operands.load_rows(kf, plan.Kp, operands.K32, n);
-               gemm_to_rows(n, plan.V, (plan.K + 1) / 2, RowMajorPairs(operands.rows, operands.K32),
-                            operands.state_b(head - unit.h0), dv.at(at, head), dv.stride_l, w, streamed, between);
+               operands.times_state(head - unit.h0, n, dv.at(at, head), place, w, fetches());
              }
-#elif defined(EFFVIT_HAS_BF16_PRODUCTS)
-             if constexpr (kBf16Products<T>) {
-               forward.operands.load_rows(values.at(at, head), values.stride_l, plan.V, forward.operands.V32, n);
-               ahead.fetch(steps_of_keys() + 1);
-               forward.operands.times_state_t(head - unit.h0, n, product);
-               forward.operands.load_rows(kf, plan.Kp, forward.operands.K32, n);
-               forward.operands.times_state(head - unit.h0, n, value_product);
-               store_rows(dv.at(at, head), dv.stride_l, value_product, plan.Vp, n, plan.V, w);
-             }
-#endif
            } else {
-             pack_rows_scaled(v, values.at(at, head), values.stride_l, n, plan.V, nullptr);
+             load_values(v, values, at, n, head);
              gemm_into(n, plan.Kp, plan.V, RowMajorA{v, plan.Vp}, DenseB{st, plan.Kp}, StoreC{product, plan.Kp, false},
-                       [&](int calls) { return ahead.step(calls); });
+                       fetches());
            }
            if (p.causal) {
-             load_tokens(workspace, b, at, n, head);
+             load_factors(workspace, b, at, n, head);
              pack_features(p.feature_map, qf, q.at(at, head), q.stride_l, n, plan.K);
-             pack_rows_scaled(u, grad.at(at, head), grad.stride_l, n, plan.V, factor);
+             load_values(u, grad, at, n, head, factor);
              gemm_into(n, plan.Vp, plan.K, RowMajorA{kf, plan.Kp}, DenseB{s, plan.Vp},
-                       StoreC{value_product, plan.Vp, false}, [&](int calls) { return ahead.step(calls); });
+                       StoreC{value_product, plan.Vp, false}, fetches());
              add_own_queries(n, n, Triangle::kUpper);
-             store_rows(dv.at(at, head), dv.stride_l, value_product, plan.Vp, n, plan.V, w);
+             store_tokens(dv.at(at, head), dv.stride_l, value_product, plan.Vp, n, plan.V, w);
              const float* features_q = qf;
              if (q_den && p.normalize != Normalize::kNone) {
                pack_features(p.feature_map, z_rows, q_den.at(at, head), q_den.stride_l, n, plan.K);
@@ -331,8 +299,8 @@ struct Backward {
              dz = z_rows;
              dz_stride = plan.Kp;
            } else if (!forward.bf16_products) {
-             gemm_to_rows(n, plan.V, plan.K, RowMajorA{kf, plan.Kp}, DenseB{s, plan.Vp}, dv.at(at, head), dv.stride_l,
-                          w, streamed, [&](int calls) { return ahead.step(calls); });
+             gemm_to_tokens(n, plan.V, plan.K, RowMajorA{kf, plan.Kp}, DenseB{s, plan.Vp}, dv.at(at, head), place, w,
+                            fetches());
            }
            if (k_den) {
              pack_features(p.feature_map, den, k_den.at(at, head), k_den.stride_l, n, plan.K);
@@ -411,13 +379,13 @@ struct Backward {
         normalizers(p, dots, n, p.M, 0, factor, slope);
         if (p.M == 0) std::fill(slope, slope + n, 0.f);  // no scores: nothing depends on q_den, even where d is 0
       }
-      pack_rows_scaled(u, grad.at(at, head), grad.stride_l, n, plan.V, factor);
+      load_values(u, grad, at, n, head, factor);
       zero(product, int64_t{n} * plan.Kp);
       for (int64_t j = 0; j < (p.causal ? at + n : p.M); j += chunk) {
         const int columns = size_of(j, p.M);
         const float* w = load_weights(p, b, j, columns, head, weights);
         pack_features(p.feature_map, kf, k.at(j, head), k.stride_l, columns, plan.K, w);
-        pack_rows_scaled(v, values.at(j, head), values.stride_l, columns, plan.V, nullptr);
+        load_values(v, values, j, columns, head);
         transpose_packed(transposed, kChunk, v, columns, plan.V);
         add_scores_product(p.causal && j == at ? Triangle::kLower : Triangle::kFull, n, columns, plan.V, u, plan.Vp,
                            transposed, kChunk, kf, plan.Kp, plan.Kp, scores, product, plan.Kp);
@@ -429,29 +397,29 @@ struct Backward {
       if (!p.causal && normalized) {
         gemm(1, plan.Kp, n, RowMajorA{r, n}, DenseB{features, plan.Kp}, dz, plan.Kp, true);
       }
-      save_tokens(workspace, b, at, n, head);
+      save_factors(workspace, b, at, n, head);
     }
     for (int64_t i = ceil_div(p.M, chunk) - 1; i >= 0; --i) {
       const int64_t at = i * chunk;
       const int n = size_of(at, p.M);
       const float* w = load_weights(p, b, at, n, head, weights);
       pack_features(p.feature_map, kf, k.at(at, head), k.stride_l, n, plan.K);
-      pack_rows_scaled(v, values.at(at, head), values.stride_l, n, plan.V, nullptr);
+      load_values(v, values, at, n, head);
       zero(product, int64_t{n} * plan.Kp);
       zero(value_product, int64_t{n} * plan.Vp);
       for (int64_t l = p.causal ? at : 0; l < p.L; l += chunk) {
         const int columns = size_of(l, p.L);
-        load_tokens(workspace, b, l, columns, head);
+        load_factors(workspace, b, l, columns, head);
         pack_features(p.feature_map, qf, q.at(l, head), q.stride_l, columns, plan.K);
-        pack_rows_scaled(u, grad.at(l, head), grad.stride_l, columns, plan.V, factor);
+        load_values(u, grad, l, columns, head, factor);
         add_own_queries(n, columns, p.causal && l == at ? Triangle::kUpper : Triangle::kFull);
       }
       if (p.causal) {
-        load_tokens(workspace, b, at, n, head);
+        load_factors(workspace, b, at, n, head);
         pack_features(p.feature_map, qf, den_q.at(at, head), den_q.stride_l, n, plan.K);
         running_dz(qf, n, dz);
       }
-      store_rows(dv.at(at, head), dv.stride_l, value_product, plan.Vp, n, plan.V, w);
+      store_tokens(dv.at(at, head), dv.stride_l, value_product, plan.Vp, n, plan.V, w);
       const float* features = kf;
       if (k_den) {
         pack_features(p.feature_map, den, k_den.at(at, head), k_den.stride_l, n, plan.K);

@@ -163,21 +163,25 @@ void backward_units(const Params& p, int64_t begin, int64_t end) {
   }
 }
 
-void forward(const Params& p, int64_t begin, int64_t end) {
+int64_t units(const Params& p) { return p.B * p.H; }
+
+void forward(const Params& p, float*, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) { forward_units<decltype(type)>(p, begin, end); });
 }
 
-void backward(const Params& p, int64_t begin, int64_t end) {
+void backward(const Params& p, float*, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) { backward_units<decltype(type)>(p, begin, end); });
 }
+
+constexpr Step<Params> kForward[] = {{units, forward}}, kBackward[] = {{units, backward}};
 
 }  // namespace newton_pinv_impl
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME
 
 namespace effvit::cpu {
-const NewtonPinvKernel* EFFVIT_KERNEL_NAME(newton_pinv)() {
+const Kernel<NewtonPinvParams>* EFFVIT_KERNEL_NAME(newton_pinv)() {
   namespace impl = EFFVIT_ISA_NAME::newton_pinv_impl;
-  static const NewtonPinvKernel kernel = {impl::forward, impl::backward};
+  static constexpr Kernel<NewtonPinvParams> kernel = {routine(impl::kForward), routine(impl::kBackward)};
   return &kernel;
 }
 }  // namespace effvit::cpu

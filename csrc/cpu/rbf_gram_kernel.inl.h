@@ -265,7 +265,7 @@ void reduce(const Params& p, const Geometry& g, const float* partials) {
 
 int64_t forward_units(const Params& p) { return p.B * p.H * Geometry(p).chunks; }
 
-void forward(const Params& p, int64_t begin, int64_t end) {
+void forward(const Params& p, float*, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) { forward_units_of<decltype(type)>(p, begin, end); });
 }
 
@@ -280,19 +280,24 @@ void backward(const Params& p, float* partials, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) { Backward<decltype(type)>(p).run(partials, begin, end); });
 }
 
-void backward_reduce(const Params& p, const float* partials) {
+int64_t reduce_units(const Params& p) { return Geometry(p).splits > 1 ? 1 : 0; }
+
+void reduce_partials(const Params& p, float* partials, int64_t, int64_t) {
   const Geometry g(p);
-  if (g.splits > 1) dispatch_dtype(p.dtype, [&](auto type) { reduce<decltype(type)>(p, g, partials); });
+  dispatch_dtype(p.dtype, [&](auto type) { reduce<decltype(type)>(p, g, partials); });
 }
+
+constexpr Step<Params> kForward[] = {{forward_units, forward}};
+constexpr Step<Params> kBackward[] = {{backward_units, backward}, {reduce_units, reduce_partials}};
 
 }  // namespace rbf_gram_impl
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME
 
 namespace effvit::cpu {
-const RbfGramKernel* EFFVIT_KERNEL_NAME(rbf_gram)() {
+const Kernel<RbfGramParams>* EFFVIT_KERNEL_NAME(rbf_gram)() {
   namespace impl = EFFVIT_ISA_NAME::rbf_gram_impl;
-  static const RbfGramKernel kernel = {impl::forward_units,     impl::forward,  impl::backward_units,
-                                       impl::backward_partials, impl::backward, impl::backward_reduce};
+  static constexpr Kernel<RbfGramParams> kernel = {routine(impl::kForward),
+                                                   routine(impl::kBackward, impl::backward_partials)};
   return &kernel;
 }
 }  // namespace effvit::cpu

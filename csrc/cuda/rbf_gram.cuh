@@ -14,36 +14,29 @@
 // |P| <= |grad_out|, so it cannot overflow; in float16 it could underflow, so rows are scaled by powers of two.
 #pragma once
 #include "../common/rbf_gram_params.h"
-#include "common.cuh"
+#include "tile/block.cuh"
+#include "tile/plan.cuh"
+#include "tile/product.cuh"
 
 namespace effvit {
 namespace cuda {
 namespace rbf_gram_impl {
 
-using prim::Shared;
-using prim::Vec;
+using namespace tile;
 
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / prim::kWarpSize;
-constexpr int kTile = 64;  // rows of q, rows of k, and columns of both in shared memory at a time
-constexpr int kNTiles = kTile / 8;
 constexpr int kMaxSplits = 32;
 constexpr int kProductStride = kTile + 4;  // floats from row to row of P
 constexpr int kReduceThreads = 256;
-constexpr float kLog2e = 1.4426950408889634f;
-
-static_assert(kTile == 16 * kWarps, "a warp owns 16 rows of a tile");
-static_assert(kThreads == 2 * kTile, "one thread sums up each row of q and of k");
 
 template <class T>
 struct Traits {
-  static constexpr bool kTensorCores = !std::is_same<T, float>::value;
   static constexpr bool kScaled = std::is_same<T, prim::float16>::value;  // rows of P are scaled
-  static constexpr int kVec = 16 / sizeof(T);  // elements of a 16-byte access
-  static constexpr int kStride = kTile + kVec;  // rows are an odd multiple of 16 bytes: no bank conflicts
-  static constexpr int kPad = kTensorCores ? 16 : 4;  // head dims are padded with zeros to a multiple, in the forward
-  static constexpr int kBackwardPad = kTensorCores ? 16 : 32;  // and in the backward
-  static_assert(kStride * sizeof(T) / 16 % 2 == 1, "row stride must be an odd multiple of 16 bytes");
+  static constexpr int kPad =
+      kTensorCores<T> ? 16 : 4;  // head dims are padded with zeros to a multiple, in the forward
+  static constexpr int kBackwardPad = kTensorCores<T> ? 16 : 32;  // and in the backward
+  static constexpr int kStride = row_stride<T>(kTile);
+  static constexpr int kBytes = static_cast<int>(tile_bytes<T>(kTile, kTile));
+  static_assert(conflict_free<T>(kTile), "row stride must be an odd multiple of 16 bytes");
   static_assert(kTile % kPad == 0 && kTile % kBackwardPad == 0, "tiles hold whole steps");
 };
 
@@ -56,270 +49,201 @@ enum Access : int32_t {
 
 struct Plan {
   RbfGramParams p;
+  Tokens q, k;
   int64_t q_tiles, k_tiles;
   int64_t units;  // pieces of work; CTA i does i, i + ctas, ...
   int32_t d_pad, col_chunks;
   int32_t splits;  // pieces of the queries
   int64_t split_tiles;  // query tiles of a piece
   Access access;
-  bool q_vec, k_vec, dq_vec, dk_vec;  // 16-byte accesses are aligned
+  bool dq_vec, dk_vec;  // 16-byte accesses are aligned
   int32_t partial_stride;
   float* partials;  // [splits, B, H, M, partial_stride]
 };
 
-// ---- rows of q and k ----
-
-// kTile rows of one head, from row `first` on.
-template <class T>
-struct Rows {
-  const T* base;
-  int64_t stride;
-  int valid;  // rows
-  int cols;
-  bool vec;
-};
+// ---- tiles of tokens, and of a [L, M] matrix ----
 
 EFFVIT_DEVICE int tile_rows(int64_t total, int64_t tile) {
-  const int64_t left = total - tile * kTile;
-  return left < kTile ? static_cast<int>(left) : kTile;
-}
-template <class T>
-EFFVIT_DEVICE Rows<T> q_rows(const Plan& g, int64_t b, int64_t h, int64_t tile) {
-  const auto& p = g.p;
-  const T* const base = static_cast<const T*>(p.q) + b * p.q_stride_b + h * p.q_stride_h + tile * kTile * p.q_stride_l;
-  return {base, p.q_stride_l, tile_rows(p.L, tile), static_cast<int>(p.D), g.q_vec};
-}
-template <class T>
-EFFVIT_DEVICE Rows<T> k_rows(const Plan& g, int64_t b, int64_t h, int64_t tile) {
-  const auto& p = g.p;
-  const T* const base = static_cast<const T*>(p.k) + b * p.k_stride_b + h * p.k_stride_h + tile * kTile * p.k_stride_l;
-  return {base, p.k_stride_l, tile_rows(p.M, tile), static_cast<int>(p.D), g.k_vec};
+  return static_cast<int>(least(kTile, total - tile * kTile));
 }
 
-// Columns [first, first + cols) of kTile rows; zeros beyond the tensor. Aligned copies are left in flight.
+// Columns [first, first + cols) of one tile of one head; zeros beyond the tensor.
 template <class T>
-EFFVIT_DEVICE void load_rows(const Shared<T>& to, const Rows<T>& from, int first, int cols) {
-  constexpr int kVec = Traits<T>::kVec;
-  const int chunks = cols / kVec;
-  EFFVIT_NO_UNROLL
-  for (int i = prim::thread_id(); i < kTile * chunks; i += kThreads) {
-    const int row = i / chunks, col = (i - row * chunks) * kVec;
-    int n = row < from.valid ? from.cols - first - col : 0;
-    n = n < 0 ? 0 : n > kVec ? kVec : n;
-    const T* const source = n == 0 ? from.base : from.base + row * from.stride + first + col;
-    if (n > 0 && from.vec) {
-      prim::cp_async16(to, row * Traits<T>::kStride + col, source, n * static_cast<int>(sizeof(T)));
-    } else {
-      Vec<T, kVec> x;
-      EFFVIT_UNROLL
-      for (int e = 0; e < kVec; ++e) x.v[e] = e < n ? prim::load_global(source + e) : prim::from_float<T>(0.f);
-      to.store_vec(row * Traits<T>::kStride + col, x);
-    }
+EFFVIT_DEVICE void load_tokens(const Tile<Native<T>>& to, const Tokens& from, int64_t b, int64_t h, int64_t tile,
+                               int rows, int first, int cols) {
+  const T* const base = token_row<T>(from, b, tile * kTile, h) + first;
+  load_rows(to, cols,
+            [&](int row) { return Row<T>{base + row * from.stride_l, row < rows ? from.dim - first : 0, from.vec}; });
+}
+
+// Row and column of element i of a block of whole rows, and of the elements after it.
+struct BlockPosition {
+  int cols, row, col;
+  EFFVIT_DEVICE BlockPosition(int i, int columns) : cols(columns), row(i / columns), col(i - row * columns) {}
+  EFFVIT_DEVICE void next() {
+    if (++col == cols) ++row, col = 0;
   }
-}
+};
 
+// Writes rows x cols of a staged tile of [L, M]; `to` points at its first element.
 template <class T>
-EFFVIT_DEVICE void store_pair(const Shared<T>& to, int i, float low, float high) {
-  if constexpr (Traits<T>::kTensorCores) {
-    to.store_vec(i, prim::pack2<T>(low, high));
-  } else {
-    to.store_vec(i, Vec<float, 2>{{low, high}});
+EFFVIT_DEVICE void store_tile(const Plan& g, T* to, const Tile<Native<T>>& stage, int rows, int cols) {
+  if (g.access == kRowVectors) {  // M is a multiple of kVec
+    const int pieces = cols / kVec<T>;
+    EFFVIT_NO_UNROLL
+    for (int i = prim::thread_id(); i < rows * pieces; i += kThreads) {
+      const int row = i / pieces, col = (i - row * pieces) * kVec<T>;
+      prim::store_global_vec(to + row * g.p.M + col, stage.hi.template load_vec<Piece<T>>(row * stage.stride + col));
+    }
+    return;
+  }
+  const int count = rows * cols, whole = g.access == kFlatVectors ? count / kVec<T> * kVec<T> : 0;  // cols is M there
+  EFFVIT_NO_UNROLL
+  for (int i = prim::thread_id() * kVec<T>; i < whole; i += kThreads * kVec<T>) {
+    BlockPosition at(i, cols);
+    Piece<T> x;
+    EFFVIT_UNROLL
+    for (int e = 0; e < kVec<T>; ++e, at.next()) x.v[e] = stage.hi.load(at.row * stage.stride + at.col);
+    prim::store_global_vec(to + i, x);
+  }
+  EFFVIT_NO_UNROLL
+  for (int i = whole + prim::thread_id(); i < count; i += kThreads) {
+    const BlockPosition at(i, cols);
+    prim::store_global(to + at.row * g.p.M + at.col, stage.hi.load(at.row * stage.stride + at.col));
   }
 }
 
 // ---- forward ----
 
-// acc += A B^T for the 16 rows of A of this warp; cols is a multiple of 16.
-template <class T>
-EFFVIT_DEVICE void dot_products(float (&acc)[kNTiles][4], const Shared<T>& a, const Shared<T>& b, int cols,
-                                int n_tiles) {
-  constexpr int kStride = Traits<T>::kStride;
-  const int lane = prim::lane_id(), low = lane % 8, half = lane / 8 % 2 * 8, quarter = lane / 16 * 8;
-  const int a_at = (prim::warp_id() * 16 + low + half) * kStride + quarter, b_at = (low + quarter) * kStride + half;
-  EFFVIT_NO_UNROLL
-  for (int d = 0; d < cols; d += 16) {
-    uint32_t af[4];
-    prim::ldmatrix_x4<false>(af, a, a_at + d);
-    EFFVIT_UNROLL
-    for (int n = 0; n < kNTiles; n += 2) {
-      if (n < n_tiles) {
-        uint32_t bf[4];
-        prim::ldmatrix_x4<false>(bf, b, b_at + n * 8 * kStride + d);
-        prim::mma_m16n8k16<T>(acc[n], af, bf[0], bf[1]);
-        prim::mma_m16n8k16<T>(acc[n + 1], af, bf[2], bf[3]);
-      }
-    }
-  }
-}
-
 // Sum of squares of one row's columns.
 template <class T>
-EFFVIT_DEVICE float square_sum(const Shared<T>& x, int row, int cols) {
-  constexpr int kVec = Traits<T>::kVec;
+EFFVIT_DEVICE float square_sum(const Shared<T>& x, int stride, int row, int cols) {
   float even = 0.f, odd = 0.f;
   EFFVIT_NO_UNROLL
-  for (int col = 0; col < cols; col += kVec) {
-    const auto y = x.template load_vec<Vec<T, kVec>>(row * Traits<T>::kStride + col);
+  for (int col = 0; col < cols; col += kVec<T>) {
+    float y[kVec<T>];
+    to_floats<T>(x.template load_vec<Piece<T>>(row * stride + col), y);
     EFFVIT_UNROLL
-    for (int e = 0; e < kVec; e += 2) {
-      const float u = prim::to_float(y.v[e]), w = prim::to_float(y.v[e + 1]);
-      even += u * u;
-      odd += w * w;
-    }
+    for (int e = 0; e < kVec<T>; e += 2) even += y[e] * y[e], odd += y[e + 1] * y[e + 1];
   }
   return even + odd;
 }
 
-// A thread of the float32 kernels owns rows 4 (thread / 8) + i of a tile and eight of its columns.
-struct FloatBlock {
-  static constexpr int kRows = 4, kCols = 8;
-  static EFFVIT_DEVICE int row() { return prim::thread_id() / 8 * 4; }
-};
-using Float4 = Vec<float, 4>;
+// What a thread accumulates of a tile's squared distances, and what becomes of them.
+template <class T, bool = kTensorCores<T>>
+struct Distances;
 
-// acc += (q_i - k_j)^2 for the columns j = thread % 8 + 8 n; cols is a multiple of 4. These columns are summed up
-// first: one chain over 256 columns would lose twice as many bits.
-EFFVIT_DEVICE void squared_differences(float (&acc)[4][8], const Shared<float>& q, const Shared<float>& k, int cols) {
-  constexpr int kStride = Traits<float>::kStride;
-  const int q_at = FloatBlock::row() * kStride, k_at = prim::thread_id() % 8 * kStride;
-  float sum[4][8];
-  EFFVIT_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    EFFVIT_UNROLL
-    for (int n = 0; n < 8; ++n) sum[i][n] = 0.f;
+// |q|^2 + |k|^2 - 2 q.k
+template <class T>
+struct Distances<T, true> {
+  float acc[kTiles][4], squares = 0.f;  // squares: of row `thread` of q, and then of k
+
+  EFFVIT_DEVICE Distances() { clear(acc); }
+
+  EFFVIT_DEVICE void add(const Tile<Native<T>>& q, const Tile<Native<T>>& k, int cols, int n_tiles) {
+    squares += square_sum(prim::thread_id() < kTile ? q.hi : k.hi, q.stride, prim::thread_id() % kTile, cols);
+    product<kDepthLast, kDepthLast>(acc, n_tiles, q.at(warp_row(), 0), k.at(0, 0), cols);
   }
-  EFFVIT_NO_UNROLL
-  for (int d = 0; d < cols; d += 4) {
-    Float4 a[4];
+
+  EFFVIT_DEVICE void finish(const Plan& g, const Shared<float>& norms, const Tile<Native<T>>& stage, int n_tiles) {
+    norms.store(prim::thread_id(), squares);
+    prim::sync_threads();  // and the readers of q, over which the result is staged
+    const int row = acc_row(), column = acc_col();
+    const float q_norm[2] = {norms.load(row), norms.load(row + 8)}, factor = -g.p.gamma * kLog2e;
     EFFVIT_UNROLL
-    for (int i = 0; i < 4; ++i) a[i] = q.load_vec<Float4>(q_at + i * kStride + d);
-    EFFVIT_UNROLL
-    for (int n = 0; n < 8; ++n) {
-      const Float4 b = k.load_vec<Float4>(k_at + n * 8 * kStride + d);
-      EFFVIT_UNROLL
-      for (int i = 0; i < 4; ++i) {
+    for (int n = 0; n < kTiles; ++n) {
+      if (n < n_tiles) {
+        const auto k_norm = norms.load_vec<Vec<float, 2>>(kTile + n * 8 + column);
         EFFVIT_UNROLL
         for (int e = 0; e < 4; ++e) {
-          const float x = a[i].v[e] - b.v[e];
-          sum[i][n] += x * x;
+          const float distance = q_norm[e / 2] + k_norm.v[e % 2] - 2.f * acc[n][e];
+          acc[n][e] = prim::exp2(factor * (distance < 0.f ? 0.f : distance));  // NaN stays NaN
         }
       }
     }
+    store_acc(stage, 0, acc, n_tiles);
   }
-  EFFVIT_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    EFFVIT_UNROLL
-    for (int n = 0; n < 8; ++n) acc[i][n] += sum[i][n];
-  }
-}
+};
 
-// Writes rows x cols of a staged tile of [L, M]; `to` points at its first element.
+// A thread of the float32 kernels owns rows 4 (thread / 8) + i of a tile and eight of its columns.
+EFFVIT_DEVICE int block_row() { return prim::thread_id() / 8 * 4; }
+
+// (q_i - k_j)^2 for the columns j = thread % 8 + 8 n.
 template <class T>
-EFFVIT_DEVICE void store_tile(const Plan& g, T* to, const Shared<T>& stage, int rows, int cols) {
-  constexpr int kVec = Traits<T>::kVec, kStride = Traits<T>::kStride;
-  using V = Vec<T, kVec>;
-  if (g.access == kRowVectors) {  // M is a multiple of kVec
-    const int chunks = cols / kVec;
-    EFFVIT_NO_UNROLL
-    for (int i = prim::thread_id(); i < rows * chunks; i += kThreads) {
-      const int row = i / chunks, col = (i - row * chunks) * kVec;
-      prim::store_global_vec(to + row * g.p.M + col, stage.template load_vec<V>(row * kStride + col));
-    }
-    return;
-  }
-  const int count = rows * cols, whole = g.access == kFlatVectors ? count / kVec * kVec : 0;  // cols is M there
-  EFFVIT_NO_UNROLL
-  for (int i = prim::thread_id() * kVec; i < whole; i += kThreads * kVec) {
-    int row = i / cols, col = i - row * cols;
-    V x;
+struct Distances<T, false> {
+  float acc[4][8];
+
+  EFFVIT_DEVICE Distances() {
     EFFVIT_UNROLL
-    for (int e = 0; e < kVec; ++e) {
-      x.v[e] = stage.load(row * kStride + col);
-      ++col;
-      if (col == cols) ++row, col = 0;
+    for (int i = 0; i < 32; ++i) acc[i / 8][i % 8] = 0.f;
+  }
+
+  // cols is a multiple of 4. These columns are summed up first: one chain over 256 columns would lose twice as many
+  // bits.
+  EFFVIT_DEVICE void add(const Tile<Native<T>>& q, const Tile<Native<T>>& k, int cols, int) {
+    const int q_at = block_row() * q.stride, k_at = prim::thread_id() % 8 * k.stride;
+    float sum[4][8] = {};
+    EFFVIT_NO_UNROLL
+    for (int d = 0; d < cols; d += 4) {
+      Float4 a[4];
+      EFFVIT_UNROLL
+      for (int i = 0; i < 4; ++i) a[i] = q.hi.template load_vec<Float4>(q_at + i * q.stride + d);
+      EFFVIT_UNROLL
+      for (int n = 0; n < 8; ++n) {
+        const Float4 b = k.hi.template load_vec<Float4>(k_at + n * 8 * k.stride + d);
+        EFFVIT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          EFFVIT_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            const float x = a[i].v[e] - b.v[e];
+            sum[i][n] += x * x;
+          }
+        }
+      }
     }
-    prim::store_global_vec(to + i, x);
+    EFFVIT_UNROLL
+    for (int i = 0; i < 32; ++i) acc[i / 8][i % 8] += sum[i / 8][i % 8];
   }
-  EFFVIT_NO_UNROLL
-  for (int i = whole + prim::thread_id(); i < count; i += kThreads) {
-    const int row = i / cols, col = i - row * cols;
-    prim::store_global(to + row * g.p.M + col, stage.load(row * kStride + col));
+
+  EFFVIT_DEVICE void finish(const Plan& g, const Shared<float>&, const Tile<Native<T>>& stage, int) {
+    prim::sync_threads();  // the readers of q, over which the result is staged
+    EFFVIT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      EFFVIT_UNROLL
+      for (int n = 0; n < 8; ++n)
+        stage.hi.store((block_row() + i) * stage.stride + n * 8 + prim::thread_id() % 8,
+                       prim::exp(-g.p.gamma * acc[i][n]));
+    }
   }
-}
+};
 
 template <class T>
 EFFVIT_KERNEL(kThreads, 4)
 rbf_gram_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
-  using Tr = Traits<T>;
-  constexpr int kElements = kTile * Tr::kStride, kBytes = kElements * static_cast<int>(sizeof(T));
-  const Shared<T> q(0, kElements), k(kBytes, kElements);
-  const Shared<T>& stage = q;
-  const Shared<float> norms(2 * kBytes, Tr::kTensorCores ? 2 * kTile : 0);  // of q, then of k
-  const int thread = prim::thread_id();
-
+  constexpr int kBytes = Traits<T>::kBytes;
+  const Tile<Native<T>> q(0, kTile, kTile), k(kBytes, kTile, kTile);
+  const Shared<float> norms(2 * kBytes, kTensorCores<T> ? 2 * kTile : 0);  // of q, then of k
   EFFVIT_NO_UNROLL
   for (int64_t unit = prim::cta_id(); unit < g.units; unit += prim::cta_count()) {
-    const int64_t kt = unit % g.k_tiles, qt = unit / g.k_tiles % g.q_tiles, bh = unit / g.k_tiles / g.q_tiles;
-    const int64_t b = bh / g.p.H, h = bh - b * g.p.H;
-    const Rows<T> from_q = q_rows<T>(g, b, h, qt), from_k = k_rows<T>(g, b, h, kt);
-    const int n_tiles = (from_k.valid + 7) / 8;
-
-    constexpr int kAcc0 = Tr::kTensorCores ? kNTiles : FloatBlock::kRows;
-    constexpr int kAcc1 = Tr::kTensorCores ? 4 : FloatBlock::kCols;
-    float acc[kAcc0][kAcc1], squares = 0.f;
-    EFFVIT_UNROLL
-    for (int i = 0; i < kAcc0; ++i) {
-      EFFVIT_UNROLL
-      for (int j = 0; j < kAcc1; ++j) acc[i][j] = 0.f;
-    }
+    int64_t i = unit;
+    const int64_t kt = take_index(i, g.k_tiles), qt = take_index(i, g.q_tiles), bh = i;
+    const int64_t h = take_index(i, g.p.H), b = i;
+    const int queries = tile_rows(g.p.L, qt), keys = tile_rows(g.p.M, kt), n_tiles = (keys + 7) / 8;
+    Distances<T> distances;
     EFFVIT_NO_UNROLL
     for (int first = 0; first < g.d_pad; first += kTile) {
       const int cols = min_of(kTile, g.d_pad - first);
       prim::sync_threads();  // the buffers' previous readers
-      load_rows(q, from_q, first, cols);
-      load_rows(k, from_k, first, cols);
+      load_tokens(q, g.q, b, h, qt, queries, first, cols);
+      load_tokens(k, g.k, b, h, kt, keys, first, cols);
       prim::cp_async_commit();
       prim::cp_async_wait<0>();
       prim::sync_threads();
-      if constexpr (Tr::kTensorCores) {
-        squares += square_sum(thread < kTile ? q : k, thread % kTile, cols);
-        dot_products(acc, q, k, cols, n_tiles);
-      } else {
-        squared_differences(acc, q, k, cols);
-      }
+      distances.add(q, k, cols, n_tiles);
     }
-
-    if constexpr (Tr::kTensorCores) {
-      norms.store(thread, squares);
-      prim::sync_threads();  // and the readers of q, over which the result is staged
-      const int row = prim::warp_id() * 16 + prim::lane_id() / 4, column = prim::lane_id() % 4 * 2;
-      const float q_norm[2] = {norms.load(row), norms.load(row + 8)}, factor = -g.p.gamma * kLog2e;
-      EFFVIT_UNROLL
-      for (int n = 0; n < kNTiles; ++n) {
-        if (n < n_tiles) {
-          const auto k_norm = norms.load_vec<Vec<float, 2>>(kTile + n * 8 + column);
-          float y[4];
-          EFFVIT_UNROLL
-          for (int e = 0; e < 4; ++e) {
-            const float distance = q_norm[e / 2] + k_norm.v[e % 2] - 2.f * acc[n][e];
-            y[e] = prim::exp2(factor * (distance < 0.f ? 0.f : distance));  // NaN stays NaN
-          }
-          store_pair(stage, row * Tr::kStride + n * 8 + column, y[0], y[1]);
-          store_pair(stage, (row + 8) * Tr::kStride + n * 8 + column, y[2], y[3]);
-        }
-      }
-    } else {
-      prim::sync_threads();  // the readers of q, over which the result is staged
-      EFFVIT_UNROLL
-      for (int i = 0; i < FloatBlock::kRows; ++i) {
-        EFFVIT_UNROLL
-        for (int n = 0; n < FloatBlock::kCols; ++n)
-          stage.store((FloatBlock::row() + i) * Tr::kStride + n * 8 + thread % 8, prim::exp(-g.p.gamma * acc[i][n]));
-      }
-    }
+    distances.finish(g, norms, q, n_tiles);
     prim::sync_threads();
-    store_tile(g, static_cast<T*>(g.p.out) + (bh * g.p.L + qt * kTile) * g.p.M + kt * kTile, stage, from_q.valid,
-               from_k.valid);
+    store_tile(g, static_cast<T*>(g.p.out) + (bh * g.p.L + qt * kTile) * g.p.M + kt * kTile, q, queries, keys);
   }
 }
 
@@ -330,17 +254,19 @@ rbf_gram_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
 template <class T>
 EFFVIT_DEVICE void load_products(const Plan& g, const Shared<float>& to, const T* grad, const T* out, int rows,
                                  int cols) {
-  constexpr int kVec = Traits<T>::kVec;
-  using V = Vec<T, kVec>;
+  using V = Piece<T>;
   const int64_t grad_stride = g.p.grad_out_stride_l, out_stride = g.p.M;
+  const auto product = [](const T* x, const T* y) {
+    return prim::to_float(prim::load_global(x)) * prim::to_float(prim::load_global(y));
+  };
   if (g.access == kRowVectors) {
-    constexpr int kChunks = kTile / kVec, kInFlight = 2;
+    constexpr int kPieces = kTile / kVec<T>, kInFlight = 2;
     EFFVIT_NO_UNROLL
-    for (int i0 = prim::thread_id(); i0 < kTile * kChunks; i0 += kInFlight * kThreads) {
+    for (int i0 = prim::thread_id(); i0 < kTile * kPieces; i0 += kInFlight * kThreads) {
       V u[kInFlight], w[kInFlight];
       EFFVIT_UNROLL
       for (int j = 0; j < kInFlight; ++j) {
-        const int i = i0 + j * kThreads, row = i / kChunks, col = i % kChunks * kVec;
+        const int i = i0 + j * kThreads, row = i / kPieces, col = i % kPieces * kVec<T>;
         u[j] = w[j] = V{};
         if (row < rows && col < cols) {
           u[j] = prim::load_global_vec<V>(grad + row * grad_stride + col);
@@ -349,48 +275,40 @@ EFFVIT_DEVICE void load_products(const Plan& g, const Shared<float>& to, const T
       }
       EFFVIT_UNROLL
       for (int j = 0; j < kInFlight; ++j) {
-        const int i = i0 + j * kThreads, row = i / kChunks, col = i % kChunks * kVec;
+        const int i = i0 + j * kThreads, at = i / kPieces * kProductStride + i % kPieces * kVec<T>;
         EFFVIT_UNROLL
-        for (int e = 0; e < kVec; e += 4) {
+        for (int e = 0; e < kVec<T>; e += 4) {
           Float4 y;
           EFFVIT_UNROLL
           for (int c = 0; c < 4; ++c) y.v[c] = prim::to_float(u[j].v[e + c]) * prim::to_float(w[j].v[e + c]);
-          to.store_vec(row * kProductStride + col + e, y);
+          to.store_vec(at + e, y);
         }
       }
     }
-    return;
-  }
-  if (g.access == kFlatVectors) {
-    const int count = rows * cols, whole = count / kVec * kVec;
+  } else if (g.access == kFlatVectors) {
+    const int count = rows * cols, whole = count / kVec<T> * kVec<T>;
     EFFVIT_NO_UNROLL
-    for (int i = prim::thread_id() * kVec; i < whole; i += kThreads * kVec) {
+    for (int i = prim::thread_id() * kVec<T>; i < whole; i += kThreads * kVec<T>) {
       const V u = prim::load_global_vec<V>(grad + i), w = prim::load_global_vec<V>(out + i);
-      int row = i / cols, col = i - row * cols;
+      BlockPosition at(i, cols);
       EFFVIT_UNROLL
-      for (int e = 0; e < kVec; ++e) {
-        to.store(row * kProductStride + col, prim::to_float(u.v[e]) * prim::to_float(w.v[e]));
-        ++col;
-        if (col == cols) ++row, col = 0;
-      }
+      for (int e = 0; e < kVec<T>; ++e, at.next())
+        to.store(at.row * kProductStride + at.col, prim::to_float(u.v[e]) * prim::to_float(w.v[e]));
     }
     for (int i = whole + prim::thread_id(); i < count; i += kThreads) {
-      const int row = i / cols;
-      to.store(row * kProductStride + i - row * cols,
-               prim::to_float(prim::load_global(grad + i)) * prim::to_float(prim::load_global(out + i)));
+      const BlockPosition at(i, cols);
+      to.store(at.row * kProductStride + at.col, product(grad + i, out + i));
     }
     for (int i = rows * kTile + prim::thread_id(); i < kTile * kTile; i += kThreads)
       if (i % kTile < cols) to.store(i / kTile * kProductStride + i % kTile, 0.f);
-    return;
-  }
-  EFFVIT_NO_UNROLL
-  for (int i = prim::thread_id(); i < kTile * kTile; i += kThreads) {
-    const int row = i / kTile, col = i % kTile;
-    float y = 0.f;
-    if (row < rows && col < cols)
-      y = prim::to_float(prim::load_global(grad + row * grad_stride + col)) *
-          prim::to_float(prim::load_global(out + row * out_stride + col));
-    to.store(row * kProductStride + col, y);
+  } else {
+    EFFVIT_NO_UNROLL
+    for (int i = prim::thread_id(); i < kTile * kTile; i += kThreads) {
+      const int row = i / kTile, col = i % kTile;
+      const bool inside = row < rows && col < cols;
+      to.store(row * kProductStride + col,
+               inside ? product(grad + row * grad_stride + col, out + row * out_stride + col) : 0.f);
+    }
   }
 }
 EFFVIT_DEVICE void clear_columns(const Shared<float>& products, int cols) {
@@ -399,42 +317,27 @@ EFFVIT_DEVICE void clear_columns(const Shared<float>& products, int cols) {
 }
 
 // What a thread accumulates of a tile of dx: sums over j of P_ij, and of P_ij y_j for kTile columns.
-template <class T, bool kTensorCores = Traits<T>::kTensorCores>
+template <class T, bool = kTensorCores<T>>
 struct Gradient;
 
-// The accumulators of mma: rows `row` and `row + 8`, columns column + 8 n, + 1.
 template <class T>
 struct Gradient<T, true> {
-  float acc[kNTiles][4], sum[2];
-  float scale[2];  // what P was multiplied by before it was rounded, a power of two
+  float acc[kTiles][4], sum[2] = {0.f, 0.f};
+  float scale[2] = {kLargestScale, kLargestScale};  // what P was multiplied by before it was rounded, a power of two
+  static constexpr float kLargestScale = 1.15292150460684698e18f;  // 2^60
 
-  static EFFVIT_DEVICE int row() { return prim::warp_id() * 16 + prim::lane_id() / 4; }
-  static EFFVIT_DEVICE int column() { return prim::lane_id() % 4 * 2; }
-
-  EFFVIT_DEVICE void clear() {
-    EFFVIT_UNROLL
-    for (int n = 0; n < kNTiles; ++n) {
-      EFFVIT_UNROLL
-      for (int e = 0; e < 4; ++e) acc[n][e] = 0.f;
-    }
-    sum[0] = sum[1] = 0.f;
-    scale[0] = scale[1] = 1.15292150460684698e18f;  // 2^60
-  }
+  EFFVIT_DEVICE Gradient() { clear(acc); }
 
   // Lowers the scale of a row so that its largest P lies in [2^14, 2^15), if it would be larger.
-  EFFVIT_DEVICE void rescale(const float (&p)[kNTiles][4], int n_tiles) {
+  EFFVIT_DEVICE void rescale(const float (&p)[kTiles][4], int n_tiles) {
+    float rows[2] = {0.f, 0.f};
+    for_each_acc<kTiles>(n_tiles, [&](int n, int e) {
+      const float x = p[n][e] < 0.f ? -p[n][e] : p[n][e];
+      rows[e / 2] = x > rows[e / 2] ? x : rows[e / 2];
+    });
     EFFVIT_UNROLL
     for (int r = 0; r < 2; ++r) {
-      float largest = 0.f;
-      EFFVIT_UNROLL
-      for (int n = 0; n < kNTiles; ++n) {
-        EFFVIT_UNROLL
-        for (int e = 2 * r; e < 2 * r + 2; ++e) {
-          const float x = p[n][e] < 0.f ? -p[n][e] : p[n][e];
-          if (n < n_tiles) largest = x > largest ? x : largest;
-        }
-      }
-      largest = prim::warp_max<4>(largest);
+      const float largest = prim::warp_max<4>(rows[r]);
       if (largest * scale[r] >= 32768.f) {
         // 2^(14 - e) for largest in [2^e, 2^(e + 1)); e is at least 15 - 60
         const uint32_t exponent = prim::bit_cast<uint32_t>(largest) >> 23;
@@ -442,10 +345,7 @@ struct Gradient<T, true> {
         const float ratio = lower * (1.f / scale[r]);
         sum[r] *= ratio;
         EFFVIT_UNROLL
-        for (int n = 0; n < kNTiles; ++n) {
-          acc[n][2 * r] *= ratio;
-          acc[n][2 * r + 1] *= ratio;
-        }
+        for (int n = 0; n < kTiles; ++n) acc[n][2 * r] *= ratio, acc[n][2 * r + 1] *= ratio;
         scale[r] = lower;
       }
     }
@@ -453,144 +353,82 @@ struct Gradient<T, true> {
 
   // Adds the tile `products` (kTransposed: its transpose) times y. `depth` rows of y are used, cols of its columns.
   template <bool kTransposed>
-  EFFVIT_DEVICE void add(const Shared<float>& products, const Shared<T>& y, int depth, int cols) {
-    constexpr int kStride = Traits<T>::kStride;
-    const int lane = prim::lane_id(), low = lane % 8, half = lane / 8 % 2 * 8, quarter = lane / 16 * 8;
+  EFFVIT_DEVICE void add(const Shared<float>& products, const Tile<Native<T>>& y, int depth, int cols) {
     const int n_tiles = (depth + 15) / 16 * 2;
-    float p[kNTiles][4];
-    EFFVIT_UNROLL
-    for (int n = 0; n < kNTiles; ++n) {
-      if (n < n_tiles) {
-        EFFVIT_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          const int i = row() + 8 * r, j = n * 8 + column();
-          if constexpr (kTransposed) {
-            p[n][2 * r] = products.load(j * kProductStride + i);
-            p[n][2 * r + 1] = products.load((j + 1) * kProductStride + i);
-          } else {
-            const auto x = products.load_vec<Vec<float, 2>>(i * kProductStride + j);
-            p[n][2 * r] = x.v[0];
-            p[n][2 * r + 1] = x.v[1];
-          }
-        }
+    float p[kTiles][4];
+    clear(p);
+    for_each_pair<kTiles>(n_tiles, [&](int n, int half, int i, int j) {
+      if constexpr (kTransposed) {
+        p[n][2 * half] = products.load(j * kProductStride + i);
+        p[n][2 * half + 1] = products.load((j + 1) * kProductStride + i);
       } else {
-        EFFVIT_UNROLL
-        for (int e = 0; e < 4; ++e) p[n][e] = 0.f;
+        const auto x = products.load_vec<Vec<float, 2>>(i * kProductStride + j);
+        p[n][2 * half] = x.v[0];
+        p[n][2 * half + 1] = x.v[1];
       }
-    }
+    });
     if constexpr (Traits<T>::kScaled) {
       rescale(p, n_tiles);
-      EFFVIT_UNROLL
-      for (int n = 0; n < kNTiles; ++n) {
-        EFFVIT_UNROLL
-        for (int e = 0; e < 4; ++e) p[n][e] *= scale[e / 2];
-      }
+      for_each_acc<kTiles>(kTiles, [&](int n, int e) { p[n][e] *= scale[e / 2]; });
     }
     EFFVIT_UNROLL
-    for (int s = 0; s < kNTiles / 2; ++s) {
-      if (2 * s < n_tiles) {
-        uint32_t af[4];
-        EFFVIT_UNROLL
-        for (int f = 0; f < 4; ++f) {
-          const int n = 2 * s + f / 2, e = f % 2 * 2;
-          af[f] = prim::pack2<T>(p[n][e], p[n][e + 1]);
-          sum[f % 2] +=
-              prim::to_float(T{static_cast<uint16_t>(af[f])}) + prim::to_float(T{static_cast<uint16_t>(af[f] >> 16)});
-        }
-        EFFVIT_UNROLL
-        for (int n = 0; n < kNTiles; n += 2) {
-          if (n * 8 < cols) {
-            uint32_t bf[4];
-            prim::ldmatrix_x4<true>(bf, y, (s * 16 + low + half) * kStride + n * 8 + quarter);
-            prim::mma_m16n8k16<T>(acc[n], af, bf[0], bf[1]);
-            prim::mma_m16n8k16<T>(acc[n + 1], af, bf[2], bf[3]);
-          }
+    for (int n = 0; n < kTiles; ++n) {
+      EFFVIT_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if (n < n_tiles) {
+          float low, high;
+          unpack2<T>(prim::pack2<T>(p[n][2 * half], p[n][2 * half + 1]), low, high);
+          sum[half] += low + high;
         }
       }
     }
+    score_product(acc, cols / 8, p, y.at(0, 0), depth, {});
   }
 
   // f(row, column, x sum - acc at the column and its right neighbour) with x, the tile of kTile rows, in shared memory.
   template <class F>
-  EFFVIT_DEVICE void finish(const Shared<T>& x, int cols, const F& f) const {
+  EFFVIT_DEVICE void finish(const Tile<Native<T>>& x, int cols, const F& f) const {
+    float inverse[2], total[2];
     EFFVIT_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const float inverse = Traits<T>::kScaled ? 1.f / scale[r] : 1.f;
-      const float total = prim::warp_sum<4>(sum[r]) * inverse;
-      EFFVIT_UNROLL
-      for (int n = 0; n < kNTiles; ++n) {
-        const int i = row() + 8 * r, j = n * 8 + column();
-        if (j < cols) {
-          const auto v = x.template load_vec<Vec<T, 2>>(i * Traits<T>::kStride + j);
-          f(i, j, prim::to_float(v.v[0]) * total - acc[n][2 * r] * inverse,
-            prim::to_float(v.v[1]) * total - acc[n][2 * r + 1] * inverse);
-        }
-      }
+      inverse[r] = Traits<T>::kScaled ? 1.f / scale[r] : 1.f;
+      total[r] = prim::warp_sum<4>(sum[r]) * inverse[r];
     }
+    for_each_pair<kTiles>(kTiles, [&](int n, int r, int i, int j) {
+      if (j >= cols) return;
+      const auto v = x.hi.template load_vec<Vec<T, 2>>(i * x.stride + j);
+      f(i, j, prim::to_float(v.v[0]) * total[r] - acc[n][2 * r] * inverse[r],
+        prim::to_float(v.v[1]) * total[r] - acc[n][2 * r + 1] * inverse[r]);
+    });
   }
 };
 
-// float32: rows FloatBlock::row() + i, columns 4 (thread % 8) + 32 n and the next three.
+// float32: rows block_row() + i, columns 4 (thread % 8) + 32 n and the next three.
 template <class T>
 struct Gradient<T, false> {
-  float acc[4][2][4], sum[4];
+  float acc[4][2][4], sum[4] = {0.f, 0.f, 0.f, 0.f};
 
   static EFFVIT_DEVICE int column() { return prim::thread_id() % 8 * 4; }
 
-  EFFVIT_DEVICE void clear() {
-    EFFVIT_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      sum[i] = 0.f;
-      EFFVIT_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        EFFVIT_UNROLL
-        for (int e = 0; e < 4; ++e) acc[i][n][e] = 0.f;
-      }
-    }
+  EFFVIT_DEVICE Gradient() {
+    for_each_block<2>([&](int i, int n, int c) { acc[i][n][c] = 0.f; });
   }
 
   template <bool kTransposed>
-  EFFVIT_DEVICE void add(const Shared<float>& products, const Shared<float>& y, int depth, int cols) {
-    constexpr int kStride = Traits<float>::kStride;
-    const int row = FloatBlock::row();
-    EFFVIT_NO_UNROLL
-    for (int k = 0; k < depth; k += 4) {
-      Float4 a[4];  // kTransposed: [depth][row], else [row][depth]
-      EFFVIT_UNROLL
-      for (int i = 0; i < 4; ++i)
-        a[i] = products.load_vec<Float4>(kTransposed ? (k + i) * kProductStride + row : (row + i) * kProductStride + k);
-      EFFVIT_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        float p[4];
-        EFFVIT_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          p[i] = kTransposed ? a[e].v[i] : a[i].v[e];
-          sum[i] += p[i];
-        }
-        EFFVIT_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          if (n * 32 < cols) {
-            const Float4 b = y.load_vec<Float4>((k + e) * kStride + column() + 32 * n);
-            EFFVIT_UNROLL
-            for (int i = 0; i < 4; ++i) {
-              EFFVIT_UNROLL
-              for (int c = 0; c < 4; ++c) acc[i][n][c] += p[i] * b.v[c];
-            }
-          }
-        }
-      }
-    }
+  EFFVIT_DEVICE void add(const Shared<float>& products, const Tile<Native<T>>& y, int depth, int cols) {
+    block_product<kTransposed>(acc, products, kProductStride, block_row(), y.hi, y.stride, column(), 32, cols, depth,
+                               [&](int i, float x) { sum[i] += x; });
   }
 
   template <class F>
-  EFFVIT_DEVICE void finish(const Shared<float>& x, int cols, const F& f) const {
+  EFFVIT_DEVICE void finish(const Tile<Native<T>>& x, int cols, const F& f) const {
     EFFVIT_UNROLL
     for (int i = 0; i < 4; ++i) {
       EFFVIT_UNROLL
       for (int n = 0; n < 2; ++n) {
         if (n * 32 < cols) {
-          const int row = FloatBlock::row() + i, col = column() + 32 * n;
-          const Float4 v = x.load_vec<Float4>(row * Traits<float>::kStride + col);
+          const int row = block_row() + i, col = column() + 32 * n;
+          const Float4 v = x.hi.template load_vec<Float4>(row * x.stride + col);
           EFFVIT_UNROLL
           for (int e = 0; e < 4; e += 2)
             f(row, col + e, v.v[e] * sum[i] - acc[i][n][e], v.v[e + 1] * sum[i] - acc[i][n][e + 1]);
@@ -603,46 +441,56 @@ struct Gradient<T, false> {
 // Writes columns [first, first + cols) of this warp's 16 rows of dx, computed over x in shared memory: x holds whole
 // tokens of [., H, D] in memory, `to` points at column `first` of the tile's first row.
 template <class T>
-EFFVIT_DEVICE void store_gradient(const Plan& g, const Gradient<T>& gradient, const Shared<T>& x, T* to, int rows,
-                                  int cols, bool aligned) {
-  constexpr int kVec = Traits<T>::kVec, kStride = Traits<T>::kStride;
+EFFVIT_DEVICE void store_gradient(const Plan& g, const Gradient<T>& gradient, const Tile<Native<T>>& x, T* to, int rows,
+                                  int cols, bool vec) {
   const float factor = -2.f * g.p.gamma;
   gradient.finish(x, round_up(cols, Traits<T>::kBackwardPad), [&](int row, int col, float low, float high) {
-    store_pair(x, row * kStride + col, factor * low, factor * high);
+    store_pair(x, row * x.stride + col, factor * low, factor * high);
   });
   prim::sync_warp();
-  const int row0 = prim::warp_id() * 16, chunks = (cols + kVec - 1) / kVec;
-  const int64_t row_elements = g.p.H * g.p.D;
-  EFFVIT_NO_UNROLL
-  for (int i = prim::lane_id(); i < 16 * chunks; i += prim::kWarpSize) {
-    const int row = row0 + i / chunks, col = i % chunks * kVec;
-    if (row >= rows) break;
-    T* const at = to + row * row_elements + col;
-    if (aligned && col + kVec <= cols) {
-      prim::store_global_vec(at, x.template load_vec<Vec<T, kVec>>(row * kStride + col));
-    } else {
-      for (int e = 0; e < kVec && col + e < cols; ++e) prim::store_global(at + e, x.load(row * kStride + col + e));
-    }
-  }
+  store_rows(x, cols, vec, [&](int row) { return row < rows ? to + row * g.p.H * g.p.D : nullptr; });
 }
 
+// What both gradients work with: tiles of q and k at columns [first, first + cols), and P.
 template <class T>
 struct BackwardTile {
-  static constexpr int kElements = kTile * Traits<T>::kStride;
-  static constexpr int kBytes = kElements * static_cast<int>(sizeof(T));
-  static constexpr int kSharedBytes = 2 * kBytes + kTile * kProductStride * 4;
+  static constexpr int kSharedBytes = 2 * Traits<T>::kBytes + kTile * kProductStride * 4;
 
-  Shared<T> q, k;
+  const Plan& g;
+  Tile<Native<T>> q, k;
   Shared<float> products;
+  int64_t b, h;
+  int first, cols, out_cols;
 
-  EFFVIT_DEVICE BackwardTile() : q(0, kElements), k(kBytes, kElements), products(2 * kBytes, kTile * kProductStride) {}
+  EFFVIT_DEVICE explicit BackwardTile(const Plan& plan)
+      : g(plan),
+        q(0, kTile, kTile),
+        k(Traits<T>::kBytes, kTile, kTile),
+        products(2 * Traits<T>::kBytes, kTile * kProductStride) {}
 
-  EFFVIT_DEVICE void load_p(const Plan& g, int64_t b, int64_t h, int64_t qt, int64_t kt, int queries, int keys) const {
+  EFFVIT_DEVICE void set_unit(int64_t chunk, int64_t bh) {
+    h = take_index(bh, g.p.H), b = bh;
+    first = static_cast<int>(chunk) * kTile;
+    cols = min_of(kTile, g.d_pad - first), out_cols = min_of(kTile, static_cast<int>(g.p.D) - first);
+  }
+  // Loads P, and the operands that a walk does not have yet.
+  EFFVIT_DEVICE void load(int64_t qt, int64_t kt, int queries, int keys, bool load_q, bool load_k, bool start) const {
     const auto& p = g.p;
+    prim::sync_threads();  // the previous tiles' readers
+    if (start && g.access == kFlatVectors) clear_columns(products, keys);
+    if (load_q) load_tokens(q, g.q, b, h, qt, queries, first, cols);
+    if (load_k) load_tokens(k, g.k, b, h, kt, keys, first, cols);
+    prim::cp_async_commit();
     load_products(g, products,
                   static_cast<const T*>(p.grad_out) + b * p.grad_out_stride_b + h * p.grad_out_stride_h +
                       qt * kTile * p.grad_out_stride_l + kt * kTile,
                   static_cast<const T*>(p.out) + ((b * p.H + h) * p.L + qt * kTile) * p.M + kt * kTile, queries, keys);
+    prim::cp_async_wait<0>();
+    prim::sync_threads();
+  }
+  EFFVIT_DEVICE void store_dq(const Gradient<T>& dq, int64_t qt, int queries) const {
+    store_gradient(g, dq, q, static_cast<T*>(g.p.dq) + ((b * g.p.L + qt * kTile) * g.p.H + h) * g.p.D + first, queries,
+                   out_cols, g.dq_vec);
   }
 };
 
@@ -650,35 +498,22 @@ struct BackwardTile {
 template <class T>
 EFFVIT_KERNEL(kThreads, 3)
 rbf_gram_bwd_dq_kernel(EFFVIT_GRID_CONSTANT Plan g) {
-  const BackwardTile<T> tile;
+  BackwardTile<T> tile(g);
   EFFVIT_NO_UNROLL
   for (int64_t unit = prim::cta_id(); unit < g.units; unit += prim::cta_count()) {
-    const int first = static_cast<int>(unit % g.col_chunks) * kTile;
-    const int64_t qt = unit / g.col_chunks % g.q_tiles, bh = unit / g.col_chunks / g.q_tiles;
-    const int64_t b = bh / g.p.H, h = bh - b * g.p.H;
-    const Rows<T> from_q = q_rows<T>(g, b, h, qt);
-    const int cols = min_of(kTile, g.d_pad - first);
-    const bool has_rows = prim::warp_id() * 16 < from_q.valid;
+    int64_t i = unit;
+    const int64_t chunk = take_index(i, g.col_chunks), qt = take_index(i, g.q_tiles);
+    tile.set_unit(chunk, i);
+    const int queries = tile_rows(g.p.L, qt);
+    const bool has_rows = warp_row() < queries;
     Gradient<T> dq;
-    dq.clear();
     EFFVIT_NO_UNROLL
     for (int64_t kt = 0; kt < g.k_tiles; ++kt) {
-      const Rows<T> from_k = k_rows<T>(g, b, h, kt);
-      prim::sync_threads();  // the previous tiles' readers
-      if (kt == 0) {
-        load_rows(tile.q, from_q, first, cols);
-        if (g.access == kFlatVectors) clear_columns(tile.products, from_k.valid);
-      }
-      load_rows(tile.k, from_k, first, cols);
-      prim::cp_async_commit();
-      tile.load_p(g, b, h, qt, kt, from_q.valid, from_k.valid);
-      prim::cp_async_wait<0>();
-      prim::sync_threads();
-      if (has_rows) dq.template add<false>(tile.products, tile.k, from_k.valid, cols);
+      const int keys = tile_rows(g.p.M, kt);
+      tile.load(qt, kt, queries, keys, kt == 0, true, kt == 0);
+      if (has_rows) dq.template add<false>(tile.products, tile.k, keys, tile.cols);
     }
-    if (has_rows)
-      store_gradient(g, dq, tile.q, static_cast<T*>(g.p.dq) + ((b * g.p.L + qt * kTile) * g.p.H + h) * g.p.D + first,
-                     from_q.valid, min_of(kTile, static_cast<int>(g.p.D) - first), g.dq_vec);
+    if (has_rows) tile.store_dq(dq, qt, queries);
   }
 }
 
@@ -687,58 +522,40 @@ rbf_gram_bwd_dq_kernel(EFFVIT_GRID_CONSTANT Plan g) {
 template <class T, bool kWithDq>
 EFFVIT_KERNEL(kThreads, 3)
 rbf_gram_bwd_dk_kernel(EFFVIT_GRID_CONSTANT Plan g) {
-  const BackwardTile<T> tile;
+  BackwardTile<T> tile(g);
   EFFVIT_NO_UNROLL
   for (int64_t unit = prim::cta_id(); unit < g.units; unit += prim::cta_count()) {
     int64_t i = unit;
-    const int first = static_cast<int>(i % g.col_chunks) * kTile;
-    i /= g.col_chunks;
-    const int64_t kt = i % g.k_tiles;
-    i /= g.k_tiles;
-    const int64_t heads = g.p.B * g.p.H, bh = i % heads, split = i / heads;
-    const int64_t b = bh / g.p.H, h = bh - b * g.p.H;
-    const Rows<T> from_k = k_rows<T>(g, b, h, kt);
-    const int cols = min_of(kTile, g.d_pad - first), out_cols = min_of(kTile, static_cast<int>(g.p.D) - first);
-    const bool has_keys = prim::warp_id() * 16 < from_k.valid;
-    const int64_t begin = split * g.split_tiles;
-    const int64_t end = begin + g.split_tiles < g.q_tiles ? begin + g.split_tiles : g.q_tiles;
+    const int64_t chunk = take_index(i, g.col_chunks), kt = take_index(i, g.k_tiles);
+    const int64_t heads = g.p.B * g.p.H, bh = take_index(i, heads), split = i;
+    tile.set_unit(chunk, bh);
+    const int keys = tile_rows(g.p.M, kt);
+    const bool has_keys = warp_row() < keys;
+    const int64_t begin = split * g.split_tiles, end = least(begin + g.split_tiles, g.q_tiles);
     Gradient<T> dk;
-    dk.clear();
     EFFVIT_NO_UNROLL
     for (int64_t qt = begin; qt < end; ++qt) {
-      const Rows<T> from_q = q_rows<T>(g, b, h, qt);
-      prim::sync_threads();  // the previous tiles' readers
-      if (qt == begin) {
-        load_rows(tile.k, from_k, first, cols);
-        if (g.access == kFlatVectors) clear_columns(tile.products, from_k.valid);
-      }
-      load_rows(tile.q, from_q, first, cols);
-      prim::cp_async_commit();
-      tile.load_p(g, b, h, qt, kt, from_q.valid, from_k.valid);
-      prim::cp_async_wait<0>();
-      prim::sync_threads();
-      if (has_keys) dk.template add<true>(tile.products, tile.q, from_q.valid, cols);
+      const int queries = tile_rows(g.p.L, qt);
+      tile.load(qt, kt, queries, keys, true, qt == begin, qt == begin);
+      if (has_keys) dk.template add<true>(tile.products, tile.q, queries, tile.cols);
       if constexpr (kWithDq) {
-        const bool has_queries = prim::warp_id() * 16 < from_q.valid;
+        const bool has_queries = warp_row() < queries;
         Gradient<T> dq;
-        dq.clear();
-        if (has_queries) dq.template add<false>(tile.products, tile.k, from_k.valid, cols);
+        if (has_queries) dq.template add<false>(tile.products, tile.k, keys, tile.cols);
         prim::sync_threads();  // the readers of q, over which dq is computed
-        if (has_queries)
-          store_gradient(g, dq, tile.q,
-                         static_cast<T*>(g.p.dq) + ((b * g.p.L + qt * kTile) * g.p.H + h) * g.p.D + first, from_q.valid,
-                         out_cols, g.dq_vec);
+        if (has_queries) tile.store_dq(dq, qt, queries);
       }
     }
     if (!has_keys) continue;
     if (g.splits == 1) {
       // In place over k, whose readers are done: dq was followed by a barrier, and dk alone does not read k.
-      store_gradient(g, dk, tile.k, static_cast<T*>(g.p.dk) + ((b * g.p.M + kt * kTile) * g.p.H + h) * g.p.D + first,
-                     from_k.valid, out_cols, g.dk_vec);
+      store_gradient(g, dk, tile.k,
+                     static_cast<T*>(g.p.dk) + ((tile.b * g.p.M + kt * kTile) * g.p.H + tile.h) * g.p.D + tile.first,
+                     keys, tile.out_cols, g.dk_vec);
     } else {
-      float* const to = g.partials + ((split * heads + bh) * g.p.M + kt * kTile) * g.partial_stride + first;
-      dk.finish(tile.k, round_up(out_cols, 2), [&](int row, int col, float low, float high) {
-        if (row < from_k.valid && col < out_cols)
+      float* const to = g.partials + ((split * heads + bh) * g.p.M + kt * kTile) * g.partial_stride + tile.first;
+      dk.finish(tile.k, round_up(tile.out_cols, 2), [&](int row, int col, float low, float high) {
+        if (row < keys && col < tile.out_cols)
           prim::store_global_vec(to + int64_t{row} * g.partial_stride + col, Vec<float, 2>{{low, high}});
       });
     }
@@ -752,7 +569,8 @@ EFFVIT_KERNEL(kReduceThreads, 4) rbf_gram_bwd_reduce_kernel(EFFVIT_GRID_CONSTANT
   const float factor = -2.f * p.gamma;
   for (Index i = prim::cta_id() * kReduceThreads + prim::thread_id(); i < count;
        i += prim::cta_count() * kReduceThreads) {
-    const int64_t d = i % p.D, h = i / p.D % p.H, bm = i / p.D / p.H, b = bm / p.M, m = bm - b * p.M;
+    int64_t at = i;
+    const int64_t d = take_index(at, p.D), h = take_index(at, p.H), m = take_index(at, p.M), b = at;
     const float* const from = g.partials + ((b * p.H + h) * p.M + m) * g.partial_stride + d;
     float sum = 0.f;
     for (int s = 0; s < g.splits; ++s) sum += prim::load_global(from + s * split);
@@ -779,45 +597,28 @@ Access matrix_access(const RbfGramParams& p, bool backward) {
 
 template <class T>
 Plan make_plan(const RbfGramParams& p, bool backward) {
-  const int64_t size = sizeof(T);
   Plan g = {};
   g.p = p;
+  g.q = make_tokens(p.dtype, p.q, p.q_stride_b, p.q_stride_l, p.q_stride_h, p.D);
+  g.k = make_tokens(p.dtype, p.k, p.k_stride_b, p.k_stride_l, p.k_stride_h, p.D);
   g.q_tiles = ceil_div(p.L, kTile);
   g.k_tiles = ceil_div(p.M, kTile);
   g.d_pad = round_up(p.D, backward ? Traits<T>::kBackwardPad : Traits<T>::kPad);
   g.col_chunks = static_cast<int32_t>(ceil_div(p.D, kTile));
-  g.q_vec = aligned16(p.q, size, {p.q_stride_b, p.q_stride_l, p.q_stride_h});
-  g.k_vec = aligned16(p.k, size, {p.k_stride_b, p.k_stride_l, p.k_stride_h});
   g.access = matrix_access<T>(p, backward);
+  g.dq_vec = aligned16(p.dq, sizeof(T), {p.D});
+  g.dk_vec = aligned16(p.dk, sizeof(T), {p.D});
   g.splits = 1;
   g.split_tiles = g.q_tiles;
+  g.units = p.B * p.H * g.q_tiles * (backward ? g.col_chunks : g.k_tiles);
   return g;
 }
 
-template <class T>
-Plan forward_plan(const RbfGramParams& p) {
-  Plan g = make_plan<T>(p, false);
-  g.units = p.B * p.H * g.q_tiles * g.k_tiles;
-  return g;
-}
-
-template <class T>
-Plan dq_plan(const RbfGramParams& p) {
-  Plan g = make_plan<T>(p, true);
-  g.dq_vec = aligned16(p.dq, sizeof(T), {p.D});
-  g.units = p.B * p.H * g.q_tiles * g.col_chunks;
-  return g;
-}
-
-// As many pieces as make target_ctas() CTAs, at most kMaxSplits.
 template <class T>
 Plan dk_plan(const RbfGramParams& p, void* workspace) {
-  Plan g = dq_plan<T>(p);
-  g.dk_vec = aligned16(p.dk, sizeof(T), {p.D});
+  Plan g = make_plan<T>(p, true);
   const int64_t tiles = p.B * p.H * g.k_tiles * g.col_chunks;
-  int64_t splits = ceil_div(prim::target_ctas(), tiles);
-  splits = splits < kMaxSplits ? splits : kMaxSplits;
-  g.split_tiles = ceil_div(g.q_tiles, splits);
+  g.split_tiles = ceil_div(g.q_tiles, split_count(prim::target_ctas(), tiles, kMaxSplits));
   g.splits = static_cast<int32_t>(ceil_div(g.q_tiles, g.split_tiles));
   g.units = tiles * g.splits;
   g.partial_stride = round_up(p.D, 2);
@@ -825,30 +626,17 @@ Plan dk_plan(const RbfGramParams& p, void* workspace) {
   return g;
 }
 
-inline int64_t grid_size(int64_t units) { return units < prim::target_ctas() ? units : prim::target_ctas(); }
-
 template <class T>
 size_t workspace_bytes(const RbfGramParams& p) {
   const Plan g = dk_plan<T>(p, nullptr);
   return g.splits == 1 ? 0 : static_cast<size_t>(g.splits * p.B * p.H * p.M * g.partial_stride) * sizeof(float);
 }
 
-template <class T>
-int64_t forward_shared_bytes() {
-  return 2 * kTile * Traits<T>::kStride * static_cast<int64_t>(sizeof(T)) +
-         (Traits<T>::kTensorCores ? 2 * kTile * 4 : 0);
-}
-
 inline bool is_empty(const RbfGramParams& p) { return p.B * p.H == 0 || p.L == 0 || p.M == 0; }
 
-// Bytes from the first to the last element of a tensor of four dims with last stride 1.
-inline uint64_t extent_bytes(const RbfGramParams& p, int64_t rows, int64_t cols, int64_t b, int64_t row, int64_t h) {
-  return static_cast<uint64_t>(((p.B - 1) * b + (rows - 1) * row + (p.H - 1) * h + cols) * element_bytes(p.dtype));
-}
-
 inline void register_inputs(prim::GlobalRanges& ranges, const RbfGramParams& p) {
-  ranges.read(p.q, extent_bytes(p, p.L, p.D, p.q_stride_b, p.q_stride_l, p.q_stride_h));
-  ranges.read(p.k, extent_bytes(p, p.M, p.D, p.k_stride_b, p.k_stride_l, p.k_stride_h));
+  ranges.read(p.q, extent_bytes(p.dtype, {{p.B, p.q_stride_b}, {p.L, p.q_stride_l}, {p.H, p.q_stride_h}, {p.D, 1}}));
+  ranges.read(p.k, extent_bytes(p.dtype, {{p.B, p.k_stride_b}, {p.M, p.k_stride_l}, {p.H, p.k_stride_h}, {p.D, 1}}));
 }
 
 }  // namespace rbf_gram_impl
@@ -861,11 +649,12 @@ cudaError_t launch_rbf_gram_fwd(const RbfGramParams& p, cudaStream_t stream) {
   if (is_empty(p)) return cudaSuccess;
   prim::GlobalRanges ranges;
   register_inputs(ranges, p);
-  ranges.write_once(p.out, static_cast<uint64_t>(p.B * p.H * p.L * p.M * element_bytes(p.dtype)));
+  ranges.write_once(p.out, tensor_bytes(p.dtype, p.B * p.H * p.L * p.M));
   const cudaError_t error = dispatch_dtype<Types>(p.dtype, [&](auto type) {
     using T = decltype(type);
-    const Plan g = forward_plan<T>(p);
-    return EFFVIT_LAUNCH((rbf_gram_fwd_kernel<T>), grid_size(g.units), kThreads, forward_shared_bytes<T>(), stream, g);
+    const Plan g = make_plan<T>(p, false);
+    const int64_t bytes = 2 * Traits<T>::kBytes + (kTensorCores<T> ? 2 * kTile * 4 : 0);
+    return EFFVIT_LAUNCH((rbf_gram_fwd_kernel<T>), grid_size(g.units), kThreads, bytes, stream, g);
   });
   ranges.finish();
   return error;
@@ -889,14 +678,16 @@ cudaError_t launch_rbf_gram_bwd(const RbfGramParams& p, void* workspace, cudaStr
   using namespace cuda;
   using namespace cuda::rbf_gram_impl;
   if (is_empty(p)) return cudaSuccess;
-  const int64_t size = element_bytes(p.dtype);
   prim::GlobalRanges ranges;
   register_inputs(ranges, p);
-  ranges.read(p.out, static_cast<uint64_t>(p.B * p.H * p.L * p.M * size));
-  ranges.read(p.grad_out, extent_bytes(p, p.L, p.M, p.grad_out_stride_b, p.grad_out_stride_l, p.grad_out_stride_h));
+  ranges.read(p.out, tensor_bytes(p.dtype, p.B * p.H * p.L * p.M));
+  ranges.read(
+      p.grad_out,
+      extent_bytes(p.dtype,
+                   {{p.B, p.grad_out_stride_b}, {p.H, p.grad_out_stride_h}, {p.L, p.grad_out_stride_l}, {p.M, 1}}));
   ranges.write(workspace, rbf_gram_bwd_workspace_bytes<Types>(p));
-  ranges.write_once(p.dq, static_cast<uint64_t>(p.B * p.L * p.H * p.D * size));
-  ranges.write_once(p.dk, static_cast<uint64_t>(p.B * p.M * p.H * p.D * size));
+  ranges.write_once(p.dq, tensor_bytes(p.dtype, p.B * p.L * p.H * p.D));
+  ranges.write_once(p.dk, tensor_bytes(p.dtype, p.B * p.M * p.H * p.D));
   const cudaError_t error = dispatch_dtype<Types>(p.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kBytes = BackwardTile<T>::kSharedBytes;
@@ -905,7 +696,7 @@ cudaError_t launch_rbf_gram_bwd(const RbfGramParams& p, void* workspace, cudaStr
     if (dk.k_tiles == 1) {
       status = EFFVIT_LAUNCH((rbf_gram_bwd_dk_kernel<T, true>), grid_size(dk.units), kThreads, kBytes, stream, dk);
     } else {
-      const Plan dq = dq_plan<T>(p);
+      const Plan dq = make_plan<T>(p, true);
       status = EFFVIT_LAUNCH((rbf_gram_bwd_dq_kernel<T>), grid_size(dq.units), kThreads, kBytes, stream, dq);
       if (status != cudaSuccess) return status;
       status = EFFVIT_LAUNCH((rbf_gram_bwd_dk_kernel<T, false>), grid_size(dk.units), kThreads, kBytes, stream, dk);

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <deque>
 #include <exception>
@@ -108,6 +109,8 @@ struct Range {
 std::recursive_mutex launch_mutex;
 std::map<std::string, int64_t> counters;
 uint64_t seed = 0;
+constexpr int kTargetCtas = 6, kMaxSharedBytes = 99 * 1024;
+std::atomic<int> target_cta_limit{kTargetCtas}, shared_byte_limit{kMaxSharedBytes};
 uint64_t rng = 0;
 
 Fiber fibers[kMaxThreads];
@@ -409,6 +412,9 @@ void note_write(uint64_t offset, uint32_t bytes, uint32_t align, bool in_flight)
   }
 }
 
+int64_t target_ctas() { return target_cta_limit; }
+int64_t max_shared_bytes() { return shared_byte_limit; }
+
 void begin_ranges() { launch_mutex.lock(); }
 
 void add_range(const void* p, uint64_t bytes, bool writable, bool once) {
@@ -634,6 +640,14 @@ void launch(const char* name, int64_t ctas, int threads, int64_t shared_bytes, c
 EFFVIT_EXPORT void effvit_emu_set_seed(uint64_t value) {
   const std::lock_guard<std::recursive_mutex> lock(effvit::emu::launch_mutex);
   effvit::emu::seed = value;
+}
+
+// The two numbers that plans are made with; 0 stands for the default. They choose between plans that are all right: a
+// kernel that has no smaller one takes the shared memory it needs. Whoever asks for a workspace and launches must do
+// both under the same limits.
+EFFVIT_EXPORT void effvit_emu_set_limits(int target_ctas, int max_shared_bytes) {
+  effvit::emu::target_cta_limit = target_ctas > 0 ? target_ctas : effvit::emu::kTargetCtas;
+  effvit::emu::shared_byte_limit = max_shared_bytes > 0 ? max_shared_bytes : effvit::emu::kMaxSharedBytes;
 }
 
 EFFVIT_EXPORT int64_t effvit_emu_launch_count(const char* kernel) {

@@ -89,6 +89,10 @@ void mma_f16(void** lanes);
 float half_to_float(uint16_t h);
 uint16_t float_to_half(float f);
 
+// What kernels plan with in place of a GPU's numbers. effvit_emu_set_limits changes both, for tests.
+int64_t target_ctas();  // 6: few CTAs, so that each of them walks several tiles
+int64_t max_shared_bytes();  // 99 KiB: below what the largest tiles would take, so that operands are streamed
+
 // Serialises launches and runs every CTA.
 void launch(const char* name, int64_t ctas, int threads, int64_t shared_bytes, const std::function<void()>& body);
 

@@ -27,7 +27,10 @@ extern "C" __attribute__((visibility("default"))) void run_window_attention(cons
   p.mask_value = -2.f;  // small: a key that must not be one shows
   p.q = tensors[0], p.k = tensors[1], p.v = tensors[2], p.bias_table = tensors[3];
   p.logit_scale = tensors[4], p.pad_k = tensors[5], p.pad_v = tensors[6];
-  p.out = tensors[7], p.lse = static_cast<float*>(tensors[8]), p.grad_out = tensors[9], p.dqkv = tensors[10];
+  p.out = tensors[7], p.lse = static_cast<float*>(tensors[8]), p.grad_out = tensors[9];
+  p.dq = tensors[10];  // [B, H, W, h * (2 * d + dv)]: dq [h, d], then dk [h, d], then dv [h, dv]
+  p.dk = static_cast<char*>(p.dq) + 2 * p.h * p.d, p.dvalue = static_cast<char*>(p.dk) + 2 * p.h * p.d;
+  p.dq_stride_t = p.dk_stride_t = p.dvalue_stride_t = p.h * (2 * p.d + p.dv);
   p.dbias_table = tensors[11], p.dlogit_scale = tensors[12], p.dpad_k = tensors[13], p.dpad_v = tensors[14];
   p.q_stride_h = p.k_stride_h = p.d, p.v_stride_h = p.grad_out_stride_h = p.dv;
   p.q_stride_x = p.k_stride_x = p.h * p.d, p.v_stride_x = p.grad_out_stride_x = p.h * p.dv;

@@ -7,7 +7,8 @@ import numpy as np
 from mutants import Mutant, bf16, bf16_values, call, check_seeds, from_bf16, nbytes, pointer
 
 HARNESS = "tests/prim/window_attention_harness.cpp"
-WINDOW = "csrc/cuda/window_attention.cuh"
+COMMON, FORWARD, BACKWARD = (f"csrc/cuda/window_attention_{part}.cuh" for part in ("common", "fwd", "bwd"))
+ROWS, PRODUCT = "csrc/cuda/tile/rows.cuh", "csrc/cuda/tile/product.cuh"
 # B, H, W, h, d, dv, window, shift, dilation, halo; cosine, pads
 CASES = [
     ((1, 10, 12, 2, 32, 24, 7, 7, 3, 3, 1, 1, 0, 0), False, True),  # fused, map that the window does not divide
@@ -16,42 +17,43 @@ CASES = [
     ((1, 8, 10, 1, 16, 32, 4, 5, 1, 0, 1, 1, 2, 1), True, True),  # halo
 ]
 MUTANTS = [
-    Mutant("tile_barrier", WINDOW, "    prim::sync_threads();  // P, dS and column_dot of all warps\n", "",
+    Mutant("tile_barrier", BACKWARD, "    prim::sync_threads();  // P, dS and column_dot of all warps\n", "",
            "race|uninitialised"),
-    Mutant("reuse_barrier", WINDOW, "    prim::sync_threads();  // the previous tile's readers\n"
-           "    place_tokens(c, tile, at.q_tile, 0, true);\n    prim::sync_threads();\n    if (c.cosine) row_norms(c.q",
-           "    place_tokens(c, tile, at.q_tile, 0, true);\n    prim::sync_threads();\n    if (c.cosine) row_norms(c.q",
+    Mutant("reuse_barrier", FORWARD, "    prim::sync_threads();  // the previous tile's readers\n"
+           "    place_tokens(c, tile, at.q_tile, 0, true);\n    prim::sync_threads();\n    if (c.cosine) query",
+           "    place_tokens(c, tile, at.q_tile, 0, true);\n    prim::sync_threads();\n    if (c.cosine) query",
            "race"),
-    Mutant("warp_barrier", WINDOW, "  prim::sync_warp();\n  store_rows(c.g, c.stage", "  store_rows(c.g, c.stage",
+    Mutant("warp_barrier", BACKWARD, "  prim::sync_warp();\n  store_tokens(c, c.stage", "  store_tokens(c, c.stage",
            "race|uninitialised"),
-    Mutant("no_wait", WINDOW,
+    Mutant("no_wait", FORWARD,
            "      prim::cp_async_wait<0>();\n      prim::sync_threads();\n      const int depth = tile",
            "      prim::sync_threads();\n      const int depth = tile", "before its wait"),
-    Mutant("unmasked_tail", WINDOW, "return region == kInvalid ? prim::bit_cast<float>(0xff800000u) : x;",
+    Mutant("unmasked_tail", COMMON, "return region == kInvalid ? -infinity() : x;",
            "return x;"),
-    Mutant("uninitialised", WINDOW, "    if (n * 8 < c.g.slot_rows) {\n      const int i",
-           "    if (n * 8 < c.g.slot_rows - 8) {\n      const int i", "uninitialised"),
-    Mutant("row_overrun", WINDOW, "    const int row = i / chunks, col = (i - row * chunks) * kVec;",
-           "    const int row = i / chunks + 1, col = (i - row * chunks + chunks) * kVec;", "outside"),
-    Mutant("a_fragment", WINDOW, "(ak0 + k + low + quarter) * a_stride + m0 + half)",
-           "(ak0 + k + low + half) * a_stride + m0 + quarter)", ""),
-    Mutant("b_fragment", WINDOW, "if (n + 1 < n_tiles) prim::mma_m16n8k16<T>(acc[n + 1], af, bf[2], bf[3]);",
-           "if (n + 1 < n_tiles) prim::mma_m16n8k16<T>(acc[n + 1], af, bf[0], bf[3]);", ""),
-    Mutant("sign", WINDOW, "p * (dp[n][e] - delta[r])", "p * (dp[n][e] + delta[r])", ""),
-    Mutant("table_sign", WINDOW, "(q_meta >> kMetaShift) - (k_meta >> kMetaShift)",
+    Mutant("uninitialised", BACKWARD, "store_acc(to, c.key_base, x, c.g.slot_rows / 8);",
+           "store_acc(to, c.key_base, x, c.g.slot_rows / 8 - 1);", "uninitialised"),
+    Mutant("row_overrun", ROWS, "    const int row = i / pieces, piece = i - row * pieces;",
+           "    const int row = i / pieces + 1, piece = i - row * pieces + pieces;", "outside"),
+    Mutant("a_fragment", PRODUCT, "(a.row + k + at.low + at.quarter) * a.tile.stride + a.col + at.half",
+           "(a.row + k + at.low + at.half) * a.tile.stride + a.col + at.quarter", ""),
+    Mutant("b_fragment", PRODUCT,
+           "if (both) prim::mma_m16n8k16<E>(acc[i + 1], hi, bf[2], bf[3]);\n      if constexpr",
+           "if (both) prim::mma_m16n8k16<E>(acc[i + 1], hi, bf[0], bf[3]);\n      if constexpr", ""),
+    Mutant("sign", BACKWARD, "p * (dp[n][e] - delta[r])", "p * (dp[n][e] + delta[r])", ""),
+    Mutant("table_sign", COMMON, "(q_meta >> kMetaShift) - (k_meta >> kMetaShift)",
            "c.g.table_size - 1 - (q_meta >> kMetaShift) + (k_meta >> kMetaShift)", ""),
-    Mutant("shifted_bound", WINDOW, "if (!w.valid || j >= g.keys)", "if (!w.valid || j >= g.keys - 1)", "unwritten"),
-    Mutant("halo_bound", WINDOW, "local_x < g.axis_x.window + g.axis_x.halo;",
+    Mutant("shifted_bound", COMMON, "if (!w.valid || j >= g.keys)", "if (!w.valid || j >= g.keys - 1)", "unwritten"),
+    Mutant("halo_bound", BACKWARD, "local_x < g.axis_x.window + g.axis_x.halo;",
            "local_x <= g.axis_x.window + g.axis_x.halo;",
            "outside the array"),
-    Mutant("region", WINDOW, "if (region != (q_meta & kRegionBits)) x += ",
+    Mutant("region", COMMON, "if (region != (q_meta & kRegionBits)) x += ",
            "if (region > (q_meta & kRegionBits)) x += ",
            ""),
-    Mutant("no_rescale", WINDOW, "o[n][e] *= rescale[e / 2];", "o[n][e] *= 1.f;", ""),
-    Mutant("lost_walk", WINDOW, "ds_sum[n][e] += dp[n][e];\n        }\n      }\n    }\n    dot +=",
-           "ds_sum[n][e] = dp[n][e];\n        }\n      }\n    }\n    dot +=", ""),
-    Mutant("lost_window", WINDOW, "tile * c.g.slots + row / c.g.slot_rows", "tile * c.g.slots", "written twice"),
-    Mutant("pad_gradient", WINDOW, "sums.ds_outside[r] += ds;", "sums.ds_outside[r] += p;", ""),
+    Mutant("no_rescale", FORWARD, "o[n][e] *= rescale[e / 2];", "o[n][e] *= 1.f;", ""),
+    Mutant("lost_walk", BACKWARD, "if (with_table) add(ds_sum, dp, n_tiles);",
+           "if (with_table) clear(ds_sum), add(ds_sum, dp, n_tiles);", ""),
+    Mutant("lost_window", COMMON, "tile * c.g.slots + row / c.g.slot_rows", "tile * c.g.slots", "written twice"),
+    Mutant("pad_gradient", BACKWARD, "sums.ds_outside[r] += ds;", "sums.ds_outside[r] += p;", ""),
 ]  # fmt: skip
 
 

@@ -19,17 +19,27 @@ constexpr bool kBf16Tiles = kBf16Products<T>;  // on tiles, whose results go thr
 template <class T>
 constexpr bool kBf16Tiles = false;
 #endif
+// Element type of the operands of T's products.
+template <class T>
+using Operand = std::conditional_t<kBf16Products<T>, BFloat16, float>;
+
+// The tile configuration of the thread, owned while a pass runs on tiles.
+struct NoTiles {};
 
 #if defined(EFFVIT_HAS_BF16_PRODUCTS)
 static_assert(kLanes == 16, "a row of a float32 tile is one vector");
 
-// A product is C[m, n] (+)= A[m, k] B[k, n], C in float32. A is row-major (on pairs it may also be the transpose of
-// rows interleaved as those of B are) with `lda` elements from row to row, B has
-// its rows interleaved in pairs ("VNNI": b[k/2][n][k%2]) with `ldb` elements from one pair to the next (2n when dense).
-// n is a multiple of 16, k of kBf16Depth, on tiles m of kBf16Rows.
+// A product is C[m, n] (+)= A[m, k] B[k, n], C in float32, by the same gemm_into as in float32; n is a multiple of 16.
+//   right(b, n)       B with its rows interleaved in pairs ("VNNI": b[k/2][n][k%2])
+//   row_major(a, ld)  A row by row, `ld` elements apart
+//   transposed(a, m)  A from its transpose, whose rows are interleaved in pairs as those of B are; k is kBf16MaxRows at
+//                     most
+// k is rounded up to kBf16Depth: B has rows of zeros there, and A finite numbers. A is readable up to a multiple of 16
+// rows.
+constexpr int kBf16MaxRows = 64;
 
 #if defined(EFFVIT_HAS_TILES)
-constexpr int kBf16Rows = 16, kBf16Depth = 32;
+constexpr int kBf16Depth = 32;
 
 // A tile is 16 rows of 64 bytes: 16x32 bfloat16 of A; 16 pairs of rows of B, interleaved ("VNNI": b[k/2][n][k%2]);
 // 16x16 float32 of C.
@@ -92,84 +102,139 @@ class TileScope {
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;
 };
+template <class T>
+using ProductScope = std::conditional_t<kBf16Tiles<T>, TileScope, NoTiles>;
 
-inline void bf16_gemm(int m, int n, int k, const BFloat16* a, int64_t lda, const BFloat16* b, int64_t ldb, float* c,
-                      int64_t ldc, bool accumulate) {
-  const int64_t a_bytes = lda * 2, b_bytes = ldb * 2, c_bytes = ldc * 4;
-  int i = 0;
-  for (; i + 32 <= m; i += 32) {
-    int j = 0;
-    for (; j + 32 <= n; j += 32) {  // 2 x 2 tiles: each tile of A and B is used twice
-      float *c0 = c + i * ldc + j, *c1 = c0 + 16 * ldc;
-      if (accumulate) {
-        EFFVIT_TILE_LOAD(0, c0, c_bytes);
-        EFFVIT_TILE_LOAD(1, c0 + 16, c_bytes);
-        EFFVIT_TILE_LOAD(2, c1, c_bytes);
-        EFFVIT_TILE_LOAD(3, c1 + 16, c_bytes);
-      } else {
-        EFFVIT_TILE_ZERO(0);
-        EFFVIT_TILE_ZERO(1);
-        EFFVIT_TILE_ZERO(2);
-        EFFVIT_TILE_ZERO(3);
-      }
-      for (int t = 0; t < k; t += 32) {
-        EFFVIT_TILE_LOAD(4, a + i * lda + t, a_bytes);
-        EFFVIT_TILE_LOAD(6, b + (t / 2) * ldb + 2 * j, b_bytes);
-        EFFVIT_TILE_LOAD(7, b + (t / 2) * ldb + 2 * j + 32, b_bytes);
-        EFFVIT_TILE_LOAD(5, a + (i + 16) * lda + t, a_bytes);
-        EFFVIT_TILE_DOT(0, 4, 6);
-        EFFVIT_TILE_DOT(1, 4, 7);
-        EFFVIT_TILE_DOT(2, 5, 6);
-        EFFVIT_TILE_DOT(3, 5, 7);
-      }
-      EFFVIT_TILE_STORE(0, c0, c_bytes);
-      EFFVIT_TILE_STORE(1, c0 + 16, c_bytes);
-      EFFVIT_TILE_STORE(2, c1, c_bytes);
-      EFFVIT_TILE_STORE(3, c1 + 16, c_bytes);
-    }
-    for (; j < n; j += 16) {
-      float *c0 = c + i * ldc + j, *c1 = c0 + 16 * ldc;
-      if (accumulate) {
-        EFFVIT_TILE_LOAD(0, c0, c_bytes);
-        EFFVIT_TILE_LOAD(2, c1, c_bytes);
-      } else {
-        EFFVIT_TILE_ZERO(0);
-        EFFVIT_TILE_ZERO(2);
-      }
-      for (int t = 0; t < k; t += 32) {
-        EFFVIT_TILE_LOAD(6, b + (t / 2) * ldb + 2 * j, b_bytes);
-        EFFVIT_TILE_LOAD(4, a + i * lda + t, a_bytes);
-        EFFVIT_TILE_LOAD(5, a + (i + 16) * lda + t, a_bytes);
-        EFFVIT_TILE_DOT(0, 4, 6);
-        EFFVIT_TILE_DOT(2, 5, 6);
-      }
-      EFFVIT_TILE_STORE(0, c0, c_bytes);
-      EFFVIT_TILE_STORE(2, c1, c_bytes);
-    }
+struct RowMajorTiles {
+  const BFloat16* data;
+  int64_t ld;
+};
+struct TransposedTiles {  // word [t * ld + r] is elements 2 t and 2 t + 1 of row r
+  const Word* data;
+  int64_t ld;
+};
+struct TilesB {
+  const BFloat16* data;
+  int64_t ld;  // from one pair of rows to the next
+};
+EFFVIT_INLINE RowMajorTiles row_major(const BFloat16* a, int64_t ld) { return {a, ld}; }
+EFFVIT_INLINE TransposedTiles transposed(const BFloat16* a, int64_t m) { return {reinterpret_cast<const Word*>(a), m}; }
+EFFVIT_INLINE TilesB right(const BFloat16* b, int64_t n) { return {b, 2 * n}; }
+
+// kM x kN tiles of C, at most 2 x 2: each tile of A and B is then used twice.
+template <int kM, int kN>
+inline void multiply_tiles(int k, RowMajorTiles a, const BFloat16* b, int64_t ldb, float* c, int64_t ldc,
+                           bool accumulate) {
+  const int64_t a_bytes = a.ld * 2, b_bytes = ldb * 2, c_bytes = ldc * 4;
+  float* const c1 = c + 16 * ldc;
+  if (accumulate) {
+    EFFVIT_TILE_LOAD(0, c, c_bytes);
+    if constexpr (kN == 2) EFFVIT_TILE_LOAD(1, c + 16, c_bytes);
+    if constexpr (kM == 2) EFFVIT_TILE_LOAD(2, c1, c_bytes);
+    if constexpr (kM * kN == 4) EFFVIT_TILE_LOAD(3, c1 + 16, c_bytes);
+  } else {
+    EFFVIT_TILE_ZERO(0);
+    EFFVIT_TILE_ZERO(1);
+    EFFVIT_TILE_ZERO(2);
+    EFFVIT_TILE_ZERO(3);
   }
-  for (; i < m; i += 16) {
-    for (int j = 0; j < n; j += 16) {
-      float* c0 = c + i * ldc + j;
-      if (accumulate) {
-        EFFVIT_TILE_LOAD(0, c0, c_bytes);
-      } else {
-        EFFVIT_TILE_ZERO(0);
-      }
-      for (int t = 0; t < k; t += 32) {
-        EFFVIT_TILE_LOAD(4, a + i * lda + t, a_bytes);
-        EFFVIT_TILE_LOAD(6, b + (t / 2) * ldb + 2 * j, b_bytes);
-        EFFVIT_TILE_DOT(0, 4, 6);
-      }
-      EFFVIT_TILE_STORE(0, c0, c_bytes);
-    }
+  for (int t = 0; t < k; t += 32) {
+    EFFVIT_TILE_LOAD(4, a.data + t, a_bytes);
+    EFFVIT_TILE_LOAD(6, b + (t / 2) * ldb, b_bytes);
+    if constexpr (kN == 2) EFFVIT_TILE_LOAD(7, b + (t / 2) * ldb + 32, b_bytes);
+    if constexpr (kM == 2) EFFVIT_TILE_LOAD(5, a.data + 16 * a.ld + t, a_bytes);
+    EFFVIT_TILE_DOT(0, 4, 6);
+    if constexpr (kN == 2) EFFVIT_TILE_DOT(1, 4, 7);
+    if constexpr (kM == 2) EFFVIT_TILE_DOT(2, 5, 6);
+    if constexpr (kM * kN == 4) EFFVIT_TILE_DOT(3, 5, 7);
   }
+  EFFVIT_TILE_STORE(0, c, c_bytes);
+  if constexpr (kN == 2) EFFVIT_TILE_STORE(1, c + 16, c_bytes);
+  if constexpr (kM == 2) EFFVIT_TILE_STORE(2, c1, c_bytes);
+  if constexpr (kM * kN == 4) EFFVIT_TILE_STORE(3, c1 + 16, c_bytes);
+}
+
+// Rows [row, row + rows) of C, at most 32 of them, from as many rows of A. Whole tiles go to C itself where C is
+// memory; all else goes through a block in the L1 cache.
+template <class C>
+inline void tile_rows(int row, int rows, int n, int k, RowMajorTiles a, TilesB b, C sink) {
+  constexpr bool kMemory = std::is_same_v<C, StoreC>;
+  alignas(64) float block[32 * 32];
+  k = round_up(k, kBf16Depth);
+  for (int j = 0; j < n; j += 32) {
+    const int columns = std::min(32, n - j);
+    float* c = block;
+    int64_t ldc = 32;
+    bool accumulate = false;
+    if constexpr (kMemory) {
+      float* const to = sink.data + row * sink.ld + j;
+      accumulate = sink.accumulate;
+      if (rows % 16 == 0) {
+        c = to;
+        ldc = sink.ld;
+      } else if (accumulate) {
+        for (int r = 0; r < rows; ++r) std::memcpy(block + 32 * r, to + r * sink.ld, columns * sizeof(float));
+      }
+    }
+    const BFloat16* const from = b.data + 2 * j;
+    if (rows > 16) {
+      columns > 16 ? multiply_tiles<2, 2>(k, a, from, b.ld, c, ldc, accumulate)
+                   : multiply_tiles<2, 1>(k, a, from, b.ld, c, ldc, accumulate);
+    } else {
+      columns > 16 ? multiply_tiles<1, 2>(k, a, from, b.ld, c, ldc, accumulate)
+                   : multiply_tiles<1, 1>(k, a, from, b.ld, c, ldc, accumulate);
+    }
+    if (c != block) continue;
+    if constexpr (kMemory) sink.accumulate = false;
+    for (int r = 0; r < rows; ++r) {
+      for (int i = 0; i < columns; i += kLanes) sink(row + r, j + i, load(block + 32 * r + i));
+    }
+    if constexpr (kMemory) sink.accumulate = accumulate;
+  }
+}
+
+// Calls f(row, rows) for every 32 rows, and what is to be fetched meanwhile before it.
+template <class F, class Rows>
+EFFVIT_INLINE void blocks_of_rows(int m, int n, const F& ahead, const Rows& f) {
+  for (int i = 0, made = 0; i < m; i += 32) {
+    const int rows = std::min(32, m - i);
+    for (; made < gemm_steps(i + rows, n); ++made) {
+      if (const Fetch fetch = ahead(1); fetch.data) fetch(0);
+    }
+    f(i, rows);
+  }
+}
+
+template <class C, class F>
+inline void gemm_into(int m, int n, int k, RowMajorTiles a, TilesB b, C sink, const F& ahead) {
+  blocks_of_rows(m, n, ahead,
+                 [&](int i, int rows) { tile_rows(i, rows, n, k, RowMajorTiles{a.data + i * a.ld, a.ld}, b, sink); });
+}
+template <class C, class F>
+inline void gemm_into(int m, int n, int k, TransposedTiles a, TilesB b, C sink, const F& ahead) {
+  alignas(64) Word left[32 * kBf16MaxRows / 2];
+  const int words = round_up(k, kBf16Depth) / 2, there = (k + 1) / 2;
+  blocks_of_rows(m, n, ahead, [&](int i, int rows) {
+    for (int r = 0; r < rows; r += kLanes) {
+      for (int t = 0; t < words; t += kLanes) {
+        vf x[kLanes];
+#pragma GCC unroll 16
+        for (int s = 0; s < kLanes; ++s) x[s] = t + s < there ? load(a.data + (t + s) * a.ld + i + r) : vf{};
+        transpose_block(x);
+#pragma GCC unroll 16
+        for (int s = 0; s < kLanes; ++s) store(left + (r + s) * words + t, x[s]);
+      }
+    }
+    const BFloat16* const data = reinterpret_cast<const BFloat16*>(left);
+    tile_rows(i, rows, n, k, RowMajorTiles{data, 2 * words}, b, sink);
+  });
 }
 
 #else
 
 constexpr int kBf16Depth = 2;
-
-struct TileScope {};
+template <class T>
+using ProductScope = NoTiles;
 
 // acc + a.low * b.low + a.high * b.high in every lane; lanes of a and b are pairs of bfloat16.
 EFFVIT_INLINE vf dot_pairs(vf a, vf b, vf acc) {
@@ -182,36 +247,17 @@ EFFVIT_INLINE vf dot_pairs(vf a, vf b, vf acc) {
 #endif
 }
 
-// Pairs of numbers that are bfloat16 already, or (round_pairs, below) are rounded: a low, b high in every lane.
-EFFVIT_INLINE vi join_pairs(vf a, vf b) { return (vi)((vu)a >> 16) | ((vi)b & (vi{} - 65536)); }
-
-// Operands of the float32 GEMM whose elements are pairs of bfloat16: k counts pairs.
-typedef float Pair __attribute__((may_alias));
-struct RowMajorPairs {  // elements 2 t and 2 t + 1 of row r
-  const Pair* data;
-  int64_t ld;
-  RowMajorPairs(const BFloat16* a, int64_t lda) : data(reinterpret_cast<const Pair*>(a)), ld(lda / 2) {}
-  EFFVIT_INLINE vf broadcast(int r, int t) const { return set1(data[r * ld + t]); }
+// An operand of the float32 GEMM whose words are pairs of bfloat16: a dot product takes the place of a multiply-add.
+template <class A>
+struct PairsOf : A {
   EFFVIT_INLINE static vf multiply_add(vf a, vf b, vf c) { return dot_pairs(a, b, c); }
-  EFFVIT_INLINE RowMajorPairs rows_from(int r) const {
-    RowMajorPairs to = *this;
-    to.data += r * ld;
-    return to;
-  }
+  EFFVIT_INLINE static int steps(int k) { return (k + 1) / 2; }
+  EFFVIT_INLINE PairsOf rows_from(int r) const { return {A::rows_from(r)}; }
 };
-struct TransposedPairs {  // the transpose of a matrix with its rows interleaved in pairs
-  const Pair* data;
-  int64_t ld;
-  TransposedPairs(const BFloat16* a, int64_t lda) : data(reinterpret_cast<const Pair*>(a)), ld(lda / 2) {}
-  EFFVIT_INLINE vf broadcast(int r, int t) const { return set1(data[t * ld + r]); }
-  EFFVIT_INLINE static vf multiply_add(vf a, vf b, vf c) { return dot_pairs(a, b, c); }
-  EFFVIT_INLINE TransposedPairs rows_from(int r) const {
-    TransposedPairs to = *this;
-    to.data += r;
-    return to;
-  }
-};
-EFFVIT_INLINE DenseB pairs_b(const BFloat16* b, int64_t ldb) { return {reinterpret_cast<const Pair*>(b), ldb / 2}; }
+EFFVIT_INLINE const Word* words(const BFloat16* p) { return reinterpret_cast<const Word*>(p); }
+EFFVIT_INLINE PairsOf<RowMajorA> row_major(const BFloat16* a, int64_t ld) { return {{words(a), ld / 2}}; }
+EFFVIT_INLINE PairsOf<TransposedA> transposed(const BFloat16* a, int64_t m) { return {{words(a), m}}; }
+EFFVIT_INLINE DenseB right(const BFloat16* b, int64_t n) { return {words(b), n}; }
 
 #endif  // EFFVIT_HAS_TILES
 
@@ -253,8 +299,8 @@ EFFVIT_INLINE void pack_transposed(BFloat16* dst, int64_t ldb, int n, int k, con
   }
 }
 
-#if !defined(EFFVIT_HAS_TILES)
-// Lane by lane: a in the low half of a pair of bfloat16, b in the high one.
+// Pairs of numbers that are bfloat16 already, or (round_pairs) are rounded: a low, b high in every lane.
+EFFVIT_INLINE vi join_pairs(vf a, vf b) { return (vi)((vu)a >> 16) | ((vi)b & (vi{} - 65536)); }
 EFFVIT_INLINE vi round_pairs(vf a, vf b) {
 #if defined(EFFVIT_HAS_AVX512_BF16)
   const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
@@ -269,7 +315,6 @@ EFFVIT_INLINE vi round_pairs(vf a, vf b) {
   return pairs;
 #endif
 }
-#endif
 
 // Interleaves two rows of n bfloat16 (n a multiple of 16): dst[2 i + s] = row s [i].
 EFFVIT_INLINE void interleave_rows(BFloat16* dst, const BFloat16* even, const BFloat16* odd, int n) {
@@ -311,23 +356,15 @@ EFFVIT_INLINE void pack_rows(BFloat16* dst, int64_t ldb, int k, int n, const Row
   }
 }
 
-#if defined(EFFVIT_HAS_TILES)
-// A left operand from float32 rows that are its columns: dst[m, k] = src^T, for src [k, m] with `lds` elements from row
-// to row; k is a multiple of kBf16Depth, m of 16.
-EFFVIT_INLINE void pack_transposed_a(BFloat16* dst, const float* src, int64_t lds, int k, int m) {
-  for (int r = 0; r < k; r += kLanes) {
-    for (int c = 0; c < m; c += kLanes) {
-      vf t[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) t[i] = load(src + (r + i) * lds + c);
-      transpose_block(t);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(dst + int64_t{c + i} * k + r, t[i]);
-    }
-  }
-}
-#endif
-
+#else
+template <class T>
+using ProductScope = NoTiles;
+// Declared, and nowhere defined: what stands under `if constexpr (kBf16Products<T>)` then needs no #if around it.
+RowMajorA row_major(const BFloat16* a, int64_t ld);
+TransposedA transposed(const BFloat16* a, int64_t m);
+DenseB right(const BFloat16* b, int64_t n);
+vi join_pairs(vf a, vf b);
+vi round_pairs(vf a, vf b);
 #endif  // EFFVIT_HAS_BF16_PRODUCTS
 
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME

@@ -1,5 +1,5 @@
 // Compiles one op's kernel for one instruction set. CMake writes a file that includes this one per
-// csrc/cpu/*_kernel.inl.h and instruction set. It defines EFFVIT_OP, EFFVIT_KERNEL_HEADER, EFFVIT_KERNEL_DECLARATIONS
+// csrc/cpu/*_kernel.inl.h and instruction set. It defines EFFVIT_OP, EFFVIT_KERNEL_HEADER, EFFVIT_PARAMS_HEADER
 // and, from the table in isas.h, EFFVIT_ISA_NAME, EFFVIT_LANES, EFFVIT_TARGET and EFFVIT_HAS_<...>. Everything with
 // code in it is included before the target region, so that no inline function shared with another file is compiled for
 // a wider ISA: the linker would be free to keep that copy, and it would be an illegal instruction elsewhere.
@@ -14,6 +14,7 @@
 
 #include "../../common/dtype.h"
 #include "isa.h"
+#include "tiles.h"
 
 // Kernel entry points: `EFFVIT_KERNEL_NAME(op)` is op_<isa>.
 #define EFFVIT_CONCAT2(a, b) a##_##b
@@ -23,7 +24,8 @@
 #include <type_traits>
 #include <utility>
 
-#include EFFVIT_KERNEL_DECLARATIONS
+#include EFFVIT_PARAMS_HEADER
+#include "../kernel.h"
 
 #if defined(EFFVIT_TARGET)
 #if defined(__clang__)
@@ -47,6 +49,7 @@ EFFVIT_GCC_PRAGMA(GCC target(EFFVIT_TARGET))
 #include "scratch.inl.h"
 #include "vec.inl.h"
 #include "bf16.inl.h"
+#include "tokens.inl.h"
 #include EFFVIT_KERNEL_HEADER
 
 #if defined(EFFVIT_TARGET)
@@ -59,7 +62,6 @@ EFFVIT_GCC_PRAGMA(GCC target(EFFVIT_TARGET))
 
 namespace effvit::cpu {
 namespace {
-[[maybe_unused]] const auto registered = EFFVIT_CONCAT(EFFVIT_OP, table)[static_cast<int>(Isa::EFFVIT_ISA_NAME)] =
-    EFFVIT_KERNEL_NAME(EFFVIT_OP)();
+[[maybe_unused]] const auto registered = set_kernel(Isa::EFFVIT_ISA_NAME, EFFVIT_KERNEL_NAME(EFFVIT_OP)());
 }  // namespace
 }  // namespace effvit::cpu

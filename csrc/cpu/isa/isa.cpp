@@ -138,6 +138,8 @@ struct Arena {
 
 int base_of(Isa isa) { return find(kIsas[static_cast<int>(isa)].base); }
 
+const char* built_isas() { return EFFVIT_BUILT_ISAS; }
+
 Isa current_isa() { return static_cast<Isa>(chosen().load(std::memory_order_relaxed)); }
 
 void* thread_scratch(size_t bytes) {

@@ -20,6 +20,9 @@ inline constexpr int kIsaCount = 0
 
 Isa current_isa();
 
+// Comma separated: what this library was compiled for.
+const char* built_isas();
+
 // The instruction set that serves an op which has no use for what this one adds, or -1.
 int base_of(Isa isa);
 
@@ -36,9 +39,3 @@ const Kernel* select(const Kernel* const (&table)[kIsaCount]) {
 }
 
 }  // namespace effvit::cpu
-
-// In namespace effvit::cpu: the table of an op's entry points, which instantiate.cpp fills before main, and
-// `const Kernel& op_kernel()`, those of the current instruction set.
-#define EFFVIT_DECLARE_KERNEL(Kernel, op)          \
-  inline const Kernel* op##_table[kIsaCount] = {}; \
-  inline const Kernel& op##_kernel() { return *select(op##_table); }

@@ -16,6 +16,7 @@ typedef uint32_t vu __attribute__((vector_size(4 * EFFVIT_LANES)));
 typedef float vf_unaligned
     __attribute__((vector_size(4 * EFFVIT_LANES), aligned(2), may_alias));  // or pairs of bfloat16
 typedef int32_t vi_unaligned __attribute__((vector_size(4 * EFFVIT_LANES), aligned(4), may_alias));
+typedef float Word __attribute__((may_alias));  // a float, or a pair of bfloat16
 
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -115,6 +116,12 @@ EFFVIT_INLINE vi lanes_below(int n) {
 // Lanes i < n of x, zero elsewhere.
 EFFVIT_INLINE vf first_lanes(vf x, int n) { return (vf)((vi)x & lanes_below(n)); }
 
+// Lanes i < n of x, `other` elsewhere.
+EFFVIT_INLINE vf first_lanes_or(vf x, int n, float other) {
+  const vi there = lanes_below(n);
+  return (vf)(((vi)x & there) | ((vi)set1(other) & ~there));
+}
+
 // exp for x <= 88, exactly 0 below the smallest normal result; about 1 ulp. e^x = 2^n e^f, n = round(x/ln 2).
 EFFVIT_INLINE vf exp(vf x) {
   const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low mantissa bits
@@ -168,6 +175,19 @@ EFFVIT_INLINE vf exp_full(vf x) {
   const vi exponent = (vi)r - 0x4b400000;  // n: the bits of magic taken off
   const vi half = exponent >> 1;
   return p * (vf)((half + 127) << 23) * (vf)((exponent - half + 127) << 23);
+}
+
+// Natural logarithm of normal positive numbers: exponent plus 2 atanh((m-1)/(m+1)), m in [sqrt(1/2), sqrt(2)).
+EFFVIT_INLINE vf log(vf x) {
+  const vi bits = float_to_bits(x);
+  const vi e = (bits - 0x3f3504f3) >> 23;
+  const vf m = bits_to_float(bits - (e << 23));
+  const vf s = (m - 1.f) / (m + 1.f), z = s * s;
+  vf p = fma(z, set1(0.2222222222f), set1(0.2857142857f));
+  p = fma(z, p, set1(0.4f));
+  p = fma(z, p, set1(0.6666666667f));
+  p = fma(z, p, set1(2.f));
+  return fma(__builtin_convertvector(e, vf), set1(0.693147181f), s * p);
 }
 
 // ---- element types -------------------------------------------------------------------------------------------------
@@ -444,19 +464,21 @@ constexpr int kRows = 6, kTallRows = 8, kCols = 4;  // 24 + 4 + 1 of 32 register
 constexpr int kRows = 3, kTallRows = 3, kCols = 4;  // 12 + 3 (one B vector is a memory operand) + 1 of 16 registers
 #endif
 
-// How A and B of a product C[m, n] += A[m, k] B[k, n] are addressed.
+// How A and B of a product C[m, n] += A[m, k] B[k, n] are addressed. steps(k): of the inner loop.
 struct RowMajorA {  // a[r * ld + t]
-  const float* data;
+  const Word* data;
   int64_t ld;
   EFFVIT_INLINE vf broadcast(int r, int t) const { return set1(data[r * ld + t]); }
   EFFVIT_INLINE static vf multiply_add(vf a, vf b, vf c) { return fma(a, b, c); }
+  EFFVIT_INLINE static int steps(int k) { return k; }
   EFFVIT_INLINE RowMajorA rows_from(int r) const { return {data + r * ld, ld}; }
 };
 struct TransposedA {  // a[t * ld + r]
-  const float* data;
+  const Word* data;
   int64_t ld;
   EFFVIT_INLINE vf broadcast(int r, int t) const { return set1(data[t * ld + r]); }
   EFFVIT_INLINE static vf multiply_add(vf a, vf b, vf c) { return fma(a, b, c); }
+  EFFVIT_INLINE static int steps(int k) { return k; }
   EFFVIT_INLINE TransposedA rows_from(int r) const { return {data + r, ld}; }
 };
 struct DenseB {  // b[t * ld + column]
@@ -465,6 +487,12 @@ struct DenseB {  // b[t * ld + column]
   EFFVIT_INLINE const float* operator()(int t) const { return data + t * ld; }
   EFFVIT_INLINE DenseB columns_from(int c) const { return {data + c, ld}; }
 };
+
+// The operands of a product from memory: float32 as they are; bf16.inl.h has the same for bfloat16.
+EFFVIT_INLINE RowMajorA row_major(const float* a, int64_t ld) { return {a, ld}; }
+EFFVIT_INLINE TransposedA transposed(const float* a, int64_t ld) { return {a, ld}; }
+EFFVIT_INLINE DenseB right(const float* b, int64_t ld) { return {b, ld}; }
+
 // Where the product goes: called once per vector of the result, with its row and column in the whole of C.
 // What C holds already (a bias, say) is added last: its magnitude then enters one rounding instead of k.
 struct StoreC {
@@ -553,8 +581,8 @@ constexpr int gemm_steps(int m, int n) { return m / (n <= 2 * kLanes ? kTallRows
 
 // A[m, k] B[k, n], handed to the sink. ahead(calls) is asked before every few rows for a Fetch to make meanwhile.
 template <class A, class B, class C, class F>
-EFFVIT_INLINE void gemm_into(int m, int n, int k, A a, B b, C sink, const F& ahead) {
-  const int calls = k * ((n / kLanes + kCols - 1) / kCols);
+EFFVIT_INLINE void gemm_into(int m, int n, int k_elements, A a, B b, C sink, const F& ahead) {
+  const int k = A::steps(k_elements), calls = k * ((n / kLanes + kCols - 1) / kCols);
   int r = 0;
   const auto blocks_of = [&](auto rows, auto narrow) __attribute__((always_inline)) {
     constexpr int kBlock = decltype(rows)::value;

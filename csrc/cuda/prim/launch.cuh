@@ -47,10 +47,8 @@ cudaError_t launch(const char* name, Kernel kernel, int64_t ctas, int threads, i
   return cudaSuccess;
 }
 
-// Few CTAs, so that each of them walks several tiles.
-inline int64_t target_ctas() { return 6; }
-// Below what the largest tiles would take, so that the tests cover the paths that stream.
-inline int64_t max_shared_bytes() { return 99 * 1024; }
+inline int64_t target_ctas() { return emu::target_ctas(); }
+inline int64_t max_shared_bytes() { return emu::max_shared_bytes(); }
 
 #else
 

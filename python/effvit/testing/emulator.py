@@ -29,6 +29,8 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     handle.effvit_abi_signatures.restype = ctypes.c_char_p
     handle.effvit_emu_set_seed.argtypes = [ctypes.c_uint64]
     handle.effvit_emu_set_seed.restype = None
+    handle.effvit_emu_set_limits.argtypes = [ctypes.c_int, ctypes.c_int]
+    handle.effvit_emu_set_limits.restype = None
     handle.effvit_emu_launch_count.argtypes = [ctypes.c_char_p]
     handle.effvit_emu_launch_count.restype = ctypes.c_int64
     handle.effvit_emu_reset_counters.restype = None
@@ -67,3 +69,18 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         handle.effvit_emu_set_seed(0)
+
+
+@contextlib.contextmanager
+def limits(target_ctas: int = 0, max_shared_bytes: int = 0) -> Iterator[None]:
+    """Kernels plan for that many CTAs and that much shared memory of a CTA; 0 is the default (6 CTAs, 99 KiB).
+
+    Small numbers bring small shapes onto the long paths: several tiles a CTA, sums in one piece or many, operands
+    streamed. They choose between plans; a kernel that has no smaller one takes the shared memory it needs.
+    """
+    handle = _loaded()
+    handle.effvit_emu_set_limits(target_ctas, max_shared_bytes)
+    try:
+        yield
+    finally:
+        handle.effvit_emu_set_limits(0, 0)

@@ -1,0 +1,56 @@
+// linear_attention on the CPU: states, of a head, of a unit and of all splits. Included by
+// linear_attention_kernel.inl.h.
+#pragma once
+
+namespace effvit::cpu::EFFVIT_ISA_NAME {
+namespace linear_attention_impl {
+
+// A padded state, [K, Vp] and z [Kp], from contiguous tensors [K, V] and [K]; zeros where they are null.
+void load_state(const Plan& plan, float* slot, const float* state, const float* z) {
+  zero(slot, plan.slot);
+  float* const to_z = slot + int64_t{plan.Kp} * plan.Vp;
+  if (state) {
+    for (int c = 0; c < plan.K; ++c) load_row(slot + int64_t{c} * plan.Vp, state + int64_t{c} * plan.V, plan.V);
+  }
+  if (z) std::memcpy(to_z, z, static_cast<size_t>(plan.K) * sizeof(float));
+}
+
+void store_state(const Plan& plan, const float* slot, float* state, float* z) {
+  if (state) {
+    for (int c = 0; c < plan.K; ++c) store_row(state + int64_t{c} * plan.V, slot + int64_t{c} * plan.Vp, plan.V);
+  }
+  if (z) std::memcpy(z, slot + int64_t{plan.Kp} * plan.Vp, static_cast<size_t>(plan.K) * sizeof(float));
+}
+
+void add_state(const Plan& plan, float* slot, const float* other) {
+  for (int64_t i = 0; i < plan.slot; i += kLanes) store(slot + i, load(slot + i) + load(other + i));
+}
+
+// One state per head: `first` is that of head h0.
+struct States {
+  float* first;
+  int64_t h0, stride;
+  EFFVIT_INLINE float* operator()(int64_t head) const { return first + (head - h0) * stride; }
+};
+
+// Partial states in the workspace: [N, splits, H] slots.
+States states_of(const Params& p, const Plan& plan, float* base, int64_t n, int64_t split) {
+  return {base + (n * plan.splits + split) * p.H * plan.slot, 0, plan.slot};
+}
+
+// The slots of one (sequence, head), from partial sums to what precedes each split: exclusive sums from `first` on, in
+// order or backwards. Returns with the total in `total`, which starts as a copy of `first`.
+template <class Slot>
+void scan_slots(const Plan& plan, bool backwards, float* total, const Slot& slot) {
+  for (int64_t i = 0; i < plan.splits; ++i) {
+    float* const here = slot(backwards ? plan.splits - 1 - i : i);
+    for (int64_t j = 0; j < plan.slot; j += kLanes) {
+      const vf sum = load(total + j), x = load(here + j);
+      store(here + j, sum);
+      store(total + j, sum + x);
+    }
+  }
+}
+
+}  // namespace linear_attention_impl
+}  // namespace effvit::cpu::EFFVIT_ISA_NAME
