@@ -140,7 +140,7 @@ def split(dims: tuple[str, ...], shape) -> tuple | None:
     if dims[:1] != ("...",):
         return list(zip(dims, shape, strict=True)) if len(dims) == len(shape) else None
     leading = len(shape) - len(dims) + 1
-    if leading < 0:
+    if leading < 0 or len(shape) > 6:
         return None
     return [("...", tuple(shape[:leading])), *zip(dims[1:], shape[leading:], strict=True)]
 
