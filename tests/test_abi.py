@@ -157,6 +157,19 @@ def test_wide_registers_only_in_isa_code():
     assert wide == set()
 
 
+@pytest.mark.parametrize("name", ["effvit_cpu", "effvit_emu"])
+def test_declarations_are_those_of_python(name):
+    """C++ checks calls against the same text; what differs is shown as it must stand in csrc."""
+    if name == "effvit_emu":
+        from effvit.testing import emulator
+
+        emulator.load()
+    symbol = ctypes.CDLL(str(library(name))).effvit_declarations
+    symbol.restype = ctypes.c_char_p
+    found = {line.split("(")[0]: line for line in symbol().decode().splitlines()}
+    assert found == {name: op.declaration.text for name, op in OPS.items()}
+
+
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
