@@ -9,18 +9,18 @@ HARNESS = "tests/prim/rows_harness.cpp"
 KERNEL, PARAMS, MATH, GLU = "csrc/cuda/rows.cuh", "csrc/rows/params.h", "csrc/rows/math.h", "csrc/rows/glu.h"
 # outer, inner, columns, strides of the two dims of a and b, act; float32
 CASES = [
-    (3, 5, 12, 100, 16, 0),  # sigmoid; whole pieces, aligned
+    (3, 5, 12, 100, 17, 0),  # sigmoid; whole pieces, not aligned
     (2, 3, 7, 30, 9, 1),  # gelu; nothing is aligned, tails
     (4, 2, 1, 5, 2, 2),  # silu; one column
-    (2, 4, 20, 80, 20, 3),  # relu
+    (2, 4, 20, 80, 20, 3),  # relu; aligned
     (1, 60, 9, 540, 9, 4),  # tanh; more pieces than a CTA has threads
 ]
 NAMES = ("out", "da", "db")
 MUTANTS = [
     Mutant("tail", KERNEL, "p.columns - column < kVec ? p.columns - column : kVec", "kVec", "outside|written"),
     Mutant("lost_step", KERNEL, "i < pieces; i += step", "i + 1 < pieces; i += step", ""),
-    Mutant("pieces_of_a_row", KERNEL, "const int64_t pieces = p.rows * ceil_div(p.columns, tile::kVec<T>);",
-           "const int64_t pieces = p.rows * (p.columns / tile::kVec<T>);", ""),
+    Mutant("lost_piece", KERNEL, "const int64_t pieces = p.rows * ceil_div(p.columns, tile::kVec<T>);",
+           "const int64_t pieces = p.rows * ceil_div(p.columns, tile::kVec<T>) - 1;", ""),
     Mutant("alignment", KERNEL, "vec = vec && p.stride[i][k] % tile::kVec<T> == 0;", "", "align"),
     Mutant("row_of_outer", PARAMS, "(row - outer * p.size[k])", "(row - outer)", "outside"),
     Mutant("outer_stride", PARAMS, "return offset + row * p.stride[i][0];",
