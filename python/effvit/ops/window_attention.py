@@ -18,8 +18,8 @@ _OPTIONALS = "Tensor? bias_table=None, Tensor? logit_scale=None, Tensor? pad_k=N
 SCHEMA = f"{NAME}(Tensor q, Tensor k, Tensor v, {_OPTIONALS}, *, {_GEOMETRY}) -> (Tensor out, Tensor lse)"
 SCHEMA_BACKWARD = (
     f"{NAME}_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_OPTIONALS}, *, {_GEOMETRY}) -> (Tensor dqkv, Tensor dbias_table, Tensor dlogit_scale, Tensor dpad_k, "
-    "Tensor dpad_v)"
+    f"{_OPTIONALS}, *, {_GEOMETRY}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias_table, "
+    "Tensor dlogit_scale, Tensor dpad_k, Tensor dpad_v)"
 )
 
 
@@ -159,9 +159,8 @@ def _reference_backward(
             zero if t is None else (lambda g, t, zero: zero if g is None else g.to(t.dtype))(next(found), t, zero)
             for t, zero in zip(inputs, empty, strict=True)
         ]
-    dqkv = torch.cat([g.flatten(3) for g in grads[:3]], dim=-1)
     pads = [g.to(q.dtype) for g in grads[5:]]
-    return (dqkv, *(g.contiguous() for g in grads[3:5]), *(g.contiguous() for g in pads))
+    return (*(g.contiguous() for g in grads[:5]), *(g.contiguous() for g in pads))
 
 
 def _fake_forward(q, k, v, *optionals, **geometry):
@@ -172,13 +171,11 @@ def _fake_forward(q, k, v, *optionals, **geometry):
 def _fake_backward(
     grad_out, grad_lse, q, k, v, out, lse, bias_table=None, logit_scale=None, pad_k=None, pad_v=None, **geometry
 ):
-    B, H, W, h, d = q.shape
-
     def like(t, dtype=torch.float32):
         return q.new_empty((0,), dtype=dtype) if t is None else q.new_empty(t.shape, dtype=t.dtype)
 
-    dqkv = q.new_empty((B, H, W, h * (2 * d + v.shape[4])))
-    return dqkv, like(bias_table), like(logit_scale), like(pad_k, q.dtype), like(pad_v, q.dtype)
+    tokens = (q.new_empty(t.shape) for t in (q, k, v))
+    return *tokens, like(bias_table), like(logit_scale), like(pad_k, q.dtype), like(pad_v, q.dtype)
 
 
 R.define_op(NAME, SCHEMA, reference=_reference_forward, validate=_validate_forward, fake=_fake_forward)
@@ -208,13 +205,11 @@ def _backward(ctx, grad_out, grad_lse):
     if grad_out is None and grad_lse is None:
         return (None,) * 7
     grad_out = torch.zeros_like(out) if grad_out is None else _unit_last_stride(grad_out)
-    dqkv, *small = torch.ops.effvit.window_attention_backward(
+    dq, dk, dv, *small = torch.ops.effvit.window_attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, bias_table, logit_scale, pad_k, pad_v, **ctx.geometry
     )
-    B, H, W, h, d = q.shape
-    dq, dk, dv = dqkv.split([h * d, h * d, h * v.shape[4]], dim=-1)
     small = [None if t is None else g for g, t in zip(small, (bias_table, logit_scale, pad_k, pad_v), strict=True)]
-    return (*(g.reshape(B, H, W, h, t.shape[4]) for g, t in ((dq, q), (dk, k), (dv, v))), *small)
+    return (dq, dk, dv, *small)
 
 
 torch.library.register_autograd(f"effvit::{NAME}", _backward, setup_context=_setup_context, lib=R.LIBRARY)
@@ -267,12 +262,11 @@ def _register_sharding():
     def backward_rule(
         grad_out, grad_lse, q, k, v, out, lse, bias_table=None, logit_scale=None, pad_k=None, pad_v=None, **geometry
     ):
-        # dqkv packs dq, dk and dv along one dimension, so it has no sharding over heads: heads are gathered first.
         small = (bias_table, logit_scale, pad_k, pad_v)
         rules = []
         for r, s, sums in ((Replicate(), Replicate(), Replicate()), (Shard(0), Replicate(), Partial())):
             inputs = [r, present(r, grad_lse), r, r, r, r, r, *(present(s, t) for t in small)]
-            rules.append(([r, *(sums for _ in small)], inputs))
+            rules.append(([r, r, r, *(sums for _ in small)], inputs))
         return rules
 
 

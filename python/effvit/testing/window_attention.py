@@ -485,13 +485,10 @@ def backward_call(args, kwargs, outputs, output_grads):
 
 
 def split_gradients(result, args, kwargs):
-    q, _, v = args[:3]
-    h, d, dv = q.shape[3], q.shape[4], v.shape[4]
-    dqkv, *small = result
-    if not dqkv.is_contiguous():
-        raise AssertionError(f"dqkv must be contiguous, got strides {dqkv.stride()}")
-    parts = dqkv.split([h * d, h * d, h * dv], dim=-1)
-    gradients = {n: g.unflatten(-1, (h, e)) for n, g, e in zip("qkv", parts, (d, d, dv), strict=True)}
+    *tokens, small = *result[:3], result[3:]
+    if not all(g.is_contiguous() for g in tokens):
+        raise AssertionError(f"dq, dk, dv must be contiguous, got strides {[g.stride() for g in tokens]}")
+    gradients = dict(zip("qkv", tokens, strict=True))
     for name, given, g in zip(TENSORS[3:], (*args[3:], *(None,) * (7 - len(args))), small, strict=False):
         if given is None:
             if tuple(g.shape) != (0,):
