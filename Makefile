@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench lint format asan spills clean
+.PHONY: help setup build build-all demo test test-all bench lint format asan spills clean
 
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell nproc)
@@ -26,10 +26,16 @@ else
   STAMP := build/setup.stamp
 endif
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
-CMAKE_ARGS := -DEFFVIT_BUILD_EMU=ON -DEFFVIT_TEST_ISAS=ON -DEFFVIT_BUILD_BENCH=ON $(EFFVIT_CMAKE_ARGS)
+# What is built: the CPU library for this machine (demo), what the suite runs (test), everything (test-all, bench).
+DEMO_BUILD := -DEFFVIT_ISAS=native -DEFFVIT_BUILD_CUDA=OFF -DEFFVIT_BUILD_EMU=OFF -DEFFVIT_BUILD_BENCH=OFF
+TEST_BUILD := '-DEFFVIT_ISAS=native;emulated' -DEFFVIT_BUILD_CUDA=ON -DEFFVIT_CUDA_ARCHS=90a -DEFFVIT_CUDA_PTX=OFF \
+  -DEFFVIT_BUILD_EMU=ON -DEFFVIT_BUILD_BENCH=OFF
+FULL_BUILD := -DEFFVIT_ISAS=all -DEFFVIT_BUILD_CUDA=ON '-DEFFVIT_CUDA_ARCHS=80;90a' -DEFFVIT_CUDA_PTX=ON \
+  -DEFFVIT_BUILD_EMU=ON -DEFFVIT_BUILD_BENCH=ON
+BUILD := EFFVIT_CMAKE_ARGS="$$args $(EFFVIT_CMAKE_ARGS)" $(PYTHON) setup.py --quiet build_ext --inplace --parallel $(JOBS)
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
 .venv/bin/python:
 	@echo "effvit: creating .venv"
@@ -49,16 +55,24 @@ $(STAMP): requirements-test.txt pyproject.toml Makefile | $(PYTHON)
 
 setup: $(STAMP)  ## the Python environment, with effvit installed in editable mode
 
-build: setup  ## the native libraries, with the emulator and the instruction sets that tests need
-	@EFFVIT_CMAKE_ARGS="$(CMAKE_ARGS)" $(PYTHON) setup.py --quiet build_ext --inplace --parallel $(JOBS)
+build: setup  ## the native libraries as the suite runs them: this machine's instruction set, emulated ones, one GPU
+	@args="$(TEST_BUILD)"; $(BUILD)
 
-demo: build  ## Swin-T on a photograph, before and after effvit.patch: differences, times, a chart
+build-all: setup  ## every instruction set and GPU architecture, and the C++ microbenchmarks
+	@args="$(FULL_BUILD)"; $(BUILD)
+
+demo: setup  ## Swin-T on a photograph, before and after effvit.patch: differences, times, a chart
+	@args="$(DEMO_BUILD)"; $(BUILD)
 	$(PYTHON) benchmarks/demo.py
 
-test: build  ## build, then the whole suite; ARGS="-k name" selects
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) $(ARGS)
+test: build  ## build, then the suite; ARGS="-k name" selects
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
-bench: build  ## every benchmark beside its peers; appends to benchmarks/results, redraws pictures and tables
+test-all: build-all  ## every instruction set, backend, sample and dtype, and what takes long; before a release
+	EFFVIT_TEST_ALL=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+bench: setup  ## every benchmark beside its peers; appends to benchmarks/results, redraws pictures and tables
+	@args="$(DEMO_BUILD) -DEFFVIT_BUILD_BENCH=ON"; $(BUILD)
 	for bench in benchmarks/bench_*.py; do $(PYTHON) $$bench $(ARGS); done
 	$(PYTHON) benchmarks/plot.py
 	$(PYTHON) benchmarks/table.py --write README.md docs/benchmarks.md
@@ -73,7 +87,7 @@ format: setup  ## ruff and clang-format, rewriting
 asan: setup  ## the CPU kernels over the sample inputs under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(PYTHON) -m pytest -q tests/test_asan.py -m asan
 
-spills: build  ## rewrite the committed record of registers and spills of the CUDA kernels
+spills: build-all  ## rewrite the committed record of registers and spills of the CUDA kernels
 	$(PYTHON) tests/test_cuda_build.py
 
 clean:  ## remove what was built (not .venv)

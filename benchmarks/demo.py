@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import effvit
+from effvit._accuracy import measure
 from effvit.testing import torchvision_schemas
-from effvit.testing._errors import measure
 
 torchvision_schemas()  # timm imports torchvision, which a torch without its compiled part refuses
 

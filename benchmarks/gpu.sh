@@ -62,7 +62,7 @@ micros() {  # the microbenchmarks that `build` compiles
     if [[ -f csrc/bench/bench_$op.cu ]]; then echo "$WORK/micro_$op"; fi
   done
 }
-export DRY OUT WORK PYTHON OPS PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=4
+export EFFVIT_TEST_ALL=1 DRY OUT WORK PYTHON OPS PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=4
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ build() {
     "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --disable-pip-version-check -e . || failed=1
   for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
   run "$PYTHON" -m effvit info || failed=1
-  run "$PYTHON" -c 'import sys, effvit; from effvit import _backends; from effvit.ops._registry import OPS
+  run "$PYTHON" -c 'import sys, effvit; from effvit import _backends; from effvit.ops._op import OPS
 sys.exit([op for op in OPS if _backends.chosen(op, "cuda").name != "cuda"] or None)' || failed=1
   return $failed
 }
@@ -118,7 +118,7 @@ sanitize_python() {  # every op and feature at small sizes, through PyTorch's ow
     if [[ -f tests/ops/test_$op.py ]]; then
       run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
         --target-processes all "$PYTHON" -m pytest -q -x --timeout 60 -p no:cacheprovider \
-        -k "test_backward and small and cuda" "tests/ops/test_$op.py" &
+        -k "test_results and small and cuda" "tests/ops/test_$op.py" &
       pids+=($!)
     fi
   done

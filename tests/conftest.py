@@ -15,7 +15,7 @@ import random_calls
 
 import effvit
 from effvit import _backends
-from effvit.ops._registry import OPS
+from effvit.ops._op import OPS
 from effvit.testing import torchvision_schemas
 
 torchvision_schemas()
@@ -27,7 +27,8 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     kernels = {device: sorted({_backends.chosen(op, device).name for op in OPS}) for device in ("cpu", "cuda")}
-    return f"effvit {effvit.__version__}, torch {torch.__version__}, ISAs {_backends.isas()}, kernels {kernels}, seed {random_calls.seed()}"
+    versions = f"effvit {effvit.__version__}, torch {torch.__version__}"
+    return f"{versions}, ISAs {_backends.isas()}, kernels {kernels}, seed {random_calls.seed()}"
 
 
 def pytest_collection_modifyitems(items):

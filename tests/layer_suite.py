@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import nn
 
-from effvit.testing._errors import assert_bitwise_equal, assert_close_to_truth
+from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -15,6 +15,7 @@ import torch
 import torch._dynamo.testing
 
 from effvit.testing import (
+    FLOAT_DTYPES,
     assert_bitwise_equal,
     assert_close_to_truth,
     assert_same_layout,
@@ -47,30 +48,49 @@ def threads(n):
         torch.set_num_threads(before)
 
 
-def _native(spec):
-    """Compiled kernels; the reference where there is none."""
+# `make test` runs a covering part of samples x dtypes x backends, `make test-all` the whole product.
+EVERYTHING = os.environ.get("EFFVIT_TEST_ALL", "0") not in ("", "0")
+
+
+def _compiled(spec):
+    """(the best compiled kernels or, without any, the reference; the other compiled ones)"""
     found = [b for b in backends(spec.name) if not b.slow]
-    return found[1:] or found
+    best = [b for b in found if "emulated" not in b.name][-1]
+    return best, [b for b in found[1:] if b is not best]
 
 
-def _takes(backend, sample, dtype):
-    """Compiled kernels take everything; the others a sample's first dtype (emulated ones: small ones), all of a few.
+def _native(spec):
+    """What framework tests run on: the best compiled kernels and one other."""
+    best, others = _compiled(spec)
+    return [best, *(others if EVERYTHING else others[-1:])]
 
-    An instruction set that adds products of bfloat16 to another one takes what is not bfloat16 of the few alone.
+
+def _dtypes(spec, sample, place, backend):
+    """The dtypes in which a backend takes a sample: the best one every dtype, each other one the samples once, with
+    dtypes in turn; emulated GPU kernels and interpreted ones take small samples.
     """
-    if not backend.slow and backend.name != "reference":
-        return dtype == torch.bfloat16 or not backend.bfloat16_only or "framework" in sample.tags
-    return ("small" in sample.tags or not backend.slow) and (dtype == sample.dtypes[0] or "framework" in sample.tags)
+    if backend.slow and "small" not in sample.tags:
+        return ()
+    best, others = _compiled(spec)
+    if backend is best or (EVERYTHING and backend in others) or (EVERYTHING and "framework" in sample.tags):
+        return sample.dtypes
+    if backend.name == "reference" or (backend.slow and sample.dtypes != FLOAT_DTYPES):
+        return sample.dtypes[:1]
+    order = backends(spec.name).index(backend)
+    return (sample.dtypes[(place + order) % len(sample.dtypes)],)
 
 
 def _accuracy_cases(spec):
-    """sample-major, so that tests that share an oracle run next to each other."""
-    for sample in spec.samples:
+    """Sample-major; cases that share an oracle run in one process, next to each other."""
+    listed = backends(spec.name)
+    for place, sample in enumerate(spec.samples):
+        chosen = {b.name: _dtypes(spec, sample, place, b) for b in listed}
         for dtype in sample.dtypes:
-            for backend in backends(spec.name):
-                if not _takes(backend, sample, dtype):
-                    continue
-                yield pytest.param(sample, dtype, backend, id=f"{sample.name}-{_dtype_name(dtype)}-{backend.name}")
+            group = pytest.mark.xdist_group(f"{spec.name}-{sample.name}-{_dtype_name(dtype)}")
+            for backend in listed:
+                if dtype in chosen[backend.name]:
+                    name = f"{sample.name}-{_dtype_name(dtype)}-{backend.name}"
+                    yield pytest.param(sample, dtype, backend, id=name, marks=group)
 
 
 class OpSuite:
@@ -105,24 +125,21 @@ class OpSuite:
 
     # ---- results ----------------------------------------------------------------------------------------------------
 
-    def test_forward(self, sample, dtype, backend):
-        oracle = sample_oracle(self.spec.name, sample.name, dtype)
-        results = as_tuple(backend.forward(*map_tensors(lambda t: t.to(backend.device), oracle.args), **oracle.kwargs))
-        for name, result in zip(self.spec.outputs, results, strict=True):
-            expected = self.spec.output_dtypes.get(name, dtype)
+    def test_results(self, sample, dtype, backend):
+        """Outputs and gradients against the float64 reference."""
+        spec = self.spec
+        oracle = sample_oracle(spec.name, sample.name, dtype)
+        args = map_tensors(lambda t: t.to(backend.device), oracle.args)
+        results = as_tuple(backend.forward(*args, **oracle.kwargs))
+        for name, result in zip(spec.outputs, results, strict=True):
+            expected = spec.output_dtypes.get(name, dtype)
             assert result.dtype == expected, f"{name} must be {expected}, got {result.dtype}"
             assert result.is_contiguous(), f"{name} must be contiguous, got strides {result.stride()}"
         oracle.check_outputs(results)
-
-    def test_backward(self, sample, dtype, backend):
-        spec = self.spec
         if spec.backward_call is None:
-            pytest.skip(f"{spec.name} has no gradient")
-        oracle = sample_oracle(spec.name, sample.name, dtype)
-        args = map_tensors(lambda t: t.to(backend.device), oracle.args)
+            return
         grads = map_tensors(lambda t: t.to(backend.device), oracle.output_grads)
-        outputs = as_tuple(backend.forward(*args, **oracle.kwargs))
-        bargs, bkwargs = spec.backward_call(args, oracle.kwargs, outputs, grads)
+        bargs, bkwargs = spec.backward_call(args, oracle.kwargs, results, grads)
         oracle.check_gradients(spec.split_gradients(backend.backward(*bargs, **bkwargs), args, oracle.kwargs))
 
     def test_random_calls(self, chunk):
@@ -606,6 +623,10 @@ class OpSuite:
             if bad.schema_match is not None:
                 match = f"(?:{match})|(?:{self.spec.name}.*{bad.schema_match})"
         args, kwargs = bad.make()
+        if bad.declared and route == "effvit.ops":
+            if self.spec.public_kwargs is not dict and kwargs != self.spec.good_input()[1]:
+                pytest.skip("the public function's options are others")
+            kwargs = self.spec.public_kwargs(kwargs)
         with pytest.raises(errors) as raised:
             self._function(bad, route)(*args, **kwargs)
         message = str(raised.value)
@@ -623,8 +644,8 @@ class OpSuite:
 
     def test_bad_input_under_autograd_and_fake(self):
         """The same refusal whichever way the dispatcher takes."""
-        bad = next(b for b in self.spec.bad_inputs if b.torch_ops and b.schema_match is None and b.op is None
-                   and isinstance(b.make()[0][0], torch.Tensor))  # fmt: skip
+        bad = next(b for b in self.spec.bad_inputs if b.torch_ops and b.op is None and b.error is ValueError
+                   and (b.schema_match is None or b.declared) and isinstance(b.make()[0][0], torch.Tensor))  # fmt: skip
         args, kwargs = bad.make()
         errors = (TypeError, ValueError, RuntimeError)
         for variant in (with_grad(args), map_tensors(lambda t: t.to("meta"), args)):

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 import harness
-from effvit.ops._registry import OPS
+from effvit.ops._op import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 OP_NAMES = [name for name, op in OPS.items() if op.backward_of is None]
 PRETEND_GPU = '''"""Collects what a machine with a GPU and the CUDA library would."""
 import torch
 
-from effvit.ops._registry import OPS
+from effvit.ops._op import OPS
 from effvit.testing import _backends
 
 really = _backends.has_native_kernel
@@ -65,7 +65,7 @@ def selections(commands):
 def test_suite_selection(commands, tmp_path):
     tests = collected(tmp_path, selections(commands)[0])
     for op in OP_NAMES:
-        for test in ("test_forward", "test_backward"):
+        for test in ("test_results", "test_repeats_are_equal"):
             for backend in ("cuda", "triton"):
                 found = [t for t in tests if t.startswith(f"tests/ops/test_{op}.py::") and f"::{test}[" in t]
                 assert any(t.endswith(f"-{backend}]") for t in found), (op, test, backend)
@@ -84,7 +84,7 @@ def test_sanitizer_selection(commands, tmp_path):
     for op in OP_NAMES:
         found = [t for t in tests if t.startswith(f"tests/ops/test_{op}.py::")]
         for dtype in ("float32", "bfloat16", "float16"):
-            assert any("::test_backward[small" in t and t.endswith(f"-{dtype}-cuda]") for t in found), (op, dtype)
+            assert any("::test_results[small" in t and t.endswith(f"-{dtype}-cuda]") for t in found), (op, dtype)
     assert all("cuda" in t and "small" in t for t in tests)
 
 

@@ -9,7 +9,7 @@ import torch
 
 import effvit
 from effvit import _backends, _load
-from effvit.ops._registry import OPS
+from effvit.ops._op import OPS
 from effvit.testing.window_attention import SPEC
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from effvit.ops._registry import OPS
+from effvit.ops._op import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 CALL = """

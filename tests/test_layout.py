@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from effvit.ops._registry import OPS
+from effvit.ops._op import OPS
 from layout import LAYERS, WAIVERS
 
 ROOT = Path(__file__).resolve().parent.parent
 OP_NAMES = [name for name, op in OPS.items() if op.backward_of is None]
 # Files of these folders that belong to no op.
-SHARED = {"__init__", "_registry", "_common", "abi", "common"}
+SHARED = {"__init__", "_checks", "_declaration", "_dispatcher", "_op", "_common", "abi", "common"}
 
 
 def sources(*suffixes):

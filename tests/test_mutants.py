@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from effvit.ops._registry import OPS
+from effvit.ops._op import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 PRIM = ROOT / "tests" / "prim"

@@ -16,8 +16,12 @@ struct Operation {
   Operation(const char* declaration, const char* empty_dims, const char* note, void (*derive)(Call&),
             void (*check)(const Call&))
       : declaration(declaration), note(note), derive(derive), check(check) {
-    for (const std::string& dim : declaration_detail::split(empty_dims, ' '))
-      empty_dims_.push_back(this->declaration.name_slot(dim));
+    for (const std::string& dim : declaration_detail::split(empty_dims, ' ')) {
+      if (dim == "...")
+        leading_ = true;
+      else
+        empty_dims_.push_back(this->declaration.name_slot(dim));
+    }
   }
 
   Declaration declaration;
@@ -29,11 +33,12 @@ struct Operation {
     for (const int name : empty_dims_) {
       if (call.dims[name] == 0) return true;
     }
-    return false;
+    return leading_ && std::find(call.lead, call.lead + call.lead_dims, 0) != call.lead + call.lead_dims;
   }
 
  private:
   std::vector<int> empty_dims_;
+  bool leading_ = false;
 };
 
 template <class Op, bool backward>
@@ -101,8 +106,10 @@ class Binding {
       view.dtype = spec.type == Type::kFixed   ? spec.dtype
                    : spec.type == Type::kFloat ? (absent ? DType::kFloat32 : call.views[spec.like].dtype)
                                                : call.views[d_.first].dtype;
-      view.dim = absent ? 1 : static_cast<int32_t>(spec.dims.size());
-      for (int k = 0; k < view.dim; ++k) view.size[k] = absent ? 0 : call.value(spec.dims[k]);
+      const int before = spec.leading && !absent ? call.lead_dims : 0;
+      view.dim = absent ? 1 : before + static_cast<int32_t>(spec.dims.size());
+      std::copy_n(call.lead, before, view.size);
+      for (int k = before; k < view.dim; ++k) view.size[k] = absent ? 0 : call.value(spec.dims[k - before]);
       tensors_[n + i] = allocate(view, device_);
       if (call.empty && view.count() > 0) {
         torch::stable::Tensor t = tensors_[n + i].tensor();

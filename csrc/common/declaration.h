@@ -1,12 +1,12 @@
 // The declaration of an operator, parsed once, and a call of it: tensors, dims and options by name. No torch.
 //
-//   name(TENSORS; OPTIONS) -> OUTPUTS         "; OPTIONS" may be missing; tensors, options and outputs are lists with
-//   commas tensor := NAME['?'] ':' DIM* ['|' MARK*]  '?': optional DIM    := NAME | NAME' | INTEGER | a sum of products
-//   without spaces, such as 2*wh-1+2*halo_h
-//             (NAME' has a value of its own and is shown without the prime; NAME+INTEGER finds NAME where it is
-//             unknown)
-//   MARK   := float (any of the three, its own) | float32 | bfloat16 | float16 | int32 | int8; else like the first
-//   tensor
+//   name(TENSORS; OPTIONS) -> OUTPUTS   ("; OPTIONS" may be missing; lists with commas)
+//
+//   tensor := NAME['?'] ':' DIM* ['|' MARK*]   '?': optional
+//   DIM    := NAME | NAME' (a value of its own, shown without the prime) | INTEGER | a sum of products without spaces,
+//             such as 2*wh-1+2*halo_h; NAME+INTEGER finds NAME where it is unknown. A first DIM of ... is any number of
+//             dims, the same for every tensor that has it
+//   MARK   := float (any of the three, its own) | float32 | bfloat16 | float16 | int32 | int8; else like the first one
 //             strided (any strides; else the last one is 1) | packed (a contiguous copy is made where it is not) |
 //             whole (must be contiguous, as the forward returned it)
 //   option := NAME ':' TYPE [CONSTRAINT] ['=' DEFAULT]
@@ -59,6 +59,7 @@ enum class Type { kLikeFirst, kFloat, kFixed };
 
 struct TensorSpec {
   std::string name, shape;  // shape as messages show it
+  bool leading = false;  // `...`: any number of dims before `dims`
   bool optional = false, strided = false, packed = false, whole = false, main = false;
   Type type = Type::kLikeFirst;
   DType dtype = DType::kFloat32;  // where the type is fixed
@@ -117,6 +118,8 @@ struct Call {
   const Declaration& declaration;
   View views[kMaxTensors];  // inputs, then outputs
   int64_t dims[kMaxNames];  // -1: not known yet
+  int64_t lead[6] = {};  // `...`
+  int32_t lead_dims = -1;
   Option options[kMaxOptions];
   bool empty = false;  // nothing to compute
   bool readable = true;  // the host can read the tensors' values without waiting
@@ -181,12 +184,18 @@ struct Call {
   void check_shape(int i, const char* note) {
     const TensorSpec& spec = declaration.inputs[i];
     const View& v = views[i];
-    bool ok = v.dim == static_cast<int32_t>(spec.dims.size());
-    for (int k = 0; ok && k < v.dim; ++k) {
-      const int64_t expected = value(spec.dims[k]);
+    const int n = static_cast<int>(spec.dims.size()), before = v.dim - n;
+    bool ok = spec.leading ? before >= 0 && v.dim <= 6 : before == 0;
+    if (ok && spec.leading && lead_dims < 0) {
+      lead_dims = before;
+      std::copy_n(v.size, before, lead);
+    }
+    ok = ok && (!spec.leading || (before == lead_dims && std::equal(lead, lead + before, v.size)));
+    for (int k = 0; ok && k < n; ++k) {
+      const int64_t expected = value(spec.dims[k]), size = v.size[before + k];
       const int name = expected < 0 ? spec.dims[k].name() : -1;
-      if (name >= 0) dims[name] = v.size[k];
-      ok = name >= 0 || v.size[k] == expected;
+      if (name >= 0) dims[name] = size;
+      ok = name >= 0 || size == expected;
     }
     if (!ok) fail_shape(i, note);
   }
@@ -241,7 +250,7 @@ struct Call {
       fail(op(), spec.name, " must be ", spec.shape, " like ", declaration.inputs[spec.like].name, " ",
            Integers(views[spec.like]), ", got ", got);
     }
-    std::vector<int64_t> expected;
+    std::vector<int64_t> expected(lead, lead + (spec.leading ? std::max(lead_dims, 0) : 0));
     for (const Dim& d : spec.dims) expected.push_back(value(d));
     fail(op(), spec.name, " must be ", spec.shape, " = ",
          Integers(expected.data(), static_cast<int64_t>(expected.size())), ", got ", got);
@@ -328,7 +337,10 @@ inline TensorSpec Declaration::parse_tensor(const std::string& s) {
   const std::vector<std::string> parts = split(s.substr(colon + 1), '|');
   if (parts.empty() || parts.size() > 2) malformed(s);
   for (const std::string& dim : split(parts[0], ' ')) {
-    spec.dims.push_back(parse_dim(dim));
+    if (dim == "..." && spec.shape.empty())
+      spec.leading = true;
+    else
+      spec.dims.push_back(parse_dim(dim));
     spec.shape += (spec.shape.empty() ? "[" : ", ") + dim.substr(0, dim.find('\''));
   }
   spec.shape += spec.shape.empty() ? "[]" : "]";

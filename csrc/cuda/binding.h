@@ -6,8 +6,8 @@
 
 namespace effvit {
 
-inline void check_launch(const char* op, cudaError_t error) {
-  check(error == cudaSuccess, op, "kernel launch failed: ", cudaGetErrorString(error));
+inline void check_launch(const Call& call, cudaError_t error) {
+  check(error == cudaSuccess, call.op(), "kernel launch failed: ", cudaGetErrorString(error));
 }
 
 }  // namespace effvit
@@ -31,7 +31,7 @@ inline void check_launch(const char* op, cudaError_t error) {
       const size_t bytes = backward ? static_cast<size_t>(backward_bytes) : static_cast<size_t>(forward_bytes); \
       [[maybe_unused]] void* const workspace = binding.workspace(static_cast<int64_t>(bytes / sizeof(float)));  \
       const cudaStream_t stream = static_cast<cudaStream_t>(current_stream(binding.device()));                  \
-      check_launch(binding.call.op(), backward ? (backward_launch) : (forward_launch));                         \
+      check_launch(binding.call, backward ? (backward_launch) : (forward_launch));                              \
     }                                                                                                           \
   };                                                                                                            \
   }                                                                                                             \

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import time
 
 import torch
 
 from . import _backends
-from .ops._registry import OPS
+from .ops._op import OPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,20 +80,6 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return _measure_rates(device, dtype, torch.get_num_threads())
 
 
-def _cost(op: str, args, kwargs):
-    """Cost of the call; that of a backward op is a function of its forward op's arguments."""
-    forward = OPS[op].backward_of
-    spec = importlib.import_module(f"effvit.testing.{forward or op}").SPEC
-    if forward is None:
-        return spec.cost(args, kwargs)
-    names = [a.name for a in getattr(torch.ops.effvit, op).default._schema.arguments]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    wanted = getattr(torch.ops.effvit, forward).default._schema.arguments
-    positional = tuple(given.get(a.name) for a in wanted if not a.kwarg_only)
-    geometry = {a.name: given[a.name] for a in wanted if a.kwarg_only and a.name in given}
-    return spec.cost(positional, geometry, backward=True)
-
-
 def explain(op: str, *args, rates: Rates | None = None, **kwargs) -> Explanation:
     """Which kernel `torch.ops.effvit.<op>(*args, **kwargs)` runs, why not the others, and its roofline.
 
@@ -108,7 +93,7 @@ def explain(op: str, *args, rates: Rates | None = None, **kwargs) -> Explanation
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
     device, dtype = tensors[0].device, tensors[0].dtype
     choices = tuple(_backends.choices(op, device.type))
-    cost = _cost(op, args, kwargs)
+    cost = OPS[op].cost(args, OPS[op].complete(kwargs))
     rates = rates or measure_rates(device, dtype)
     memory, compute = cost.bytes / rates.bytes_per_second, cost.flops / rates.flops_per_second
     seconds, bound = max((memory, "memory"), (compute, "compute"))

@@ -10,7 +10,7 @@ import platform
 import torch
 
 from . import _backends, _load
-from .ops._registry import OPS
+from .ops._op import OPS
 
 
 def _version(package: str) -> str:

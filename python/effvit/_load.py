@@ -175,7 +175,7 @@ def triton_module(op: str) -> str | None:
 
 
 def _triton_kernel(op: str, module: str):
-    from .ops._registry import OPS
+    from .ops._op import OPS
 
     def kernel(*args, **kwargs):
         OPS[op].validate(*args, **kwargs)  # the launchers check nothing, and kernels would read what is not there
@@ -199,7 +199,7 @@ def _register_triton(ops: Iterator[str]) -> None:
 def load() -> dict[str, Library]:
     """Load what is there, once. A missing library is recorded in LIBRARIES, not reported."""
     if not LIBRARIES:
-        from .ops._registry import OPS
+        from .ops._op import OPS
 
         LIBRARIES["effvit_cpu"] = _load_library("effvit_cpu", "cpu")
         LIBRARIES["effvit_cuda"] = _load_library("effvit_cuda", "cuda")

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as collectives
 
-from .ops import _registry as R
-from .ops.linear_attention import FEATURE_MAPS, NORMALIZERS, index_of, validate
+from .ops._checks import index_of, type_error, value_error
+from .ops.linear_attention import FEATURE_MAPS, NORMALIZERS, OP
 
 __all__ = ["sequence_parallel_linear_attention"]
 
@@ -47,12 +47,12 @@ def _process_group(op, group):
         raise RuntimeError(f"effvit::{op}: torch.distributed must be initialised, got no process group")
     if isinstance(group, dist.DeviceMesh):
         if group.ndim != 1:
-            raise R.value_error(op, "group", "a mesh of one dimension", f"{group.ndim}")
+            raise value_error(op, "group", "a mesh of one dimension", f"{group.ndim}")
         return group.get_group()
     if group is None:
         return dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
-        raise R.type_error(op, "group", "a ProcessGroup, a DeviceMesh or None", type(group).__name__)
+        raise type_error(op, "group", "a ProcessGroup, a DeviceMesh or None", type(group).__name__)
     return group
 
 
@@ -99,16 +99,16 @@ def sequence_parallel_linear_attention(
         RuntimeError: torch.distributed is not initialised.
     """
     op = "sequence_parallel_linear_attention"
-    options = validate(
-        op, q, k, v, q_den, k_den, weight,
+    options = OP.named(op).validate(
+        q, k, v, q_den, k_den, weight,
         feature_map=index_of(op, "feature_map", feature_map, FEATURE_MAPS),
         normalize=index_of(op, "normalize", normalize, NORMALIZERS),
         eps=eps, clamp_min=clamp_min, scale=scale, causal=causal,
     )  # fmt: skip
     if causal and normalize == "mean":
-        raise R.value_error(op, "normalize", "none, sum or clamp when causal is True", normalize)
+        raise value_error(op, "normalize", "none, sum or clamp when causal is True", normalize)
     group = _process_group(op, group)
-    linear_attention = torch.ops.effvit.linear_attention
+    linear_attention = torch.ops.effvit.linear_attention.default
     B, _, H, K = q.shape
     V = v.shape[3]
 

@@ -83,8 +83,8 @@ class VerificationError(RuntimeError):
 
 
 def compare(original, effvit, exact):
-    """The project's rule (effvit.testing._errors) on two outputs and a float64 one: (before, after, bound, ok)."""
-    from .testing._errors import measure
+    """The project's rule (effvit._accuracy) on two outputs and a float64 one: (before, after, bound, ok)."""
+    from ._accuracy import measure
 
     exact = exact.double()
     try:

@@ -10,9 +10,9 @@ from layer_suite import DTYPES, absolute_terms, check, check_everything_else, ra
 from torch import nn
 
 import effvit
+from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.layers import LiteMLA
 from effvit.patch import VerificationError
-from effvit.testing._errors import assert_bitwise_equal, assert_close_to_truth
 
 
 def plain(m, x):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from layer_suite import DTYPES, check, check_everything_else, randomise, tokens
 
+from effvit._accuracy import assert_bitwise_equal
 from effvit.layers import SCC, HierarchicalTransformerBlock
-from effvit.testing._errors import assert_bitwise_equal
 
 DIM, HEADS, BASE = 80, 4, (4, 4)
 WINDOWS = {

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import effvit
 import effvit.ops
+from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.patch import Report, VerificationError
-from effvit.testing._errors import assert_bitwise_equal, assert_close_to_truth
 
 DTYPES = [torch.float32, torch.bfloat16]
 

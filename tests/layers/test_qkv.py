@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from effvit._accuracy import assert_bitwise_equal
 from effvit.layers._qkv import packed_buffer, split_qkv
 from effvit.ops import window_attention
-from effvit.testing._errors import assert_bitwise_equal
 
 B, H, W, HEADS, DIM = 2, 5, 4, 3, 8
 WIDTH = 3 * HEADS * DIM

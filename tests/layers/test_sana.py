@@ -4,8 +4,8 @@ import pytest
 import torch
 from layer_suite import DTYPES, attend, check_everything_else, check_forms, randomise, tokens
 
+from effvit._accuracy import assert_bitwise_equal
 from effvit.layers import LiteLA, SanaLinearAttention
-from effvit.testing._errors import assert_bitwise_equal
 
 
 def relu_attention(q, k, v, heads, form):

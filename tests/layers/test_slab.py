@@ -7,8 +7,8 @@ import torch
 from layer_suite import DTYPES, attend, check, check_everything_else, check_forms, randomise, spread, tokens
 from torch import nn
 
+from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.layers import LinearNorm, RepBN, SimplifiedLinearAttention, fold_affine, fuse_prepbn
-from effvit.testing._errors import assert_bitwise_equal, assert_close_to_truth
 
 
 def plain(m, x, form="pairs"):

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import effvit.layers._ops
 import effvit.layers.soft
+from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.layers import SoftmaxFreeAttention, SoftmaxFreeNormAttention
-from effvit.testing._errors import assert_bitwise_equal, assert_close_to_truth
 
 H, W = 7, 9
 MODULES = {"plain": SoftmaxFreeAttention, "normalised": SoftmaxFreeNormAttention}

@@ -6,9 +6,9 @@ from layer_suite import DTYPES, check, randomise, tokens
 from torch import nn
 
 import effvit.layers
+from effvit._accuracy import assert_close_to_truth
 from effvit.layers import LCM, LiteMLA
 from effvit.layers import _tokens as T
-from effvit.testing._errors import assert_close_to_truth
 
 
 def test_views():

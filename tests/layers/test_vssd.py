@@ -4,8 +4,8 @@ import pytest
 import torch
 from layer_suite import DTYPES, check, check_everything_else, randomise, spread, tokens
 
+from effvit._accuracy import assert_bitwise_equal
 from effvit.layers import NonCausalSSD, VMAMBA2Block
-from effvit.testing._errors import assert_bitwise_equal
 
 H, W = 5, 7
 SIZES = {"d_model": 24, "headdim": 12, "d_state": 10}  # 4 heads

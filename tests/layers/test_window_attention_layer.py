@@ -6,8 +6,8 @@ import pytest
 import timm.models.swin_transformer as timm_swin
 import torch
 
+from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.layers import SwinTransformerBlock, WindowAttention
-from effvit.testing._errors import assert_bitwise_equal, assert_close_to_truth
 
 DTYPES = [torch.float32, torch.bfloat16]
 

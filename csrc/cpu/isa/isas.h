@@ -3,16 +3,21 @@
 //
 // name, base: what serves an op that has no use for what this one adds ("-": it adds something for every op);
 // lanes: floats in a vector; emulates: whose code it runs, compiled for any AVX2 machine, in test builds ("-": it is
-// real); target: as compilers name it; has: EFFVIT_HAS_<X> in the kernels.
+// real); target: groups of what compilers call features, below; has: EFFVIT_HAS_<X> in the kernels.
 //
 // AVX512_BF16 is an instruction, BF16_PRODUCTS and TILES are paths in the code, EMULATED_TILES are tiles in memory.
 // clang-format off
 EFFVIT_ISA(generic, -, 4, -, "", "")
-EFFVIT_ISA(avx2, -, 8, -, "avx2,fma,f16c", "AVX2")
-EFFVIT_ISA(avx512, -, 16, -, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl", "AVX512")
-EFFVIT_ISA(avx512_bf16, avx512, 16, -, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", "AVX512 AVX512_BF16 BF16_PRODUCTS")
-EFFVIT_ISA(amx, avx512, 16, -, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16", "AVX512 AVX512_BF16 BF16_PRODUCTS TILES")
-EFFVIT_ISA(avx512_emulated, -, 16, avx512, "avx2,fma,f16c", "")
-EFFVIT_ISA(avx512_bf16_emulated, avx512_emulated, 16, avx512_bf16, "avx2,fma,f16c", "BF16_PRODUCTS")
-EFFVIT_ISA(amx_emulated, avx512_emulated, 16, amx, "avx2,fma,f16c", "BF16_PRODUCTS TILES EMULATED_TILES")
+EFFVIT_ISA(avx2, -, 8, -, "AVX2", "AVX2")
+EFFVIT_ISA(avx512, -, 16, -, "AVX2 AVX512", "AVX512")
+EFFVIT_ISA(avx512_bf16, avx512, 16, -, "AVX2 AVX512 AVX512_BF16", "AVX512 AVX512_BF16 BF16_PRODUCTS")
+EFFVIT_ISA(amx, avx512, 16, -, "AVX2 AVX512 AVX512_BF16 AMX", "AVX512 AVX512_BF16 BF16_PRODUCTS TILES")
+EFFVIT_ISA(avx512_emulated, -, 16, avx512, "AVX2", "")
+EFFVIT_ISA(avx512_bf16_emulated, avx512_emulated, 16, avx512_bf16, "AVX2", "BF16_PRODUCTS")
+EFFVIT_ISA(amx_emulated, avx512_emulated, 16, amx, "AVX2", "BF16_PRODUCTS TILES EMULATED_TILES")
 // clang-format on
+
+// target AVX2: avx2,fma,f16c
+// target AVX512: avx512f,avx512bw,avx512dq,avx512vl
+// target AVX512_BF16: avx512bf16
+// target AMX: amx-tile,amx-bf16

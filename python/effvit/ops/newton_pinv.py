@@ -1,139 +1,44 @@
-"""newton_pinv: schema, validation, fake kernel, autograd, autocast, vmap, sharding, and the public function."""
+"""newton_pinv: the declaration and the public function."""
 
 from __future__ import annotations
 
 import torch
 
 from ..reference.newton_pinv import newton_pinv as _reference
-from . import _registry as R
+from ._op import op
 
-NAME = "newton_pinv"
-SCHEMA = f"{NAME}(Tensor a, *, int iterations=20, float ridge=0.01, float step=1.8) -> Tensor out"
-SCHEMA_BACKWARD = f"{NAME}_backward(Tensor grad_out, Tensor out) -> Tensor da"
-MAX_SIZE = 256
 MAX_ITERATIONS = 1000
+_MATRICES = "[B, H, m, m] with m between 1 and 256"
 
 
-# ---- validation ----------------------------------------------------------------------------------------------------
-
-
-def _check_matrices(op, name, t):
-    R.check_tensor(op, name, t)
-    if t.dim() != 4 or t.shape[2] != t.shape[3] or not 1 <= t.shape[3] <= MAX_SIZE:
-        raise R.value_error(op, name, f"[B, H, m, m] with m between 1 and {MAX_SIZE}", R.shape(t))
-    R.check_float(op, name, t)
-
-
-def _validate(a, *, iterations=20, ridge=0.01, step=1.8):
-    """Raise on anything the op does not take; return the keywords as plain numbers."""
-    _check_matrices(NAME, "a", a)
-    R.check_last_stride(NAME, "a", a)
-    if not R.is_int(iterations):
-        raise R.type_error(NAME, "iterations", "an int", repr(iterations))
-    iterations = int(iterations)
-    if not 0 <= iterations <= MAX_ITERATIONS:
-        raise R.value_error(NAME, "iterations", f"between 0 and {MAX_ITERATIONS}", iterations)
-    ridge = R.as_finite(NAME, "ridge", ridge)
-    if ridge < 0:
-        raise R.value_error(NAME, "ridge", "at least 0", ridge)
-    step = R.as_positive(NAME, "step", step)
-    return {"iterations": iterations, "ridge": ridge, "step": step}
-
-
-def _validate_backward(grad_out, out):
-    op = f"{NAME}_backward"
-    _check_matrices(op, "out", out)
-    R.check_tensor(op, "grad_out", grad_out)
-    R.check_shape(op, "grad_out", grad_out, "[B, H, m, m]", out.shape)
-    R.check_like(op, "grad_out", grad_out, "out", out)
-    R.check_last_stride(op, "grad_out", grad_out)
-    if not out.is_contiguous():
-        raise R.value_error(op, "out", "contiguous as the forward returned it", f"strides {tuple(out.stride())}")
-
-
-# ---- reference and fake kernels ------------------------------------------------------------------------------------
-
-
-def _reference_forward(a, **keywords):
-    return _reference(a.detach(), **keywords).contiguous()
-
-
-def _reference_backward(grad_out, out):
+def _backward(grad_out, out):
     vt = out.float().mT
-    return -(vt @ grad_out.float() @ vt).to(out.dtype).contiguous()
+    return -(vt @ grad_out.float() @ vt)
 
 
-def _fake_forward(a, **keywords):
-    return a.new_empty(a.shape)
+def _flops(dims, options):
+    """Two products a step; backward two."""
+    product = 2 * dims["B"] * dims["H"] * dims["m"] ** 3
+    row_sums = dims["B"] * dims["H"] * dims["m"] ** 2
+    return 2 * product * options.get("iterations", 0) + row_sums, 2 * product
 
 
-def _fake_backward(grad_out, out):
-    return out.new_empty(out.shape)
-
-
-R.define_op(NAME, SCHEMA, reference=_reference_forward, validate=_validate, fake=_fake_forward)
-R.define_op(
-    f"{NAME}_backward", SCHEMA_BACKWARD,
-    reference=_reference_backward, validate=_validate_backward, fake=_fake_backward, backward_of=NAME,
-)  # fmt: skip
-
-
-# ---- autograd ------------------------------------------------------------------------------------------------------
-
-
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
-    ctx.save_for_backward(output)
-
-
-def _backward(ctx, grad_out):
-    (out,) = ctx.saved_tensors
-    if grad_out.shape[-1] > 1 and grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
-    return torch.ops.effvit.newton_pinv_backward(grad_out, out)
-
-
-torch.library.register_autograd(f"effvit::{NAME}", _backward, setup_context=_setup_context, lib=R.LIBRARY)
-
-
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError(
-        "effvit::newton_pinv_backward is not differentiable: for second derivatives differentiate torch.linalg.inv"
-    )
-
-
-torch.library.register_autograd(f"effvit::{NAME}_backward", _no_double_backward, lib=R.LIBRARY)
-
-
-# ---- autocast, vmap, sharding --------------------------------------------------------------------------------------
-
-
-# An inverse keeps the dtype that it is given; the rule keeps autocast away from the products of the reference.
-R.register_autocast(NAME, lambda dtype, a: (a,))
-R.vmap_by_folding(NAME, foldable=(0,))
-R.vmap_by_folding(f"{NAME}_backward", foldable=(0, 1))
-
-
-def _register_sharding():
-    """DTensor: shard the batch or the heads."""
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.experimental import register_sharding
-
-    placements = (Replicate(), Shard(0), Shard(1))
-
-    @register_sharding(torch.ops.effvit.newton_pinv.default)
-    def forward_rule(a, *, iterations=20, ridge=0.01, step=1.8):
-        return [([p], [p]) for p in placements]
-
-    @register_sharding(torch.ops.effvit.newton_pinv_backward.default)
-    def backward_rule(grad_out, out):
-        return [([p], [p, p]) for p in placements]
-
-
-if torch.distributed.is_available():
-    _register_sharding()
-
-
-# ---- the public function -------------------------------------------------------------------------------------------
+OP = op(
+    "newton_pinv",
+    "a: B H m m -> out: B H m m",
+    f"iterations: int in 0..{MAX_ITERATIONS} = 20, ridge: float >= 0 = 0.01, step: float > 0 = 1.8",
+    reference=_reference,
+    backward=_backward,
+    saves="out",
+    saves_inputs=False,
+    limits={"a.m": (1, 256, f"be {_MATRICES}")},
+    shape=_MATRICES,
+    empty="B H",
+    shards=("B", "H"),
+    autocast=False,  # an inverse keeps the dtype that it is given
+    flops=_flops,
+    second_derivative="torch.linalg.inv",
+)
 
 
 def newton_pinv(a: torch.Tensor, *, iterations: int = 20, ridge: float = 0.01, step: float = 1.8) -> torch.Tensor:
@@ -167,5 +72,4 @@ def newton_pinv(a: torch.Tensor, *, iterations: int = 20, ridge: float = 0.01, s
         TypeError: a is not a dense tensor or has the wrong dtype; a number is not a number.
         ValueError: a shape, stride or value is outside the above. The message names the argument.
     """
-    keywords = _validate(a, iterations=iterations, ridge=ridge, step=step)
-    return torch.ops.effvit.newton_pinv(a, **keywords)
+    return OP(a, iterations=iterations, ridge=ridge, step=step)

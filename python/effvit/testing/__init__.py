@@ -5,8 +5,7 @@
 
 import importlib
 
-from effvit.testing._backends import Backend, backends
-from effvit.testing._errors import (
+from effvit._accuracy import (
     ErrorReport,
     assert_bitwise_equal,
     assert_close_to_truth,
@@ -14,15 +13,15 @@ from effvit.testing._errors import (
     coarsest_eps,
     measure,
 )
+from effvit.testing._backends import Backend, backends
 from effvit.testing._oracle import Oracle, oracle_of, sample_oracle
 from effvit.testing._schemas import torchvision_schemas
-from effvit.testing._spec import FLOAT_DTYPES, BadInput, Cost, OpSpec, Sample
+from effvit.testing._spec import FLOAT_DTYPES, BadInput, OpSpec, Sample
 
 __all__ = [
     "FLOAT_DTYPES",
     "Backend",
     "BadInput",
-    "Cost",
     "ErrorReport",
     "OpSpec",
     "Oracle",

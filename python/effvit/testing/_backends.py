@@ -1,6 +1,7 @@
 """Every implementation of an operator that can run on this machine, as plain callables with the op's signature."""
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ class Backend:
     backward: Callable | None
     device: str = "cpu"
     slow: bool = False  # emulated or interpreted: only for samples tagged "small"
-    bfloat16_only: bool = False  # elsewhere it is the same code as another one of the list
     # Forward and backward choose the implementation themselves; around calls from several threads choose it once, here.
     selected: Callable = contextlib.nullcontext
 
@@ -60,14 +60,15 @@ def _dispatched(op, call_within):
 
 
 def _has_backward(op):
-    from effvit.ops._registry import OPS
+    from effvit.ops._op import OPS
 
     return any(o.backward_of == op for o in OPS.values())
 
 
+@functools.cache
 def backends(op):
     """The list of Backend objects for `op`, reference first."""
-    from effvit.ops._registry import OPS
+    from effvit.ops._op import OPS
 
     backward = f"{op}_backward" if _has_backward(op) else None
     found = [Backend("reference", OPS[op].reference, OPS[backward].reference if backward else None)]
@@ -79,12 +80,7 @@ def backends(op):
                 return isa(name)
 
             run_backward = _dispatched(backward, within) if backward else None
-            found.append(
-                Backend(
-                    f"cpu:{name}", _dispatched(op, within), run_backward, selected=within,
-                    bfloat16_only=name.removesuffix("_emulated") in ("avx512_bf16", "amx"),
-                )
-            )  # fmt: skip
+            found.append(Backend(f"cpu:{name}", _dispatched(op, within), run_backward, selected=within))
 
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"

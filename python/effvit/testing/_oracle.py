@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 
-from effvit.testing._errors import assert_close_to_truth, coarsest_eps
+from effvit._accuracy import assert_close_to_truth, coarsest_eps
 from effvit.testing._spec import as_tuple, map_tensors, named_tensors
 
 
@@ -23,12 +23,14 @@ class Oracle:
     output_magnitudes: dict
     gradient_magnitudes: dict
     eps: float
+    allowance: float = 1.0  # of the error rule
 
     def check_outputs(self, results):
         for name, result in zip(self.outputs, as_tuple(results), strict=True):
             assert_close_to_truth(
                 result, self.outputs[name], self.output_yardsticks[name],
                 magnitude=self.output_magnitudes.get(name), eps=self.eps, name=name,
+                allowance=self.allowance,
             )  # fmt: skip
 
     def check_gradients(self, gradients):
@@ -38,7 +40,8 @@ class Oracle:
         for name, result in gradients.items():
             assert_close_to_truth(
                 result, self.gradients[name], self.gradient_yardsticks[name],
-                magnitude=self.gradient_magnitudes.get(name), eps=self.eps, name=f"gradient of {name}",
+                magnitude=self.gradient_magnitudes.get(name), eps=self.eps,
+                name=f"gradient of {name}", allowance=self.allowance,
             )  # fmt: skip
 
 
@@ -66,7 +69,7 @@ def _run(spec, args, kwargs, output_grads, dtype=None):
     return dict(zip(spec.outputs, [o.detach() for o in outputs], strict=True)), gradients
 
 
-def oracle_of(spec, args, kwargs, output_grads):
+def oracle_of(spec, args, kwargs, output_grads, allowance=1.0):
     """The right answer for these arguments. output_grads: one per output (None: that output is not used)."""
     eps = coarsest_eps(*args)
     dtype = args[0].dtype
@@ -78,8 +81,9 @@ def oracle_of(spec, args, kwargs, output_grads):
         grads64 = None if output_grads is None else tuple(None if g is None else g.double() for g in output_grads)
         magnitudes = spec.magnitudes(args64, kwargs, grads64, eps)
     return Oracle(
-        args, kwargs, output_grads, outputs, gradients, output_yardsticks, gradient_yardsticks, *magnitudes, eps
-    )
+        args, kwargs, output_grads, outputs, gradients, output_yardsticks, gradient_yardsticks, *magnitudes, eps,
+        allowance,
+    )  # fmt: skip
 
 
 def random_output_grads(spec, sample, dtype, outputs):

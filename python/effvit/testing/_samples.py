@@ -40,8 +40,3 @@ def to(what):
 def changed(call, changes):
     """A call (a dict of arguments) with some replaced: by a value, or by a function of the old one."""
     return call | {name: change(call.get(name)) if callable(change) else change for name, change in changes.items()}
-
-
-def split_call(call, names):
-    """(positional tensors in the order of names, everything else as keyword arguments)"""
-    return tuple(call[n] for n in names), {n: x for n, x in call.items() if n not in names}

@@ -9,8 +9,8 @@ import sys
 
 import torch
 
+from effvit._accuracy import assert_bitwise_equal
 from effvit.testing._backends import has_native_kernel
-from effvit.testing._errors import assert_bitwise_equal
 from effvit.testing._oracle import oracle_of, random_output_grads
 from effvit.testing._spec import as_tuple, named_tensors
 

@@ -1,12 +1,16 @@
 """What an operator tells the shared test suite about itself: samples, bad inputs, cost, error magnitudes."""
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from effvit.ops._checks import FLOAT_DTYPES
+from effvit.ops._op import OPS
+
+__all__ = ["FLOAT_DTYPES", "OPS", "BadInput", "OpSpec", "Sample"]
 
 
 @dataclass(frozen=True)
@@ -46,50 +50,114 @@ class BadInput:
     schema_match: str | None = None
     torch_ops: bool = True
     public: bool = True
+    declared: bool = False  # follows from the declaration: options are as the schema has them
     op: str | None = None  # defaults to the spec's forward op
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Floating-point operations and the least bytes that must move between memory and the chip."""
-
-    flops: int
-    bytes: int
-
-
-@dataclass(frozen=True)
 class OpSpec:
-    """Everything tests/op_suite.py needs to know about an operator."""
+    """What tests/op_suite.py needs to know about an operator beyond its declaration."""
 
     name: str
     samples: Sequence[Sample]
-    tensors: Sequence[str]  # names of the positional tensor arguments, in order; missing trailing ones are None
-    outputs: Sequence[str]
-    reference: Callable  # differentiable, any float dtype: the definition
-    cost: Callable  # (args, kwargs) -> Cost
+    # differentiable, any float dtype, with the op's keyword arguments; by default the op's definition
+    definition: Callable | None = None
     random_sample: Callable | None = None  # (name, random.Random) -> Sample: any options at once, at a small size
     random_calls: int = 400  # of a test run, on the machine's best instruction set
     bad_inputs: Sequence[BadInput] = ()
-    good_input: Callable | None = None  # () -> (args, kwargs) of a call near every bad one
-    # (args, kwargs, outputs, output_grads) -> (args, kwargs) of the backward op; None for an op without gradient
-    backward_call: Callable | None = None
-    # (result of the backward op, args, kwargs) -> {tensor name: gradient}
-    split_gradients: Callable | None = None
+    good_call: Callable | None = None  # () -> {argument: value} of a call near every bad one
     # (args, kwargs, output_grads or None, eps) -> ({output: magnitude}, {tensor name: magnitude of its gradient})
     magnitudes: Callable | None = None
-    # dims of each tensor / output that may be symbolic under torch.compile and torch.export
-    dynamic_dims: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    dynamic: str = ""  # names of the dims that may be symbolic under torch.compile and torch.export
     # (sample args, kwargs) -> the same call at another size of the dynamic dims
     resize: Callable | None = None
-    # {"batch": {tensor or output: dim}}: DTensor shardings that need no communication; absent tensors are replicated
-    shardings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    autocast_tensors: Sequence[str] = ()  # arguments that autocast casts
     # the op's keyword arguments -> those of the public function that mean the same; None where it has no such call
     public_kwargs: Callable = dict
-    output_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # outputs whose dtype is not the input's
     # (dtype) -> [(name, args, kwargs)]: large calls for the memory test; built in a process of their own
     memory_calls: Callable | None = None
     memory_slack_per_thread: int = 2 << 20
+
+    # ---- what follows from the declaration
+
+    @functools.cached_property
+    def declared(self):
+        return OPS[self.name]
+
+    @functools.cached_property
+    def gradient(self):
+        """The op that differentiates this one, or None."""
+        return OPS.get(f"{self.name}_backward")
+
+    @property
+    def tensors(self):
+        return self.declared.names
+
+    @functools.cached_property
+    def outputs(self):
+        return tuple(t.name for t in self.declared.declaration.outputs)
+
+    @functools.cached_property
+    def output_dtypes(self):
+        """Outputs whose dtype is not the input's."""
+        return {t.name: getattr(torch, t.dtype) for t in self.declared.declaration.outputs if t.dtype}
+
+    @functools.cached_property
+    def autocast_tensors(self):
+        """Arguments that autocast casts."""
+        return tuple(t.name for t in self.declared.declaration.tensors if not t.dtype and self.declared.autocast)
+
+    @functools.cached_property
+    def dynamic_dims(self):
+        """{tensor: dims that may be symbolic}"""
+        names = self.dynamic.split()
+        dims = {t.name: tuple(i for i, d in enumerate(t.dims) if d in names) for t in self.declared.declaration.tensors}
+        return {name: found for name, found in dims.items() if found}
+
+    @functools.cached_property
+    def shardings(self):
+        """{"B": {tensor or output: dim}}: DTensor shardings that need no communication; the rest is replicated."""
+        declaration = self.declared.declaration
+        found = {}
+        for group in self.declared.shards:
+            dims = {t.name: declaration.dim_of(t, group.split()) for t in (*declaration.tensors, *declaration.outputs)}
+            found[group] = {name: dim for name, dim in dims.items() if dim is not None}
+        return found
+
+    def reference(self, *args, **kwargs):
+        options = self.declared.complete(kwargs)
+        return (self.definition or self.declared.definition)(*self.declared.given(args).values(), **options)
+
+    def cost(self, args, kwargs, backward=False):
+        return self.declared.cost(args, kwargs, backward)
+
+    @property
+    def backward_call(self):
+        """(args, kwargs, outputs, output_grads) -> (args, kwargs) of the backward op; None for an op without."""
+        return self._backward_call if self.gradient else None
+
+    def _backward_call(self, args, kwargs, outputs, output_grads):
+        values = self.declared.given(args) | dict(zip(self.outputs, outputs, strict=True))
+        values |= {f"grad_{n}": g for n, g in zip(self.outputs, output_grads, strict=True)}
+        return tuple(values[n] for n in self.gradient.names), kwargs if self.gradient.declaration.options else {}
+
+    def split_gradients(self, result, args, kwargs):
+        """{tensor: gradient} from what the backward op returned, after a look at dtypes, shapes and strides."""
+        given, gradients = self.declared.given(args), {}
+        first = given[self.declared.declaration.first.name]
+        for t, g in zip(self.gradient.declaration.outputs, as_tuple(result), strict=True):
+            x = given[t.name[1:]]
+            dtype = x.dtype if x is not None else torch.float32 if t.dtype else first.dtype
+            shape = (0,) if x is None else tuple(x.shape)
+            if g.dtype != dtype or tuple(g.shape) != shape or not g.is_contiguous():
+                raise AssertionError(
+                    f"{t.name} must be {dtype} {list(shape)}, contiguous, got {g.dtype} {list(g.shape)}, {g.stride()}"
+                )
+            if x is not None:
+                gradients[t.name[1:]] = g
+        return gradients
+
+    def good_input(self):
+        return split_call(self.good_call(), self.tensors)
 
     @property
     def qualified_name(self):
@@ -97,7 +165,7 @@ class OpSpec:
 
     @property
     def backward_name(self):
-        return f"{self.name}_backward" if self.backward_call else None
+        return self.gradient.name if self.gradient else None
 
     def op(self):
         return getattr(torch.ops.effvit, self.name)
@@ -115,6 +183,11 @@ class OpSpec:
 
     def sample(self, name):
         return next(s for s in self.samples if s.name == name)
+
+
+def split_call(call, names):
+    """(positional tensors in the order of names, everything else as keyword arguments)"""
+    return tuple(call[n] for n in names), {n: x for n, x in call.items() if n not in names}
 
 
 def named_tensors(spec, args):

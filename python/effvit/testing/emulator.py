@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from effvit import _load
-from effvit.ops._registry import OPS
+from effvit.ops._op import OPS
 
 _library = None  # the definitions live as long as this object
 

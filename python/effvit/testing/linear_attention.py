@@ -1,4 +1,4 @@
-"""linear_attention's samples, bad inputs, cost and error magnitudes."""
+"""linear_attention's samples, bad inputs and error magnitudes."""
 
 import math
 
@@ -16,13 +16,12 @@ from effvit.testing._samples import (
     in_order,
     misaligned,
     sliced,
-    split_call,
     to,
 )  # fmt: skip
-from effvit.testing._spec import FLOAT_DTYPES, BadInput, Cost, OpSpec, Sample
+from effvit.testing._spec import FLOAT_DTYPES, OPS, BadInput, OpSpec, Sample, split_call
 
-TENSORS = ("q", "k", "v", "q_den", "k_den", "weight", "cu_seqlens", "initial_state", "initial_z")
-OUTPUTS = ("out", "state", "z")
+NAME = "linear_attention"
+TENSORS = OPS[NAME].names
 NONE, RELU, ELU1, EXP = range(4)  # feature maps
 PLAIN, SUM, MEAN, CLAMP = range(4)  # normalisers
 # Backends that take samples in one dtype take the first.
@@ -501,53 +500,7 @@ def magnitudes(args, kwargs, output_grads, eps):
     return outputs, gradients
 
 
-# ---- cost -----------------------------------------------------------------------------------------------------------
-
-
-def cost(args, kwargs, backward=False):
-    """Matrix products; multiply-adds count 2. Each tensor moves once; the backward reads inputs again, writes as much.
-
-    Linear form: state and output, and in the backward two products per side. Quadratic form: two products; five.
-    """
-    q, k, v, q_den, k_den, *rest = (*args, *(None,) * (9 - len(args)))
-    B, L, H, K = q.shape
-    M, V = v.shape[1:4:2]
-    quadratic = kwargs.get("quadratic", False)
-    if quadratic:
-        flops = L * M * (3 * K + 2 * V) if backward else L * M * (K + V)
-    else:
-        flops = K * V * (L + M) * (2 if backward else 1)
-    given = sum(t.numel() * t.element_size() for t in (q, k, v, q_den, k_den, *rest) if t is not None)
-    sequences = B if rest[1] is None else rest[1].shape[0] - 1
-    states = 0 if quadratic else 4 * sequences * H * K * (V + 1)
-    out = B * L * H * V * q.element_size()
-    return Cost(2 * B * H * flops, (2 * given if backward else given) + states + out)
-
-
 # ---- the backward op ------------------------------------------------------------------------------------------------
-
-
-def backward_call(args, kwargs, outputs, output_grads):
-    q, k, v, *optionals = args
-    grad_out, grad_state, grad_z = output_grads
-    return (grad_out, grad_state, grad_z, q, k, v, *outputs[1:], *optionals), kwargs
-
-
-def split_gradients(result, args, kwargs):
-    args = (*args, *(None,) * (9 - len(args)))
-    given = dict(zip(TENSORS, args, strict=True))
-    gradients = {}
-    for name, g in zip((n for n in TENSORS if n != "cu_seqlens"), result, strict=True):
-        if not g.is_contiguous():
-            raise AssertionError(f"gradient of {name} must be contiguous, got strides {g.stride()}")
-        t = given[name]
-        dtype = t.dtype if t is not None else args[0].dtype if name.endswith("_den") else torch.float32
-        shape = (0,) if t is None else t.shape
-        if g.dtype != dtype or tuple(g.shape) != tuple(shape):
-            raise AssertionError(f"gradient of {name} must be {dtype} {list(shape)}, got {g.dtype} {list(g.shape)}")
-        if t is not None:
-            gradients[name] = g
-    return gradients
 
 
 def resize(args, kwargs):
@@ -602,11 +555,7 @@ def good_call():
     }  # fmt: skip
 
 
-def good_input():
-    return split_call(good_call(), TENSORS)
-
-
-BACKWARD_TENSORS = ("grad_out", "grad_state", "grad_z", "q", "k", "v", "state", "z", *TENSORS[3:])
+BACKWARD_TENSORS = OPS[f"{NAME}_backward"].names
 
 
 def _good_backward():
@@ -837,33 +786,15 @@ def public_kwargs(kwargs):
 
 
 SPEC = OpSpec(
-    name="linear_attention",
+    name=NAME,
     public_kwargs=public_kwargs,
     samples=SAMPLES,
     random_sample=random_sample,
     random_calls=2000,
-    tensors=TENSORS,
-    outputs=OUTPUTS,
-    reference=reference_call,
-    cost=cost,
     bad_inputs=BAD_INPUTS,
-    good_input=good_input,
-    backward_call=backward_call,
-    split_gradients=split_gradients,
+    good_call=good_call,
     magnitudes=magnitudes,
-    dynamic_dims={
-        **dict.fromkeys(("q", "k", "v", "q_den", "k_den", "weight"), (0, 1)),
-        **dict.fromkeys(("initial_state", "initial_z"), (0,)),
-    },
+    dynamic="B L M N",
     resize=resize,
-    shardings={
-        "batch": dict.fromkeys((*(n for n in TENSORS if n != "cu_seqlens"), *OUTPUTS), 0),
-        "heads": {
-            **dict.fromkeys(("q", "k", "v", "q_den", "k_den", "weight", "out"), 2),
-            **dict.fromkeys(("initial_state", "initial_z", "state", "z"), 1),
-        },
-    },
-    autocast_tensors=("q", "k", "v", "q_den", "k_den"),
-    output_dtypes={"state": torch.float32, "z": torch.float32},
     memory_calls=memory_calls,
 )  # fmt: skip

@@ -1,14 +1,15 @@
-"""newton_pinv's samples, bad inputs, cost and error magnitudes."""
+"""newton_pinv's samples, bad inputs and error magnitudes."""
 
 import torch
 
 from effvit.reference.newton_pinv import newton_pinv as reference
 from effvit.reference.rbf_gram import rbf_gram
-from effvit.testing._samples import IS_FLOAT, IS_TENSOR, changed, every_other, split_call, to
-from effvit.testing._spec import FLOAT_DTYPES, BadInput, Cost, OpSpec, Sample
+from effvit.testing._samples import IS_FLOAT, IS_TENSOR, changed, every_other, to
+from effvit.testing._spec import FLOAT_DTYPES, OPS, BadInput, OpSpec, Sample, split_call
 
-TENSORS = ("a",)
-BACKWARD_TENSORS = ("grad_out", "out")
+NAME = "newton_pinv"
+TENSORS = OPS[NAME].names
+BACKWARD_TENSORS = OPS[f"{NAME}_backward"].names
 STEPS = 20  # the schema's default
 
 # ---- samples -------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def random_sample(name, choose):
     return _sample(name, choose.randint(1, 3), choose.randint(1, 3), m, _dominant, layout=layout)
 
 
-# ---- error magnitudes, cost ----------------------------------------------------------------------------------------
+# ---- error magnitudes ---------------------------------------------------------------------------------------------
 
 
 def magnitudes(args, kwargs, output_grads, eps):
@@ -171,16 +172,6 @@ def magnitudes(args, kwargs, output_grads, eps):
     return {"out": out}, {"a": out.mT @ output_grads[0].abs() @ out.mT}
 
 
-def cost(args, kwargs, backward=False):
-    """Two products a step; backward two. Every matrix moved once."""
-    (a,) = args
-    B, H, m, _ = a.shape
-    matrices, steps = B * H, kwargs.get("iterations", STEPS)
-    if not backward:
-        return Cost(matrices * (4 * steps * m**3 + m * m), 2 * a.numel() * a.element_size())
-    return Cost(4 * matrices * m**3, 3 * a.numel() * a.element_size())
-
-
 # ---- the calls of the suite ----------------------------------------------------------------------------------------
 
 
@@ -195,10 +186,6 @@ def memory_calls(dtype):
 def good_call():
     """A call that works; every bad input is this one with something changed."""
     return {"a": _dominant(2, 2, 6, torch.Generator("cpu").manual_seed(0)).float()}
-
-
-def good_input():
-    return split_call(good_call(), TENSORS)
 
 
 def _bad(name, error, match, *, schema_match=None, torch_ops=True, **changes):
@@ -294,23 +281,16 @@ BAD_INPUTS = [
 # fmt: on
 
 SPEC = OpSpec(
-    name="newton_pinv",
+    name=NAME,
     samples=SAMPLES,
     random_sample=random_sample,
-    tensors=TENSORS,
-    outputs=("out",),
-    reference=reference,
-    cost=cost,
     bad_inputs=BAD_INPUTS,
-    good_input=good_input,
-    backward_call=lambda args, kwargs, outputs, output_grads: ((*output_grads, *outputs), {}),
-    split_gradients=lambda result, args, kwargs: {"a": result},
+    good_call=good_call,
     magnitudes=magnitudes,
-    dynamic_dims={"a": (0, 1)},
+    dynamic="B H",
     resize=lambda args, kwargs: (
         (torch.cat((args[0], args[0].flip(0))).repeat(1, 2, 1, 1)[:, 1:].contiguous(),),
         kwargs,
     ),
-    shardings={"batch": {"a": 0, "out": 0}, "heads": {"a": 1, "out": 1}},
     memory_calls=memory_calls,
 )

@@ -1,13 +1,14 @@
-"""rbf_gram's samples, bad inputs, cost and error magnitudes."""
+"""rbf_gram's samples, bad inputs and error magnitudes."""
 
 import torch
 
 from effvit.reference.rbf_gram import rbf_gram as reference
-from effvit.testing._samples import IS_FLOAT, IS_TENSOR, changed, every_other, split_call, to
-from effvit.testing._spec import FLOAT_DTYPES, BadInput, Cost, OpSpec, Sample
+from effvit.testing._samples import IS_FLOAT, IS_TENSOR, changed, every_other, to
+from effvit.testing._spec import FLOAT_DTYPES, OPS, BadInput, OpSpec, Sample, split_call
 
-TENSORS = ("q", "k")
-BACKWARD_TENSORS = ("grad_out", "q", "k", "out")
+NAME = "rbf_gram"
+TENSORS = OPS[NAME].names
+BACKWARD_TENSORS = OPS[f"{NAME}_backward"].names
 # Backends that take samples in one dtype take the first.
 BFLOAT16_FIRST = (torch.bfloat16, torch.float32, torch.float16)
 FLOAT16_FIRST = (torch.float16, torch.float32, torch.bfloat16)
@@ -180,7 +181,7 @@ def random_sample(name, choose):
     )  # fmt: skip
 
 
-# ---- error magnitudes, cost ----------------------------------------------------------------------------------------
+# ---- error magnitudes ---------------------------------------------------------------------------------------------
 
 
 def magnitudes(args, kwargs, output_grads, eps):
@@ -202,17 +203,6 @@ def magnitudes(args, kwargs, output_grads, eps):
     dq = 2 * gamma * (p.sum(-1)[..., None] * q.abs() + p @ k.abs())
     dk = 2 * gamma * (p.sum(-2)[..., None] * k.abs() + p.mT @ q.abs())
     return {"out": out}, {"q": dq.transpose(1, 2), "k": dk.transpose(1, 2)}
-
-
-def cost(args, kwargs, backward=False):
-    """Matrix products only: q kᵀ; backward P k and Pᵀ q. Every tensor moved once."""
-    q, k = args
-    B, L, H, D = q.shape
-    M, size = k.shape[1], q.element_size()
-    pairs, tokens = B * H * L * M, B * H * (L + M) * D
-    if not backward:
-        return Cost(2 * pairs * D, (tokens + pairs) * size)
-    return Cost(4 * pairs * D, (2 * tokens + 2 * pairs) * size)
 
 
 # ---- the calls of the suite ----------------------------------------------------------------------------------------
@@ -241,10 +231,6 @@ def good_call():
     """A call that works; every bad input is this one with something changed."""
     generator = torch.Generator("cpu").manual_seed(0)
     return {"q": torch.randn(1, 6, 2, 8, generator=generator), "k": torch.randn(1, 4, 2, 8, generator=generator)}
-
-
-def good_input():
-    return split_call(good_call(), TENSORS)
 
 
 def _bad(name, error, match, *, schema_match=None, torch_ops=True, **changes):
@@ -340,25 +326,13 @@ BAD_INPUTS = [
 # fmt: on
 
 SPEC = OpSpec(
-    name="rbf_gram",
+    name=NAME,
     samples=SAMPLES,
     random_sample=random_sample,
-    tensors=TENSORS,
-    outputs=("out",),
-    reference=reference,
-    cost=cost,
     bad_inputs=BAD_INPUTS,
-    good_input=good_input,
-    backward_call=lambda args, kwargs, outputs, output_grads: ((*output_grads, *args, *outputs), kwargs),
-    split_gradients=lambda result, args, kwargs: {"q": result[0], "k": result[1]},
+    good_call=good_call,
     magnitudes=magnitudes,
-    dynamic_dims={"q": (0, 1), "k": (0,)},
+    dynamic="B L",
     resize=resize,
-    shardings={
-        "batch": {"q": 0, "k": 0, "out": 0},
-        "heads": {"q": 2, "k": 2, "out": 1},
-        "queries": {"q": 1, "out": 2},
-    },
-    autocast_tensors=TENSORS,
     memory_calls=memory_calls,
 )

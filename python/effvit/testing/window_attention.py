@@ -1,4 +1,4 @@
-"""window_attention's samples, bad inputs, cost and error magnitudes."""
+"""window_attention's samples, bad inputs and error magnitudes."""
 
 import math
 
@@ -6,10 +6,10 @@ import torch
 
 from effvit.reference.window_attention import LOGIT_SCALE_MAX, axis_layout
 from effvit.reference.window_attention import window_attention as definition
-from effvit.testing._spec import FLOAT_DTYPES, BadInput, Cost, OpSpec, Sample
+from effvit.testing._spec import FLOAT_DTYPES, OPS, BadInput, OpSpec, Sample, split_call
 
-TENSORS = ("q", "k", "v", "bias_table", "logit_scale", "pad_k", "pad_v")
-OUTPUTS = ("out", "lse")
+NAME = "window_attention"
+TENSORS = OPS[NAME].names
 
 
 def reference_call(*args, **kwargs):
@@ -458,48 +458,7 @@ def _mask(H, W, kwargs):
     return (label(2)[:, :, None] != label(3)[:, None, :])[:, None].double() * kwargs.get("mask_value", -100.0)
 
 
-# ---- cost -----------------------------------------------------------------------------------------------------------
-
-
-def cost(args, kwargs, backward=False):
-    """Multiply-adds count 2. Forward: q kᵀ and P v. Backward: those two again or their transposes, five products."""
-    q, v = args[0], args[2]
-    B, H, W, h, d = q.shape
-    dv = v.shape[-1]
-    window, _, _, halo = _geometry(kwargs)
-    keys = math.prod(w + 2 * e for w, e in zip(window, halo, strict=True))
-    rows = B * H * W * h
-    tokens = q.element_size() * rows
-    small = sum(t.numel() * t.element_size() for t in args[3:] if t is not None)
-    if not backward:
-        return Cost(2 * rows * keys * (d + dv), tokens * (2 * d + 2 * dv) + 4 * rows + small)
-    return Cost(2 * rows * keys * (3 * d + 2 * dv), tokens * (4 * d + 4 * dv) + 4 * rows + 2 * small)
-
-
 # ---- the backward op ------------------------------------------------------------------------------------------------
-
-
-def backward_call(args, kwargs, outputs, output_grads):
-    q, k, v, *optionals = args
-    return (output_grads[0], output_grads[1], q, k, v, *outputs, *optionals), kwargs
-
-
-def split_gradients(result, args, kwargs):
-    *tokens, small = *result[:3], result[3:]
-    if not all(g.is_contiguous() for g in tokens):
-        raise AssertionError(f"dq, dk, dv must be contiguous, got strides {[g.stride() for g in tokens]}")
-    gradients = dict(zip("qkv", tokens, strict=True))
-    for name, given, g in zip(TENSORS[3:], (*args[3:], *(None,) * (7 - len(args))), small, strict=False):
-        if given is None:
-            if tuple(g.shape) != (0,):
-                raise AssertionError(f"gradient of the absent {name} must have shape [0], got {list(g.shape)}")
-            continue
-        if g.dtype != given.dtype or g.shape != given.shape:
-            raise AssertionError(
-                f"gradient of {name} must be {given.dtype} {list(given.shape)}, got {g.dtype} {list(g.shape)}"
-            )
-        gradients[name] = g
-    return gradients
 
 
 def resize(args, kwargs):
@@ -544,16 +503,7 @@ def good_call():
     }  # fmt: skip
 
 
-def _split(call, names):
-    call = dict(call)
-    return tuple(call.pop(n) for n in names), call
-
-
-def good_input():
-    return _split(good_call(), TENSORS)
-
-
-BACKWARD_TENSORS = ("grad_out", "grad_lse", "q", "k", "v", "out", "lse", *TENSORS[3:])
+BACKWARD_TENSORS = OPS[f"{NAME}_backward"].names
 
 
 def _good_backward():
@@ -570,7 +520,7 @@ def _bad(name, error, match, *, schema_match=None, torch_ops=True, **changes):
         call = good_call()
         for key, change in changes.items():
             call[key] = change(call.get(key)) if callable(change) else change
-        return _split(call, TENSORS)
+        return split_call(call, TENSORS)
 
     return BadInput(name, make, error, match, schema_match, torch_ops)
 
@@ -580,7 +530,7 @@ def _bad_backward(name, error, match, *, schema_match=None, **changes):
         call = _good_backward()
         for key, change in changes.items():
             call[key] = change(call.get(key)) if callable(change) else change
-        return _split(call, BACKWARD_TENSORS)
+        return split_call(call, BACKWARD_TENSORS)
 
     return BadInput(name, make, error, match, schema_match, public=False, op="window_attention_backward")
 
@@ -767,28 +717,15 @@ BAD_INPUTS = [
 
 
 SPEC = OpSpec(
-    name="window_attention",
+    name=NAME,
     samples=SAMPLES,
+    definition=reference_call,
     random_sample=random_sample,
     random_calls=2000,
-    tensors=TENSORS,
-    outputs=OUTPUTS,
-    reference=reference_call,
-    cost=cost,
     bad_inputs=BAD_INPUTS,
-    good_input=good_input,
-    backward_call=backward_call,
-    split_gradients=split_gradients,
+    good_call=good_call,
     magnitudes=magnitudes,
-    dynamic_dims={"q": (0, 1, 2), "k": (0, 1, 2), "v": (0, 1, 2)},
+    dynamic="B H W",
     resize=resize,
-    shardings={
-        "batch": {"q": 0, "k": 0, "v": 0, "out": 0, "lse": 0},
-        "heads": {
-            "q": 3, "k": 3, "v": 3, "bias_table": 0, "logit_scale": 0, "pad_k": 0, "pad_v": 0, "out": 3, "lse": 1,
-        },
-    },
-    autocast_tensors=("q", "k", "v", "pad_k", "pad_v"),
-    output_dtypes={"lse": torch.float32},
     memory_calls=memory_calls,
 )  # fmt: skip

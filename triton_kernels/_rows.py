@@ -1,0 +1,56 @@
+"""Row-wise operators in Triton: rows of any strides, one program a block of elements; functions that they need."""
+
+from ._common import MAX_GRID, SCALE, Launch, cdiv, tl, triton
+
+BLOCK = 1024
+
+
+def rows_of(x):
+    """((size, stride) of the leading dims, innermost first), with those that lie behind each other made one."""
+    dims = []
+    for size, stride in zip(x.shape[-2::-1], x.stride()[-2::-1], strict=True):
+        if size == 1:
+            continue
+        if dims and stride == dims[-1][0] * dims[-1][1]:
+            dims[-1] = (dims[-1][0] * size, dims[-1][1])
+        else:
+            dims.append((size, stride))
+    return tuple(n for dim in dims or [(1, 0)] for n in dim)
+
+
+def launch_rows(kernel, x, args):
+    """Launches over all elements of rows of x's shape; `kernel` takes their number as `elements`, the width as `C`."""
+    if x.numel() == 0:
+        return []
+    block = BLOCK * SCALE
+    if cdiv(x.numel(), block) > MAX_GRID:
+        raise ValueError(f"effvit::{kernel.__name__}: too many elements for one launch, got {x.numel()}")
+    args = {**args, "elements": x.numel(), "C": x.shape[-1], "BLOCK": block}
+    return [Launch(kernel, cdiv(x.numel(), block), {n: args[n] for n in kernel.arg_names}, num_warps=4, num_stages=1)]
+
+
+@triton.jit
+def _row_offsets(row, dims):
+    """Where rows start; `dims` as rows_of returns them."""
+    offset = row * 0
+    for i in tl.static_range(0, len(dims), 2):
+        quotient = row // dims[i]
+        offset += (row - quotient * dims[i]) * dims[i + 1]
+        row = quotient
+    return offset
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _tanh(x):
+    """1 - 2 / (exp(2|x|) + 1) from 1/2 on, below it the odd polynomial that is closest relative to tanh."""
+    t = tl.minimum(tl.abs(x), 10.0)
+    far = 1.0 - 2.0 / (_exp(2.0 * t) + 1.0)
+    z = t * t
+    near = t + t * z * (-0.33333327 + z * (0.13332971 + z * (-0.05389997 + z * (0.0213017 + z * -0.00665357))))
+    y = tl.where(t < 0.5, near, far)
+    return tl.where(x < 0, -y, y)
