@@ -93,7 +93,7 @@ def test_kernels_include_no_torch():
     names = (".inl.h", "_params.h")
     kernels += [p for p in sources(".h") if p.name.endswith(names) or {"isa", "emu"} & set(p.parts)]
     assert len(kernels) > 3
-    binding = re.compile(r'^\s*#\s*include\s*[<"].*(stable|_binding)\.h[>"]', re.M)
+    binding = re.compile(r'^\s*#\s*include\s*[<"].*(stable|common/binding)\.h[>"]', re.M)
     assert relative(p for p in kernels if binding.search(p.read_text())) == []
 
 
