@@ -120,7 +120,7 @@ struct Backward {
                 fetches());
     }
     if (p.normalize != Normalize::kNone) {
-      gemm(1, plan.Kp, n, RowMajorA{r, n}, DenseB{features, plan.Kp}, z_of(slot), plan.Kp, true);
+      gemm(1, plan.Kp, n, r, n, features, plan.Kp, z_of(slot), z_of(slot), plan.Kp);
     }
   }
 
@@ -175,7 +175,7 @@ struct Backward {
              transpose_packed(transposed, kChunk, v, n, plan.V);
              add_scores_product(Triangle::kLower, n, n, plan.V, u, plan.Vp, transposed, kChunk, kf, plan.Kp, plan.Kp,
                                 scores, product, plan.Kp);
-             gemm(plan.V, plan.Kp, n, TransposedA{v, plan.Vp}, DenseB{kf, plan.Kp}, st, plan.Kp, true);
+             gemm_transposed(plan.V, plan.Kp, n, v, plan.Vp, kf, plan.Kp, st, st, plan.Kp);
            }
            dispatch_map(p.feature_map, [&](auto f) {
              finish_queries<decltype(f)::value>(features, n, p.causal ? z_rows : z, p.causal ? plan.Kp : 0,
@@ -293,7 +293,7 @@ struct Backward {
                pack_features(p.feature_map, z_rows, q_den.at(at, head), q_den.stride_l, n, plan.K);
                features_q = z_rows;
              }
-             gemm(plan.K, plan.Vp, n, TransposedA{qf, plan.Kp}, DenseB{u, plan.Vp}, s, plan.Vp, true);
+             gemm_transposed(plan.K, plan.Vp, n, qf, plan.Kp, u, plan.Vp, s, s, plan.Vp);
              running_dz(features_q, n, dz);
              transpose_packed(st, plan.Kp, s, plan.Kp, plan.V);
              dz = z_rows;
@@ -395,7 +395,7 @@ struct Backward {
                                            dq_den ? dq_den.at(at, head) : nullptr, dq.stride_l);
       });
       if (!p.causal && normalized) {
-        gemm(1, plan.Kp, n, RowMajorA{r, n}, DenseB{features, plan.Kp}, dz, plan.Kp, true);
+        gemm(1, plan.Kp, n, r, n, features, plan.Kp, dz, dz, plan.Kp);
       }
       save_factors(workspace, b, at, n, head);
     }
