@@ -128,7 +128,14 @@ template <class T>
 EFFVIT_INLINE float load_product(float* to, const T* grad, const T* out, int n, float* column_sum) {
   vf sum{};
   for (int i = 0; i < n; i += kLanes) {
-    const vf x = load_lanes(grad + i, n - i) * load_lanes(out + i, n - i);
+    vf x;
+    if (i + kLanes <= n) {
+      x = load(grad + i) * load(out + i);
+    } else {
+      alignas(64) float tail[kLanes] = {};
+      for (int t = 0; t < n - i; ++t) tail[t] = to_float(grad[i + t]) * to_float(out[i + t]);
+      x = load(tail);
+    }
     store(to + i, x);
     store(column_sum + i, load(column_sum + i) + x);
     sum += x;
