@@ -84,6 +84,7 @@ struct Plan {
     const int64_t bytes = count * width * static_cast<int64_t>(sizeof(T));
     return EFFVIT_ISA_NAME::streams<T>(rows, width, bytes, limits.stream_bytes);
   }
+  float* z_of(float* state) const { return state + int64_t{Kp} * Vp; }  // of a transposed state too
   int64_t slot_t() const { return int64_t{Kp} * Vp + Kp; }  // floats of a transposed state: [Vp, Kp], then z [Kp]
 };
 
