@@ -461,7 +461,7 @@ struct Backward {
   // partial sums; 4 pass B.
   void run(int phase, float* workspace, int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      if (phase == 1 || phase == 3) {  // a unit is a (sequence, head)
+      if (sums_states(phase)) {
         const int64_t n = index / p.H, head = index % p.H;
         float* const base = workspace + (phase == 1 ? 0 : plan.grads_offset);
         const auto slot = [&](int64_t split) { return states_of(p, plan, base, n, split)(head); };
@@ -471,7 +471,7 @@ struct Backward {
           continue;
         }
         load_state(plan, total, grad_state(index), grad_z(index));
-        sum_slots(plan, p.causal, true, total, slot);
+        sum_slots(plan, p.causal, p.causal, total, slot);
         store_initial(total, index);
         continue;
       }

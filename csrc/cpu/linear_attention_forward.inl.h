@@ -241,7 +241,7 @@ struct Forward {
   // Phases: 0 everything of whole sequences, or partial states; 1 states from them; 2 out.
   void run(int phase, float* workspace, int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      if (phase == 1) {  // a unit is a (sequence, head)
+      if (sums_states(phase)) {
         const int64_t n = index / p.H, head = index % p.H;
         load_state(plan, total, initial_state(index), initial_z(index));
         const auto slot = [&](int64_t split) { return states_of(p, plan, workspace, n, split)(head); };

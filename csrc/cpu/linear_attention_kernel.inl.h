@@ -30,7 +30,7 @@ int64_t units(const Params& p, bool backward, int phase) {
   const int64_t all = p.N * plan.groups * plan.splits;
   if (plan.whole) return phase == 0 ? all : 0;
   if (backward && phase < 2 && !p.causal) return 0;
-  return phase % 2 == 1 ? p.N * p.H : all;
+  return sums_states(phase) ? p.N * p.H : all;
 }
 
 void run(const Params& p, bool backward, int phase, float* workspace, int64_t begin, int64_t end) {

@@ -88,6 +88,9 @@ struct Plan {
   int64_t slot_t() const { return int64_t{Kp} * Vp + Kp; }  // floats of a transposed state: [Vp, Kp], then z [Kp]
 };
 
+// Phases 1 and 3, in either direction, sum up partial states: their units are (sequence, head), not a Unit.
+constexpr bool sums_states(int phase) { return phase == 1 || phase == 3; }
+
 // One piece of a phase: tokens [begin, end) of a sequence are those of `split`, for heads [h0, h1).
 struct Unit {
   int64_t n, split, h0, h1;
