@@ -13,7 +13,7 @@ from layout import LAYERS, WAIVERS
 ROOT = Path(__file__).resolve().parent.parent
 OP_NAMES = [name for name, op in OPS.items() if op.backward_of is None]
 # Files of these folders that belong to no op.
-SHARED = {"__init__", "_registry", "_common", "abi", "common"}
+SHARED = {"__init__", "_registry", "_common", "_tiles", "abi", "common"}
 
 
 def sources(*suffixes):
