@@ -159,6 +159,7 @@ def sum_partials_kernel(
 
 def sum_partials(partial, out, splits):
     """The launch that reduces partial [splits, ...] into out [...]."""
-    count, block = out.numel(), 128 * SCALE
-    args = {"partial": partial, "out": out, "count": count, "splits": splits, "BLOCK_SPLITS": 16, "BLOCK": block}
+    count, block = out.numel(), tuned(128 * SCALE, small=16)
+    args = {"partial": partial, "out": out, "count": count, "splits": splits, "BLOCK_SPLITS": tuned(16, small=2)}
+    args["BLOCK"] = block
     return Launch(sum_partials_kernel, cdiv(count, block), args, num_warps=4, num_stages=1)

@@ -348,13 +348,13 @@ def _plan_backward(grad_out, grad_lse, q, k, v, out, lse, *optionals, **options)
     if p.has_bias:
         if len(partial_bias) > 1:
             launches.append(sum_partials(partial_bias, partial_bias[0], len(partial_bias)))
-        table_block = tuned(64 * SCALE, small=16)
+        table_block = tuned(64 * SCALE, small=64)
         args = {
             "tiles": partial_bias, "dbias_table": dbias_table, "heads": p.heads,
             "TABLE_Y": p.table[0], "TABLE_X": p.table[1], "KEY_Y": p.key_y, "KEY_X": p.key_x,
             "KEY_RECTS_Y": key_rects_y, "KEY_RECTS_X": key_rects_x, "OFFSETS_Y": offsets_y, "OFFSETS_X": offsets_x,
             "PACK": p.pack, "BLOCK": block, "BLOCK_Y": rect_y, "BLOCK_X": rect_x,
-            "BLOCK_ROWS": min(tuned(16 * SCALE, small=4), block), "BLOCK_TABLE": table_block,
+            "BLOCK_ROWS": min(tuned(16 * SCALE, small=8), block), "BLOCK_TABLE": table_block,
         }  # fmt: skip
         grid = p.heads * cdiv(p.table[0] * p.table[1], table_block)
         launches.append(Launch(window_attention_bwd_table_kernel, grid, args, num_warps=4, num_stages=1))
