@@ -67,9 +67,8 @@ def check_call(spec, sample, dtype, run_on, small=False):
                 _check_backend(spec, oracle, backend)
         except Exception as e:
             shapes = [None if a is None else list(a.shape) for a in args]
-            raise AssertionError(
-                f"{sample.name} with EFFVIT_SEED={seed()} on {backend.name}{', small tiles' * small}, {dtype}: {shapes}, {kwargs}: {e}"
-            ) from e
+            where = f"{backend.name}{', small tiles' * small}, {dtype}"
+            raise AssertionError(f"{sample.name} with EFFVIT_SEED={seed()} on {where}: {shapes}, {kwargs}: {e}") from e
 
 
 def _check_backend(spec, oracle, backend):
