@@ -14,7 +14,7 @@ import effvit.ops
 from effvit.ops.linear_attention import FEATURE_MAPS, NORMALIZERS, prefers_quadratic
 from effvit.reference.linear_attention import FEATURE_MAPS as PHI
 from effvit.reference.linear_attention import linear_attention as definition
-from effvit.testing.linear_attention import cost
+from effvit.testing.linear_attention import SPEC
 
 F = torch.nn.functional
 SDPA_FLOPS = 5e11  # of one forward; beyond it softmax attention takes minutes on two cores
@@ -52,7 +52,7 @@ class Shape:
             "causal": self.causal, "quadratic": prefers_quadratic(self.L, self.L, self.D, self.D),
         }  # fmt: skip
         extra = 2 if self.own_denominator else 0
-        return price_of(cost, [tokens] * (3 + extra), **options)
+        return price_of(SPEC.cost, [tokens] * (3 + extra), **options)
 
 
 MLLA = {"feature_map": "none", "normalize": "mean", "own_denominator": True}

@@ -12,7 +12,7 @@ import torch
 
 import effvit.ops
 from effvit.reference.newton_pinv import newton_pinv as definition
-from effvit.testing.newton_pinv import cost, gram
+from effvit.testing.newton_pinv import SPEC, gram
 
 SHAPES = {  # (B, H, m), distance of the tokens, tag
     "8 matrices 49x49, close tokens": ((8, 1, 49), 0.35, "default"),
@@ -40,7 +40,7 @@ def cases():
 
         def price(direction, dtype, B=B, H=H, m=m):
             args = (torch.empty(B, H, m, m, dtype=dtype, device="meta"),)
-            calls = [cost(args, {}, backward) for backward in (False, True)][: 1 if direction == "forward" else 2]
+            calls = [SPEC.cost(args, {}, backward) for backward in (False, True)][: 1 if direction == "forward" else 2]
             return Cost(sum(c.flops for c in calls), sum(c.bytes for c in calls))
 
         yield Case(

@@ -9,7 +9,7 @@ import torch
 
 import effvit.ops
 from effvit.reference.rbf_gram import rbf_gram as definition
-from effvit.testing.rbf_gram import cost
+from effvit.testing.rbf_gram import SPEC
 
 SHAPES = {  # (B, L, M, H, D), tag: SOFT's stages at 224 x 224, and the Gram matrix of the bottleneck tokens
     "SOFT stage 1 8x3136x49 h1": ((8, 3136, 49, 1, 64), "default"),
@@ -53,7 +53,7 @@ def cases():
 
         def price(direction, dtype, B=B, L=L, M=M, H=H, D=D):
             args = tuple(torch.empty(B, n, H, D, dtype=dtype, device="meta") for n in (L, M))
-            calls = [cost(args, {}, backward) for backward in (False, True)][: 1 if direction == "forward" else 2]
+            calls = [SPEC.cost(args, {}, backward) for backward in (False, True)][: 1 if direction == "forward" else 2]
             return Cost(sum(c.flops for c in calls), sum(c.bytes for c in calls))
 
         yield Case(

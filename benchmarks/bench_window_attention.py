@@ -14,7 +14,7 @@ import torch
 import effvit.ops
 from effvit.layers._qkv import split_qkv
 from effvit.reference.window_attention import window_attention as definition
-from effvit.testing.window_attention import cost as call_cost
+from effvit.testing.window_attention import SPEC
 
 F = torch.nn.functional
 
@@ -48,7 +48,7 @@ class Shape:
         """Matrix products only; each tensor moved once. Training is a forward and a backward call."""
         q = torch.empty(self.B, self.H, self.H, self.heads, self.d, dtype=dtype, device="meta")
         table = torch.empty(self.heads, self.table_side, self.table_side, dtype=dtype, device="meta")
-        calls = [call_cost((q, q, q, table), self.kernel_args, backward) for backward in (False, True)]
+        calls = [SPEC.cost((q, q, q, table), self.kernel_args, backward) for backward in (False, True)]
         calls = calls[: 1 if direction == "forward" else 2]
         return Cost(sum(c.flops for c in calls), sum(c.bytes for c in calls))
 

@@ -53,7 +53,9 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(THREADS)
 import torch  # noqa: E402
 
 from effvit import _backends  # noqa: E402
-from effvit.testing import Cost, measure, torchvision_schemas  # noqa: E402
+from effvit._accuracy import measure  # noqa: E402
+from effvit.ops._op import Cost  # noqa: E402
+from effvit.testing import torchvision_schemas  # noqa: E402
 
 torch.set_num_threads(THREADS)
 torchvision_schemas()  # for peers that import timm beside a torch that torchvision's binary does not match

@@ -4,10 +4,8 @@ LAYERS = {
     "public function": "python/effvit/ops/{op}.py",
     "reference": "python/effvit/reference/{op}.py",
     "samples": "python/effvit/testing/{op}.py",
+    "declaration in C++": "csrc/common/{op}.h",
     "params": "csrc/common/{op}_params.h",
-    "binding checks": "csrc/common/{op}_binding.h",
-    "cpu entry points": "csrc/cpu/{op}.h",
-    "cpu binding": "csrc/cpu/{op}.cpp",
     "cpu kernel": "csrc/cpu/{op}_kernel.inl.h",
     "cuda kernel": "csrc/cuda/{op}.cuh",
     "cuda binding": "csrc/cuda/{op}.cu",
@@ -15,5 +13,8 @@ LAYERS = {
     "test": "tests/ops/test_{op}.py",
     "benchmark": "benchmarks/bench_{op}.py",
 }
+# A row-wise op has one file in place of these.
+ROWS = "csrc/rows/{op}.h"
+ROWS_STAND_FOR = ("declaration in C++", "params", "cpu kernel", "cuda kernel", "cuda binding")
 # (op, layer): why the op does without this file.
 WAIVERS: dict[tuple[str, str], str] = {}

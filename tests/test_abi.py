@@ -57,7 +57,7 @@ def test_undefined_symbols(name):
 def test_exported_symbols(name):
     lines = output("nm", "-D", "--defined-only", library(name)).splitlines()
     symbols = [line.split()[-1].split("@")[0] for line in lines if line.split()[-2] not in "uVW"]
-    assert "effvit_abi_signatures" in symbols
+    assert {"effvit_abi_signatures", "effvit_declarations"} <= set(symbols)
     assert [s for s in symbols if not EXPORTED.match(s)] == []
 
 
@@ -83,7 +83,7 @@ def schema_signature(op):
 
 def expected_signatures(name):
     """Of the ops that the library must hold: all but those whose binding is waived."""
-    layer = "cpu binding" if name == "effvit_cpu" else "cuda binding"
+    layer = "cpu kernel" if name == "effvit_cpu" else "cuda binding"
     return sorted(schema_signature(n) for n, op in OPS.items() if (op.backward_of or n, layer) not in WAIVERS)
 
 
@@ -100,6 +100,22 @@ def test_signatures_match_schemas(name):
 
         emulator.load()
     assert signatures(ctypes.CDLL(str(library(name)))) == expected_signatures(name)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_declarations_are_those_of_python(name):
+    """Checks in C++ and in Python follow from the same text."""
+    if name == "effvit_cuda" and torch.version.cuda is None:
+        pytest.skip("the library is loaded below, with stand-ins for torch's CUDA symbols")
+    if name == "effvit_emu":
+        from effvit.testing import emulator
+
+        emulator.load()
+    handle = ctypes.CDLL(str(library(name)))
+    handle.effvit_declarations.restype = ctypes.c_char_p
+    names = {line.split("(")[0] for line in expected_signatures(name)}
+    expected = [op.declaration.text for op in OPS.values() if op.name in names]
+    assert sorted(handle.effvit_declarations().decode().splitlines()) == sorted(expected)
 
 
 def test_cuda_library_loads_and_matches_schemas(tmp_path):

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from effvit.ops._op import OPS
-from layout import LAYERS, WAIVERS
+from layout import LAYERS, ROWS, ROWS_STAND_FOR, WAIVERS
 
 ROOT = Path(__file__).resolve().parent.parent
 OP_NAMES = [name for name, op in OPS.items() if op.backward_of is None]
 # Files of these folders that belong to no op.
-SHARED = {"__init__", "_checks", "_declaration", "_dispatcher", "_op", "_common", "abi", "common"}
+SHARED = {
+    "__init__", "_checks", "_declaration", "_dispatcher", "_op", "_common", "_tiles", "_rows", "abi", "common", "rows",
+    "rows_op",
+}  # fmt: skip
 
 
 def sources(*suffixes):
@@ -34,7 +37,9 @@ def relative(paths):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_op_has_one_file_per_layer(op, layer):
     path = ROOT / LAYERS[layer].format(op=op)
-    if (op, layer) in WAIVERS:
+    if layer in ROWS_STAND_FOR and (ROOT / ROWS.format(op=op)).is_file():
+        assert not path.exists(), f"{relative([path])[0]} exists, and {ROWS.format(op=op)} too"
+    elif (op, layer) in WAIVERS:
         assert not path.exists(), f"{relative([path])[0]} exists: remove its waiver"
     else:
         assert path.is_file(), f"missing {relative([path])[0]}; write it, or waive ({op!r}, {layer!r}) with a reason"
@@ -54,6 +59,14 @@ def test_no_file_without_op(layer):
         part = any(name.startswith((f"{op}_", f"_{op}_")) for op in OP_NAMES)  # of the op's file
         known = name in OP_NAMES or name in SHARED or name.endswith("_test")
         assert known or part, f"{relative([path])[0]} belongs to no op"
+
+
+def test_no_file_is_too_long():
+    """Who needs more than 700 lines has two things in one file; tables of samples aside."""
+    long = [
+        p for p in sources(".py", ".h", ".cpp", ".cu", ".cuh", ".sh", ".txt") if len(p.read_text().splitlines()) > 700
+    ]
+    assert [p for p in relative(long) if not p.startswith("python/effvit/testing/")] == []
 
 
 def test_readme_lists_every_op():
@@ -83,7 +96,7 @@ def test_kernels_include_no_torch():
     names = (".inl.h", "_params.h")
     kernels += [p for p in sources(".h") if p.name.endswith(names) or {"isa", "emu"} & set(p.parts)]
     assert len(kernels) > 3
-    binding = re.compile(r'^\s*#\s*include\s*[<"].*(stable|_binding)\.h[>"]', re.M)
+    binding = re.compile(r'^\s*#\s*include\s*[<"].*(stable|common/binding)\.h[>"]', re.M)
     assert relative(p for p in kernels if binding.search(p.read_text())) == []
 
 

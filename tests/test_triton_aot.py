@@ -70,9 +70,20 @@ KNOWN_SPILLS = {
 
 def configuration(kernel, signature, constexprs, options):
     """What decides about registers and shared memory, next to which features are on: dtype, blocks, flags, warps."""
-    dtype = next(t for t in signature.values() if t.startswith("*"))
-    chosen = {n: x for n, x in constexprs.items() if n.startswith("BLOCK") or isinstance(x, bool)}
+    dtype = next(t for t in flattened(signature.values()) if t.startswith("*"))
+    names = {name: x for (index, *_), x in constexprs.items() for name, x in named(kernel.arg_names[index], x)}
+    chosen = {n: x for n, x in names.items() if n.startswith("BLOCK") or isinstance(x, bool)}
     return f"{kernel.__name__} {dtype} {chosen} {options}"
+
+
+def flattened(types):
+    for t in types:
+        yield from flattened(t) if isinstance(t, tuple) else (t,)
+
+
+def named(name, constant):
+    """(name, constant) of every member of a named tuple of constants."""
+    return constant._asdict().items() if hasattr(constant, "_asdict") else ((name, constant),)
 
 
 def compile_for(targets, only=()):

@@ -21,7 +21,26 @@ SCALE = 16 if INTERPRETED else 1
 
 MAX_GRID = 2**31 - 1  # CUDA's limit of gridDim.x; the kernels use one-dimensional grids only
 
+_small = False
+
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+
+
+@contextlib.contextmanager
+def small_tiles():
+    """Launchers choose the smallest legal tiles, short walks, many splits and small grids: small shapes then take every
+    path that large ones take. For tests."""
+    global _small
+    before, _small = _small, True
+    try:
+        yield
+    finally:
+        _small = before
+
+
+def tuned(value, small):
+    """`value`, but `small` within small_tiles()."""
+    return small if _small else value
 
 
 def cdiv(a, b):
@@ -44,7 +63,13 @@ def for_warp_size(options, warp_size):
 
 @dataclasses.dataclass
 class Launch:
-    """One kernel launch: the jit function, the size of its 1-D grid, its arguments by name and the compile options."""
+    """One kernel launch: the jit function, the size of its 1-D grid, its arguments by name and the compile options.
+
+    An argument may be a tuple of pointers and numbers, best a named one (see _tiles.py), with two limits of Triton 3.6:
+    - It specialises the ints in a tuple on being 1 or a multiple of 16, whatever do_not_specialize says. Strides belong
+      in tuples; sizes that change from call to call do not, or every shape would be compiled anew.
+    - Tuples in tuples lose their constants, None or a stride of 1, inside loops. The kernel can nest them itself.
+    """
 
     kernel: Any
     grid: int
@@ -65,20 +90,26 @@ class Launch:
         The integer and pointer specialisation is the one the launcher gets from 16-byte aligned tensors.
         """
         signature, constexprs, attrs = {}, {}, {}
+
+        def type_of(value, path, constexpr, specialize):
+            if isinstance(value, tuple) and not constexpr:
+                assert len(path) == 1, f"{key}: a tuple in a tuple"
+                types = [type_of(x, (*path, i), False, True) for i, x in enumerate(value)]
+                return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+            if constexpr or value is None or (specialize and type(value) is int and value == 1):
+                constexprs[path] = value
+                return "constexpr"
+            if isinstance(value, float):
+                return "fp32"
+            if isinstance(value, torch.Tensor) or (specialize and value % 16 == 0):
+                attrs[path] = [["tt.divisibility", 16]]
+            if isinstance(value, torch.Tensor):
+                return _POINTERS[value.dtype]
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+
         for index, parameter in enumerate(self.kernel.params):
-            key, value = parameter.name, self.args[parameter.name]
-            if parameter.is_constexpr or value is None:
-                signature[key], constexprs[key] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[key], attrs[(index,)] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
-            elif isinstance(value, float):
-                signature[key] = "fp32"
-            elif value == 1 and not parameter.do_not_specialize:
-                signature[key], constexprs[key] = "constexpr", 1
-            else:
-                signature[key] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0 and not parameter.do_not_specialize:
-                    attrs[(index,)] = [["tt.divisibility", 16]]
+            key = parameter.name
+            signature[key] = type_of(self.args[key], (index,), parameter.is_constexpr, not parameter.do_not_specialize)
         return name, self.kernel, signature, constexprs, attrs, self.options
 
 
@@ -128,6 +159,7 @@ def sum_partials_kernel(
 
 def sum_partials(partial, out, splits):
     """The launch that reduces partial [splits, ...] into out [...]."""
-    count, block = out.numel(), 128 * SCALE
-    args = {"partial": partial, "out": out, "count": count, "splits": splits, "BLOCK_SPLITS": 16, "BLOCK": block}
+    count, block = out.numel(), tuned(128 * SCALE, small=16)
+    args = {"partial": partial, "out": out, "count": count, "splits": splits, "BLOCK_SPLITS": tuned(16, small=2)}
+    args["BLOCK"] = block
     return Launch(sum_partials_kernel, cdiv(count, block), args, num_warps=4, num_stages=1)

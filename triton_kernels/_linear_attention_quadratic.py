@@ -8,53 +8,52 @@ from ._common import _loop_bound, tl, triton
 from ._linear_attention_tiles import (
     _NONE,
     SIZES,
+    _contiguous_rows,
     _dot,
     _load_den_features,
     _load_features,
-    _load_rows,
-    _load_tokens,
+    _numbers_of,
     _operand,
     _program,
     _row_gradients,
     _store_key_gradients,
     _store_out,
     _store_query_gradients,
-    _store_rows,
     _tile_place,
 )
+from ._tiles import _load_numbers, _load_rows, _rows_of, _store_rows
 
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_attention_quadratic_fwd_kernel(
-    q, k, v, q_den, k_den, weight, out,  # as in the linear form; k and v of M tokens
+    q, q_den,  # Tokens [B, L, H, K]; q_den or None: q
+    k, v, k_den, weight,  # Tokens [B, M, H, K or V] or [B, M, H]; k_den or None: k, weight or None: 1
+    out,  # [B, L, H, V], contiguous
     heads, L, M, base,
-    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
-    q_den_stride_b, q_den_stride_l, q_den_stride_h, k_den_stride_b, k_den_stride_l, k_den_stride_h,
-    weight_stride_b, weight_stride_l, weight_stride_h,
     eps, clamp_min, scale,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns a block of queries and BLOCK_V columns of out, and walks the keys."""
-    DTYPE: tl.constexpr = q.dtype.element_ty
+    DTYPE: tl.constexpr = q.pointer.dtype.element_ty
     BLOCKS_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
 
     pid = _program(base)
     column_k = tl.arange(0, BLOCK_K)
     column_v = pid % BLOCKS_V * BLOCK_V + tl.arange(0, BLOCK_V)
     head, tile, b = _tile_place(pid // BLOCKS_V, heads, L, BLOCK)
-    q = (q, b * q_stride_b + head * q_stride_h, q_stride_l)
-    k = (k, b * k_stride_b + head * k_stride_h, k_stride_l)
-    v = (v, b * v_stride_b + head * v_stride_h, v_stride_l)
-    q_den = (q_den, b * q_den_stride_b + head * q_den_stride_h, q_den_stride_l)
-    k_den = (k_den, b * k_den_stride_b + head * k_den_stride_h, k_den_stride_l)
-    weight = (weight, b * weight_stride_b + head * weight_stride_h, weight_stride_l)
+    q = _rows_of(q, b, head)
+    k = _rows_of(k, b, head)
+    v = _rows_of(v, b, head)
+    q_den = _rows_of(q_den, b, head)
+    k_den = _rows_of(k_den, b, head)
+    weight = _rows_of(weight, b, head)
 
     row = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = row < L
     q_operand = _operand(_load_features(q, row, ok, column_k, K, FEATURE), DTYPE)
     qd_operand = q_operand
-    if q_den[0] is not None:
+    if q_den is not None:
         qd_operand = _operand(_load_features(q_den, row, ok, column_k, K, FEATURE), DTYPE)
     o = tl.zeros([BLOCK, BLOCK_V], tl.float32)
     d = tl.zeros([BLOCK], tl.float32)
@@ -70,53 +69,51 @@ def linear_attention_quadratic_fwd_kernel(
         a = _dot(q_operand, tl.trans(k_operand), None, DTYPE)
         if CAUSAL:
             a = tl.where(row[:, None] >= key[None, :], a, 0.0)
-        if weight[0] is not None:
-            w = _load_tokens(weight, key, key_ok)
+        if weight is not None:
+            w = _load_numbers(weight, key, key_ok)
             a = a * w[None, :]
         v_tile = _operand(_load_rows(v, key, key_ok, column_v, V), DTYPE)
         o = _dot(_operand(a, DTYPE), v_tile, o, DTYPE)
         if NORMALIZE != _NONE:
-            if q_den[0] is not None or k_den[0] is not None:
-                if k_den[0] is not None:
+            if q_den is not None or k_den is not None:
+                if k_den is not None:
                     k_operand = _operand(_load_features(k_den, key, key_ok, column_k, K, FEATURE), DTYPE)
                 a = _dot(qd_operand, tl.trans(k_operand), None, DTYPE)
                 if CAUSAL:
                     a = tl.where(row[:, None] >= key[None, :], a, 0.0)
-                if weight[0] is not None:
+                if weight is not None:
                     a = a * w[None, :]
             d += tl.sum(a, axis=1)
-    out_rows = (out, (b * L * heads + head) * V, heads.to(tl.int64) * V)
+    out_rows = _contiguous_rows(out, b, L, heads, head, V)
     _store_out(out_rows, row, ok, column_v, o, d, keys, eps, clamp_min, scale, V, NORMALIZE)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_attention_quadratic_bwd_dq_kernel(
-    grad_out, q, k, v, q_den, k_den, weight, dq, dq_den,  # as in the linear form
-    row_scale, row_grad,  # as in the linear form, always wanted
+    grad_out, q, q_den,  # Tokens [B, L, H, V or K]; q_den or None: q
+    k, v, k_den, weight,  # Tokens [B, M, H, K or V] or [B, M, H]; k_den or None: k, weight or None: 1
+    dq, dq_den,  # [B, L, H, K], contiguous; dq_den or None: part of dq
+    row_scale, row_grad,  # [B, H, L] float32: scale / denominator, gradient of phi(q_den) . z; row_grad or None
     heads, L, M, base,
-    grad_out_stride_b, grad_out_stride_l, grad_out_stride_h,
-    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
-    q_den_stride_b, q_den_stride_l, q_den_stride_h, k_den_stride_b, k_den_stride_l, k_den_stride_h,
-    weight_stride_b, weight_stride_l, weight_stride_h,
     eps, clamp_min, scale,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns a block of queries and walks the keys; BLOCK_K holds all of K, BLOCK_V all of V."""
-    DTYPE: tl.constexpr = q.dtype.element_ty
+    DTYPE: tl.constexpr = q.pointer.dtype.element_ty
 
     column_k = tl.arange(0, BLOCK_K)
     column_v = tl.arange(0, BLOCK_V)
     head, tile, b = _tile_place(_program(base), heads, L, BLOCK)
-    grad_out = (grad_out, b * grad_out_stride_b + head * grad_out_stride_h, grad_out_stride_l)
-    q = (q, b * q_stride_b + head * q_stride_h, q_stride_l)
-    k = (k, b * k_stride_b + head * k_stride_h, k_stride_l)
-    v = (v, b * v_stride_b + head * v_stride_h, v_stride_l)
-    q_den = (q_den, b * q_den_stride_b + head * q_den_stride_h, q_den_stride_l)
-    k_den = (k_den, b * k_den_stride_b + head * k_den_stride_h, k_den_stride_l)
-    weight = (weight, b * weight_stride_b + head * weight_stride_h, weight_stride_l)
-    dq = (dq, (b * L * heads + head) * K, heads.to(tl.int64) * K)
-    dq_den = (dq_den, (b * L * heads + head) * K, heads.to(tl.int64) * K)
+    grad_out = _rows_of(grad_out, b, head)
+    q = _rows_of(q, b, head)
+    k = _rows_of(k, b, head)
+    v = _rows_of(v, b, head)
+    q_den = _rows_of(q_den, b, head)
+    k_den = _rows_of(k_den, b, head)
+    weight = _rows_of(weight, b, head)
+    dq = _contiguous_rows(dq, b, L, heads, head, K)
+    dq_den = _contiguous_rows(dq_den, b, L, heads, head, K)
 
     row = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = row < L
@@ -137,8 +134,8 @@ def linear_attention_quadratic_bwd_dq_kernel(
         v_tile = _load_rows(v, key, key_ok, column_v, V)
         p = _dot(do_operand, tl.trans(_operand(v_tile, DTYPE)), None, DTYPE)
         w = tl.full([BLOCK], 1.0, tl.float32)
-        if weight[0] is not None:
-            w = _load_tokens(weight, key, key_ok)
+        if weight is not None:
+            w = _load_numbers(weight, key, key_ok)
             p = p * w[None, :]
         if CAUSAL:
             p = tl.where(row[:, None] >= key[None, :], p, 0.0)
@@ -168,35 +165,34 @@ def linear_attention_quadratic_bwd_dq_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_attention_quadratic_bwd_dkv_kernel(
-    grad_out, q, k, v, q_den, k_den, weight, row_scale, row_grad,  # as above
-    dk, dv, dk_den, dweight,  # as in the linear form
+    grad_out, q, q_den,  # Tokens [B, L, H, V or K]; q_den or None: q
+    k, v, k_den, weight,  # Tokens [B, M, H, K or V] or [B, M, H]; k_den or None: k, weight or None: 1
+    row_scale, row_grad,  # [B, H, L] float32: scale / denominator, gradient of phi(q_den) . z; row_grad or None
+    dk, dv, dk_den,  # [B, M, H, K or V], contiguous; dk_den or None: part of dk
+    dweight,  # [B, M, H], contiguous, or None
     heads, L, M, base,
-    grad_out_stride_b, grad_out_stride_l, grad_out_stride_h,
-    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
-    q_den_stride_b, q_den_stride_l, q_den_stride_h, k_den_stride_b, k_den_stride_l, k_den_stride_h,
-    weight_stride_b, weight_stride_l, weight_stride_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns a block of keys and walks the queries; BLOCK_K holds all of K, BLOCK_V all of V."""
-    DTYPE: tl.constexpr = k.dtype.element_ty
+    DTYPE: tl.constexpr = k.pointer.dtype.element_ty
 
     column_k = tl.arange(0, BLOCK_K)
     column_v = tl.arange(0, BLOCK_V)
     head, tile, b = _tile_place(_program(base), heads, M, BLOCK)
-    grad_out = (grad_out, b * grad_out_stride_b + head * grad_out_stride_h, grad_out_stride_l)
-    q = (q, b * q_stride_b + head * q_stride_h, q_stride_l)
-    k = (k, b * k_stride_b + head * k_stride_h, k_stride_l)
-    v = (v, b * v_stride_b + head * v_stride_h, v_stride_l)
-    q_den = (q_den, b * q_den_stride_b + head * q_den_stride_h, q_den_stride_l)
-    k_den = (k_den, b * k_den_stride_b + head * k_den_stride_h, k_den_stride_l)
-    weight = (weight, b * weight_stride_b + head * weight_stride_h, weight_stride_l)
-    row_scale = (row_scale, (b * heads + head) * L, 1)
-    row_grad = (row_grad, (b * heads + head) * L, 1)
-    dk = (dk, (b * M * heads + head) * K, heads.to(tl.int64) * K)
-    dk_den = (dk_den, (b * M * heads + head) * K, heads.to(tl.int64) * K)
-    dv = (dv, (b * M * heads + head) * V, heads.to(tl.int64) * V)
-    dweight = (dweight, b * M * heads + head, heads)
+    grad_out = _rows_of(grad_out, b, head)
+    q = _rows_of(q, b, head)
+    k = _rows_of(k, b, head)
+    v = _rows_of(v, b, head)
+    q_den = _rows_of(q_den, b, head)
+    k_den = _rows_of(k_den, b, head)
+    weight = _rows_of(weight, b, head)
+    row_scale = _numbers_of(row_scale, (b * heads + head) * L)
+    row_grad = _numbers_of(row_grad, (b * heads + head) * L)
+    dk = _contiguous_rows(dk, b, M, heads, head, K)
+    dk_den = _contiguous_rows(dk_den, b, M, heads, head, K)
+    dv = _contiguous_rows(dv, b, M, heads, head, V)
+    dweight = _contiguous_rows(dweight, b, M, heads, head, 1)
 
     key = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     key_ok = key < M
@@ -217,7 +213,7 @@ def linear_attention_quadratic_bwd_dkv_kernel(
         ok = row < L
         phi_q = _load_features(q, row, ok, column_k, K, FEATURE)
         q_operand = _operand(phi_q, DTYPE)
-        u = _load_rows(grad_out, row, ok, column_v, V) * _load_tokens(row_scale, row, ok)[:, None]
+        u = _load_rows(grad_out, row, ok, column_v, V) * _load_numbers(row_scale, row, ok)[:, None]
         u = _operand(u, DTYPE)
         a = _dot(k_operand, tl.trans(q_operand), None, DTYPE)
         p = _dot(v_operand, tl.trans(u), None, DTYPE)
@@ -228,7 +224,7 @@ def linear_attention_quadratic_bwd_dkv_kernel(
         g_v = _dot(_operand(a, DTYPE), u, g_v, DTYPE)
         g_k = _dot(_operand(p, DTYPE), q_operand, g_k, DTYPE)
         if NORMALIZE != _NONE:
-            r = _load_tokens(row_grad, row, ok)
+            r = _load_numbers(row_grad, row, ok)
             phi_q = _load_den_features(phi_q, q_den, row, ok, column_k, K, FEATURE)
             if CAUSAL:
                 rs = _operand(tl.where(keep, r[None, :], 0.0), DTYPE)
@@ -237,8 +233,8 @@ def linear_attention_quadratic_bwd_dkv_kernel(
                 g_den += tl.sum(phi_q * r[:, None], axis=0)[None, :]
 
     w = None
-    if weight[0] is not None:
-        w = _load_tokens(weight, key, key_ok)
+    if weight is not None:
+        w = _load_numbers(weight, key, key_ok)
         g_v = g_v * w[:, None]
     _store_key_gradients(dk, dk_den, dweight, k_den, w, key, key_ok, column_k, g_k, g_den, phi_k, K, FEATURE)
     _store_rows(dv, key, key_ok, column_v, g_v, V)

@@ -5,7 +5,10 @@ which has float16's significand and float32's exponent: phi(q) phi(k)^T, the sta
 float32, and u and dS fall below float16's smallest numbers. Sums and states are always float32.
 """
 
+from typing import Any, NamedTuple
+
 from ._common import INTERPRETED, _loop_bound, device_function, tl, triton
+from ._tiles import Rows, _load_rows, _rounded, _store_numbers, _store_rows, _tile_mask
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 # Values of the schema's ints; python/effvit/ops/linear_attention.py has the same lists.
@@ -44,7 +47,7 @@ def _sequence(cu_seqlens, n, size):
 
 
 @device_function
-def _split(begin, end, split, splits, BLOCK: tl.constexpr):
+def _cut(begin, end, split, splits, BLOCK: tl.constexpr):
     """(first token, end, number of blocks) of a split; whole blocks, so that every kernel cuts at the same tokens."""
     blocks = (end - begin + (BLOCK - 1)) // BLOCK
     walk = (blocks + splits - 1) // splits
@@ -53,17 +56,30 @@ def _split(begin, end, split, splits, BLOCK: tl.constexpr):
     return first, stop, ((stop - first + (BLOCK - 1)) // BLOCK).to(tl.int32)
 
 
+class Split(NamedTuple):
+    """A program's share of a sequence."""
+
+    head: Any
+    split: Any
+    sequence: Any
+    b: Any
+    begin: Any  # first token and end of the sequence
+    end: Any
+    first: Any  # first token, end and number of blocks of the split
+    stop: Any
+    blocks: Any
+
+
 @device_function
-def _place(pid, heads, splits, cu_seqlens, size, BLOCK: tl.constexpr):
-    """(head, split, sequence, batch, first token and end of the sequence, and first token, end and number of blocks of
-    the split) of the program that owns a split."""
+def _split_of(pid, heads, splits, cu_seqlens, size, BLOCK: tl.constexpr):
+    """The Split of the program that owns it; programs are [sequences, splits, heads]."""
     head = (pid % heads).to(tl.int64)
     pid = pid // heads
     split = (pid % splits).to(tl.int64)
-    n = (pid // splits).to(tl.int64)
-    b, begin, end = _sequence(cu_seqlens, n, size)
-    first, stop, blocks = _split(begin, end, split, splits, BLOCK)
-    return head, split, n, b, begin, end, first, stop, blocks
+    sequence = (pid // splits).to(tl.int64)
+    b, begin, end = _sequence(cu_seqlens, sequence, size)
+    first, stop, blocks = _cut(begin, end, split, splits, BLOCK)
+    return Split(head, split, sequence, b, begin, end, first, stop, blocks)
 
 
 @device_function
@@ -76,52 +92,36 @@ def _tile_place(pid, heads, size, BLOCK: tl.constexpr):
 
 
 @device_function
-def _zero_outside(
-    pointer, cu_seqlens, sequences, share, shares, size, head, heads, column, D: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Zeros to the rows [size, heads, D] of tokens that belong to no sequence; a program writes one of `shares`."""
-    before = tl.minimum(tl.maximum(tl.load(cu_seqlens).to(tl.int64), 0), size)
-    after = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequences).to(tl.int64), 0), size)
-    first, stop, blocks = _split(before * 0, before + size - after, share, shares, BLOCK)
-    for step in range(0, _loop_bound(blocks)):
-        token = first + step * BLOCK + tl.arange(0, BLOCK)
-        ok = token < stop
-        token = tl.where(token < before, token, token - before + after)
-        zero = (token[:, None] * 0 + column[None, :] * 0).to(pointer.dtype.element_ty)
-        offset = (token * heads + head) * D
-        tl.store(pointer + offset[:, None] + column[None, :], zero, mask=ok[:, None] & (column < D)[None, :])
+def _contiguous_rows(x, b, size, heads, head, D: tl.constexpr):
+    """Rows of a contiguous tensor [B, size, heads, D]; None where it is. Strides that are known when compiling, in
+    part, take fewer registers than those of Tokens."""
+    if x is not None:
+        return Rows(x + (b * size * heads + head) * D, heads.to(tl.int64) * D)
+
+
+@device_function
+def _numbers_of(x, first):
+    """One number per token, from x + first on; None where x is."""
+    if x is not None:
+        return Rows(x + first, 1)
+
+
+@device_function
+def _zero_outside(x, cu_seqlens, sequences, share, shares, size, column, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros to the Rows of tokens that belong to no sequence; a program writes one of `shares`."""
+    if x is not None:
+        before = tl.minimum(tl.maximum(tl.load(cu_seqlens).to(tl.int64), 0), size)
+        after = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequences).to(tl.int64), 0), size)
+        first, stop, blocks = _cut(before * 0, before + size - after, share, shares, BLOCK)
+        for step in range(0, _loop_bound(blocks)):
+            token = first + step * BLOCK + tl.arange(0, BLOCK)
+            ok = token < stop
+            token = tl.where(token < before, token, token - before + after)
+            zero = (token[:, None] * 0 + column[None, :] * 0).to(tl.float32)
+            _store_rows(x, token, ok, column, zero, D)
 
 
 # --------------------------------------------------------------------------------------------------------------- tiles
-#
-# The tokens of one head and batch of a tensor are (pointer or None, offset of token 0, stride of the tokens).
-
-
-@device_function
-def _mask(ok, column, D: tl.constexpr):
-    """Rows `ok` of a tile, and columns below D where the tile has others."""
-    mask = ok[:, None]
-    if _INTERPRETED or D % column.shape[0] != 0:
-        mask = mask & (column < D)[None, :]
-    return mask
-
-
-@device_function
-def _load_rows(x, row, ok, column, D: tl.constexpr):
-    pointers = x[0] + x[1] + (row * x[2])[:, None] + column[None, :]
-    return tl.load(pointers, mask=_mask(ok, column, D), other=0.0).to(tl.float32)
-
-
-@device_function
-def _store_rows(x, row, ok, column, value, D: tl.constexpr):
-    pointers = x[0] + x[1] + (row * x[2])[:, None] + column[None, :]
-    tl.store(pointers, value.to(x[0].dtype.element_ty), mask=_mask(ok, column, D))
-
-
-@device_function
-def _load_tokens(x, row, ok):
-    """One number per token."""
-    return tl.load(x[0] + x[1] + row * x[2], mask=ok, other=0.0).to(tl.float32)
 
 
 @device_function
@@ -142,9 +142,7 @@ def _operand(x, DTYPE: tl.constexpr):
     """A float32 tile as an operand of _dot. The interpreter computes in float32, with the values that tensor cores
     see: they read a float32 operand of TF32 precision without its last 13 bits."""
     if DTYPE == tl.bfloat16:
-        x = x.to(tl.bfloat16)
-        if _INTERPRETED:
-            x = x.to(tl.float32)
+        x = _rounded(x, DTYPE)
     elif DTYPE == tl.float16 and _INTERPRETED:
         x = (x.to(tl.int32, bitcast=True) & -(1 << 13)).to(tl.float32, bitcast=True)
     return x
@@ -181,7 +179,7 @@ else:
 @device_function
 def _load_features(x, row, ok, column, D: tl.constexpr, FEATURE: tl.constexpr):
     """phi(x), 0 outside of the tile. NaN stays NaN."""
-    ACCURATE: tl.constexpr = x[0].dtype.element_ty == tl.float32
+    ACCURATE: tl.constexpr = x.pointer.dtype.element_ty == tl.float32
     phi = _load_rows(x, row, ok, column, D)
     if FEATURE == _RELU:
         phi = tl.where(phi < 0.0, 0.0, phi)
@@ -190,14 +188,14 @@ def _load_features(x, row, ok, column, D: tl.constexpr, FEATURE: tl.constexpr):
     elif FEATURE == _EXP:
         phi = _exp(phi, ACCURATE)
     if FEATURE >= _ELU1:  # phi(0) is not 0
-        phi = tl.where(_mask(ok, column, D), phi, 0.0)
+        phi = tl.where(_tile_mask(ok, column, D), phi, 0.0)
     return phi
 
 
 @device_function
 def _load_den_features(phi, x_den, row, ok, column, D: tl.constexpr, FEATURE: tl.constexpr):
     """The features of the denominator: phi where it has no tensor of its own."""
-    if x_den[0] is not None:
+    if x_den is not None:
         phi = _load_features(x_den, row, ok, column, D, FEATURE)
     return phi
 
@@ -256,7 +254,7 @@ def _store_query_gradients(
     g = g * inverse[:, None]
     if zs is not None:
         g_den = r[:, None] * zs
-        if dq_den[0] is None:
+        if dq_den is None:
             g += g_den
         else:
             _store_rows(dq_den, row, ok, column, _feature_backward(g_den, phi_den, FEATURE), K)
@@ -276,11 +274,11 @@ def _store_key_gradients(
         if w is not None:
             dw += tl.sum(phi_den * g_den, axis=1)
             g_den = g_den * w[:, None]
-        if dk_den[0] is None:
+        if dk_den is None:
             g += g_den
         else:
             g_den = g_den + tl.zeros([row.shape[0], 1], tl.float32)  # a row of dz: the same for all
             _store_rows(dk_den, row, ok, column, _feature_backward(g_den, phi_den, FEATURE), K)
     _store_rows(dk, row, ok, column, _feature_backward(g, phi, FEATURE), K)
-    if dweight[0] is not None:
-        tl.store(dweight[0] + dweight[1] + row * dweight[2], dw.to(dweight[0].dtype.element_ty), mask=ok)
+    if dweight is not None:
+        _store_numbers(dweight, row, ok, dw)

@@ -33,6 +33,11 @@ from ._common import (
     sum_partials,
     tl,
     triton,
+    tuned,
+)
+from ._linear_attention_backward import (
+    linear_attention_bwd_dkv_kernel,
+    linear_attention_bwd_dq_kernel,
 )
 from ._linear_attention_quadratic import (
     linear_attention_quadratic_bwd_dkv_kernel,
@@ -42,23 +47,19 @@ from ._linear_attention_quadratic import (
 from ._linear_attention_tiles import (
     _NONE,
     SIZES,
+    _contiguous_rows,
     _dot,
     _load_den_features,
     _load_features,
-    _load_rows,
     _load_state,
-    _load_tokens,
     _operand,
-    _place,
     _program,
-    _row_gradients,
-    _store_key_gradients,
+    _split_of,
     _store_out,
-    _store_query_gradients,
-    _store_rows,
     _store_state,
     _zero_outside,
 )
+from ._tiles import _load_numbers, _load_rows, _rows_of, tokens
 
 MAX_SPLITS = 32
 # About this many programs fill any GPU a few times over. Under the interpreter every program costs milliseconds.
@@ -78,23 +79,20 @@ FUSED_STATE = 64 * 64
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_attention_state_kernel(
-    x,  # [B, M, H, K], last stride 1
-    y,  # [B, M, H, V], last stride 1
-    x_den,  # [B, M, H, K], last stride 1, or None: x
-    y_weight,  # [B, M, H], any strides, or None: 1
-    z_weight,  # [B, M, H], any strides, or None: 1
+    x,  # Tokens [B, M, H, K]
+    y,  # Tokens [B, M, H, V]
+    x_den,  # Tokens [B, M, H, K], or None: x
+    y_weight,  # Tokens [B, M, H], or None: 1
+    z_weight,  # Tokens [B, M, H], or None: 1
     cu_seqlens,  # [N + 1] int32, contiguous, or None
     partial_state,  # [splits, N, H, K, V] float32
     partial_z,  # [splits, N, H, K] float32, or None
     heads, sequences, M, splits, base,
-    x_stride_b, x_stride_l, x_stride_h, y_stride_b, y_stride_l, y_stride_h,
-    x_den_stride_b, x_den_stride_l, x_den_stride_h,
-    y_weight_stride_b, y_weight_stride_l, y_weight_stride_h, z_weight_stride_b, z_weight_stride_l, z_weight_stride_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FEATURE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per split: sum of phi(x)^T (y_weight y), and of z_weight phi(x_den). A program owns a block of the state."""
-    DTYPE: tl.constexpr = x.dtype.element_ty
+    DTYPE: tl.constexpr = x.pointer.dtype.element_ty
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     BLOCKS_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
 
@@ -103,30 +101,31 @@ def linear_attention_state_kernel(
     pid = pid // BLOCKS_K
     block_v = pid % BLOCKS_V
     column_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    head, split, n, b, _, _, first, stop, blocks = _place(pid // BLOCKS_V, heads, splits, cu_seqlens, M, BLOCK)
-    x = (x, b * x_stride_b + head * x_stride_h, x_stride_l)
-    y = (y, b * y_stride_b + head * y_stride_h, y_stride_l)
-    x_den = (x_den, b * x_den_stride_b + head * x_den_stride_h, x_den_stride_l)
-    y_weight = (y_weight, b * y_weight_stride_b + head * y_weight_stride_h, y_weight_stride_l)
-    z_weight = (z_weight, b * z_weight_stride_b + head * z_weight_stride_h, z_weight_stride_l)
+    part = _split_of(pid // BLOCKS_V, heads, splits, cu_seqlens, M, BLOCK)
+    head, b, first, stop = part.head, part.b, part.first, part.stop
+    x = _rows_of(x, b, head)
+    y = _rows_of(y, b, head)
+    x_den = _rows_of(x_den, b, head)
+    y_weight = _rows_of(y_weight, b, head)
+    z_weight = _rows_of(z_weight, b, head)
 
     state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     z = tl.zeros([BLOCK_K], tl.float32)
-    for step in range(0, _loop_bound(blocks)):
+    for step in range(0, _loop_bound(part.blocks)):
         row = first + step * BLOCK + tl.arange(0, BLOCK)
         ok = row < stop
         phi = _load_features(x, row, ok, column_k, K, FEATURE)
         y_tile = _load_rows(y, row, ok, column_v, V)
-        if y_weight[0] is not None:
-            y_tile = y_tile * _load_tokens(y_weight, row, ok)[:, None]
+        if y_weight is not None:
+            y_tile = y_tile * _load_numbers(y_weight, row, ok)[:, None]
         state = _dot(tl.trans(_operand(phi, DTYPE)), _operand(y_tile, DTYPE), state, DTYPE)
         if partial_z is not None:
             phi = _load_den_features(phi, x_den, row, ok, column_k, K, FEATURE)
-            if z_weight[0] is not None:
-                phi = phi * _load_tokens(z_weight, row, ok)[:, None]
+            if z_weight is not None:
+                phi = phi * _load_numbers(z_weight, row, ok)[:, None]
             z += tl.sum(phi, axis=0)
 
-    slot = (split * sequences + n) * heads + head
+    slot = (part.split * sequences + part.sequence) * heads + head
     _store_state(partial_state, slot, column_k, column_v, state, K, V)
     if partial_z is not None:
         tl.store(partial_z + slot * K + column_k, z, mask=(column_k < K) & (block_v == 0))
@@ -190,46 +189,44 @@ def linear_attention_scan_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_attention_fwd_kernel(
-    q,  # [B, L, H, K], last stride 1
-    k,  # [B, L, H, K], last stride 1; causal only, like v, k_den and weight
-    v,  # [B, L, H, V], last stride 1
-    q_den,  # [B, L, H, K], last stride 1, or None: q
-    k_den,  # [B, L, H, K], last stride 1, or None: k
-    weight,  # [B, L, H], any strides, or None: 1
+    q,  # Tokens [B, L, H, K]
+    k,  # Tokens [B, L, H, K]; causal only, like v, k_den and weight
+    v,  # Tokens [B, L, H, V]
+    q_den,  # Tokens [B, L, H, K], or None: q
+    k_den,  # Tokens [B, L, H, K], or None: k
+    weight,  # Tokens [B, L, H], or None: 1
     cu_seqlens,  # [N + 1] int32, contiguous, or None
     state,  # [N, H, K, V] float32; causal: [splits, N, H, K, V], before each split
     z,  # [N, H, K] float32; causal: [splits, N, H, K]
     out,  # [B, L, H, V], contiguous
     heads, sequences, L, M, splits, base,
-    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
-    q_den_stride_b, q_den_stride_l, q_den_stride_h, k_den_stride_b, k_den_stride_l, k_den_stride_h,
-    weight_stride_b, weight_stride_l, weight_stride_h,
     eps, clamp_min, scale,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns the queries of a split and BLOCK_V columns of out; BLOCK_K holds all of K."""
-    DTYPE: tl.constexpr = q.dtype.element_ty
+    DTYPE: tl.constexpr = q.pointer.dtype.element_ty
     RELOAD: tl.constexpr = DTYPE == tl.float32
     BLOCKS_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
 
     pid = _program(base)
     column_k = tl.arange(0, BLOCK_K)
     column_v = pid % BLOCKS_V * BLOCK_V + tl.arange(0, BLOCK_V)
-    head, split, n, b, begin, end, first, stop, blocks = _place(pid // BLOCKS_V, heads, splits, cu_seqlens, L, BLOCK)
-    slot = n * heads + head
+    part = _split_of(pid // BLOCKS_V, heads, splits, cu_seqlens, L, BLOCK)
+    head, b, first, stop = part.head, part.b, part.first, part.stop
+    slot = part.sequence * heads + head
     keys = M
     if cu_seqlens is not None:
-        keys = end - begin
-    q = (q, b * q_stride_b + head * q_stride_h, q_stride_l)
-    k = (k, b * k_stride_b + head * k_stride_h, k_stride_l)
-    v = (v, b * v_stride_b + head * v_stride_h, v_stride_l)
-    q_den = (q_den, b * q_den_stride_b + head * q_den_stride_h, q_den_stride_l)
-    k_den = (k_den, b * k_den_stride_b + head * k_den_stride_h, k_den_stride_l)
-    weight = (weight, b * weight_stride_b + head * weight_stride_h, weight_stride_l)
-    out_rows = (out, (b * L * heads + head) * V, heads.to(tl.int64) * V)
+        keys = part.end - part.begin
+    q = _rows_of(q, b, head)
+    k = _rows_of(k, b, head)
+    v = _rows_of(v, b, head)
+    q_den = _rows_of(q_den, b, head)
+    k_den = _rows_of(k_den, b, head)
+    weight = _rows_of(weight, b, head)
+    out_rows = _contiguous_rows(out, b, L, heads, head, V)
     if CAUSAL:
-        slot += split * sequences * heads
+        slot += part.split * sequences * heads
         keep = tl.arange(0, BLOCK)[:, None] >= tl.arange(0, BLOCK)[None, :]
 
     s = _load_state(state, slot, column_k, column_v, K, V)
@@ -237,7 +234,7 @@ def linear_attention_fwd_kernel(
     if NORMALIZE != _NONE:
         z_row = tl.load(z + slot * K + column_k, mask=column_k < K, other=0.0)
 
-    for step in range(0, _loop_bound(blocks)):
+    for step in range(0, _loop_bound(part.blocks)):
         row = first + step * BLOCK + tl.arange(0, BLOCK)
         ok = row < stop
         phi_q = _load_features(q, row, ok, column_k, K, FEATURE)
@@ -256,289 +253,29 @@ def linear_attention_fwd_kernel(
             k_operand = _operand(phi_k, DTYPE)
             v_tile = _load_rows(v, row, ok, column_v, V)
             a = tl.where(keep, _dot(q_operand, tl.trans(k_operand), None, DTYPE), 0.0)
-            if weight[0] is not None:
-                w = _load_tokens(weight, row, ok)
+            if weight is not None:
+                w = _load_numbers(weight, row, ok)
                 a = a * w[None, :]
             o = _dot(_operand(a, DTYPE), _operand(v_tile, DTYPE), o, DTYPE)
             if NORMALIZE != _NONE:
                 phi_kd = _load_den_features(phi_k, k_den, row, ok, column_k, K, FEATURE)
-                if q_den[0] is not None or k_den[0] is not None:
+                if q_den is not None or k_den is not None:
                     a = _dot(_operand(phi_qd, DTYPE), tl.trans(_operand(phi_kd, DTYPE)), None, DTYPE)
                     a = tl.where(keep, a, 0.0)
-                    if weight[0] is not None:
+                    if weight is not None:
                         a = a * w[None, :]
                 d += tl.sum(a, axis=1)
-                if weight[0] is not None:
+                if weight is not None:
                     phi_kd = phi_kd * w[:, None]
                 z_row += tl.sum(phi_kd, axis=0)
-            if weight[0] is not None:
+            if weight is not None:
                 v_tile = v_tile * w[:, None]
             s = _dot(tl.trans(k_operand), _operand(v_tile, DTYPE), s, DTYPE)
-        count = row + 1 - begin if CAUSAL else keys
+        count = row + 1 - part.begin if CAUSAL else keys
         _store_out(out_rows, row, ok, column_v, o, d, count, eps, clamp_min, scale, V, NORMALIZE)
     if cu_seqlens is not None:
-        _zero_outside(out, cu_seqlens, sequences, n * splits + split, sequences * splits, L, head, heads, column_v, V,
-                      BLOCK)  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------------ backward
-
-
-@triton.jit(do_not_specialize=SIZES)
-def linear_attention_bwd_dq_kernel(
-    grad_out,  # [B, L, H, V], last stride 1
-    q, k, v, q_den, k_den, weight, cu_seqlens, state, z,  # as in the forward
-    dq,  # [B, L, H, K], contiguous
-    dq_den,  # [B, L, H, K], contiguous, or None: part of dq
-    partial_dstate,  # [splits, N, H, K, V] float32, or None: not wanted; only where BLOCK_K holds all of K
-    partial_dz,  # [splits, N, H, K] float32, or None
-    row_scale,  # [B, H, L] float32, scale / denominator, or None: not wanted
-    row_grad,  # [B, H, L] float32, gradient of phi(q_den) . z, or None
-    row_sums,  # [2, blocks of K, B, H, L] float32: phi(q_den) . z and phi(q) . (grad_out S^T) of the blocks, or None
-    heads, sequences, L, M, splits, base,
-    grad_out_stride_b, grad_out_stride_l, grad_out_stride_h,
-    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
-    q_den_stride_b, q_den_stride_l, q_den_stride_h, k_den_stride_b, k_den_stride_l, k_den_stride_h,
-    weight_stride_b, weight_stride_l, weight_stride_h,
-    eps, clamp_min, scale,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program owns the queries of a split and BLOCK_K columns of dq; BLOCK_V holds all of V. SUMS: writes only
-    row_sums, which a second launch adds up."""
-    DTYPE: tl.constexpr = q.dtype.element_ty
-    RELOAD: tl.constexpr = DTYPE == tl.float32
-    BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-
-    pid = _program(base)
-    block_k = pid % BLOCKS_K
-    column_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    column_v = tl.arange(0, BLOCK_V)
-    head, split, n, b, begin, end, first, stop, blocks = _place(pid // BLOCKS_K, heads, splits, cu_seqlens, L, BLOCK)
-    slot = n * heads + head
-    keys = M
-    if cu_seqlens is not None:
-        keys = end - begin
-    grad_out = (grad_out, b * grad_out_stride_b + head * grad_out_stride_h, grad_out_stride_l)
-    q = (q, b * q_stride_b + head * q_stride_h, q_stride_l)
-    k = (k, b * k_stride_b + head * k_stride_h, k_stride_l)
-    v = (v, b * v_stride_b + head * v_stride_h, v_stride_l)
-    q_den = (q_den, b * q_den_stride_b + head * q_den_stride_h, q_den_stride_l)
-    k_den = (k_den, b * k_den_stride_b + head * k_den_stride_h, k_den_stride_l)
-    weight = (weight, b * weight_stride_b + head * weight_stride_h, weight_stride_l)
-    dq_rows = (dq, (b * L * heads + head) * K, heads.to(tl.int64) * K)
-    dq_den_rows = (dq_den, (b * L * heads + head) * K, heads.to(tl.int64) * K)
-    if CAUSAL:
-        slot += split * sequences * heads
-        keep = tl.arange(0, BLOCK)[:, None] >= tl.arange(0, BLOCK)[None, :]
-
-    s = _load_state(state, slot, column_k, column_v, K, V)
-    s_operand = _operand(s, DTYPE)
-    if NORMALIZE != _NONE:
-        z_row = tl.load(z + slot * K + column_k, mask=column_k < K, other=0.0)
-    if partial_dstate is not None:
-        ds = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-        dz = tl.zeros([BLOCK_K], tl.float32)
-    row_offset = (b * heads + head) * L
-    tokens = L * heads.to(tl.int64)  # of all batches, times heads
-    if cu_seqlens is None:
-        tokens = tokens * sequences
-
-    for step in range(0, _loop_bound(blocks)):
-        row = first + step * BLOCK + tl.arange(0, BLOCK)
-        ok = row < stop
-        phi_q = _load_features(q, row, ok, column_k, K, FEATURE)
-        do = _load_rows(grad_out, row, ok, column_v, V)
-        do_operand = _operand(do, DTYPE)
-        if RELOAD and not CAUSAL:
-            s = _load_state(state, slot, column_k, column_v, K, V)
-        if RELOAD or CAUSAL:
-            s_operand = _operand(s, DTYPE)
-        g = _dot(do_operand, tl.trans(s_operand), None, DTYPE)
-        phi_qd = phi_q
-        zs = None
-        if NORMALIZE != _NONE:
-            phi_qd = _load_den_features(phi_q, q_den, row, ok, column_k, K, FEATURE)
-            zs = z_row[None, :]
-        if CAUSAL:
-            phi_k = _load_features(k, row, ok, column_k, K, FEATURE)
-            k_operand = _operand(phi_k, DTYPE)
-            v_tile = _load_rows(v, row, ok, column_v, V)
-            p = tl.where(keep, _dot(do_operand, tl.trans(_operand(v_tile, DTYPE)), None, DTYPE), 0.0)
-            w = tl.full([BLOCK], 1.0, tl.float32)
-            if weight[0] is not None:
-                w = _load_tokens(weight, row, ok)
-                p = p * w[None, :]
-                v_tile = v_tile * w[:, None]
-            g = _dot(_operand(p, DTYPE), k_operand, g, DTYPE)
-            s = _dot(tl.trans(k_operand), _operand(v_tile, DTYPE), s, DTYPE)
-            if NORMALIZE != _NONE:
-                phi_kd = _load_den_features(phi_k, k_den, row, ok, column_k, K, FEATURE)
-                ws = _operand(tl.where(keep, w[None, :], 0.0), DTYPE)
-                zs = zs + _dot(ws, _operand(phi_kd, DTYPE), None, DTYPE)
-                z_row += tl.sum(phi_kd * w[:, None], axis=0)
-
-        inverse = tl.where(ok, scale, 0.0)
-        r = inverse
-        if NORMALIZE != _NONE:
-            d = tl.sum(phi_qd * zs, axis=1)
-            t = tl.sum(phi_q * g, axis=1)
-            if row_sums is not None:
-                pointers = row_sums + row_offset + row
-                if SUMS:
-                    tl.store(pointers + block_k * tokens, d, mask=ok)
-                    tl.store(pointers + (BLOCKS_K + block_k) * tokens, t, mask=ok)
-                else:
-                    d = tl.zeros([BLOCK], tl.float32)
-                    t = tl.zeros([BLOCK], tl.float32)
-                    for block in tl.static_range(BLOCKS_K):
-                        d += tl.load(pointers + block * tokens, mask=ok, other=0.0)
-                        t += tl.load(pointers + (BLOCKS_K + block) * tokens, mask=ok, other=0.0)
-            count = row + 1 - begin if CAUSAL else keys
-            inverse, r = _row_gradients(d, t, count, ok, eps, clamp_min, scale, NORMALIZE)
-        if not SUMS:
-            _store_query_gradients(dq_rows, dq_den_rows, row, ok, column_k, g, zs, inverse, r, phi_q, phi_qd, K,
-                                   FEATURE)  # fmt: skip
-            if row_scale is not None:
-                tl.store(row_scale + row_offset + row, inverse, mask=ok & (block_k == 0))
-                if NORMALIZE != _NONE:
-                    tl.store(row_grad + row_offset + row, r, mask=ok & (block_k == 0))
-            if partial_dstate is not None:
-                u = _operand(do * inverse[:, None], DTYPE)
-                ds = _dot(tl.trans(_operand(phi_q, DTYPE)), u, ds, DTYPE)
-                if NORMALIZE != _NONE:
-                    dz += tl.sum(phi_qd * r[:, None], axis=0)
-
-    if partial_dstate is not None:
-        slot = (split * sequences + n) * heads + head
-        _store_state(partial_dstate, slot, column_k, column_v, ds, K, V)
-        if partial_dz is not None:
-            tl.store(partial_dz + slot * K + column_k, dz, mask=column_k < K)
-    if cu_seqlens is not None and not SUMS:
-        share = n * splits + split
-        _zero_outside(dq, cu_seqlens, sequences, share, sequences * splits, L, head, heads, column_k, K, BLOCK)
-        if dq_den is not None:
-            _zero_outside(dq_den, cu_seqlens, sequences, share, sequences * splits, L, head, heads, column_k, K, BLOCK)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def linear_attention_bwd_dkv_kernel(
-    grad_out, q, k, v, q_den, k_den, weight, cu_seqlens,  # as above; grad_out, q and q_den in the causal form only
-    row_scale, row_grad,  # as above, causal only
-    dstate,  # [N, H, K, V] float32; causal: [splits, N, H, K, V], after each split
-    dz,  # [N, H, K] float32, or None: 0; causal: [splits, N, H, K]
-    dk,  # [B, M, H, K], contiguous; None: not wanted from this launch, like dk_den and dweight
-    dv,  # [B, M, H, V], contiguous; None: not wanted from this launch
-    dk_den,  # [B, M, H, K], contiguous, or None: part of dk
-    dweight,  # [blocks of K, B, M, H], or None
-    heads, sequences, M, splits, base,
-    grad_out_stride_b, grad_out_stride_l, grad_out_stride_h,
-    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
-    q_den_stride_b, q_den_stride_l, q_den_stride_h, k_den_stride_b, k_den_stride_l, k_den_stride_h,
-    weight_stride_b, weight_stride_l, weight_stride_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program owns the keys of a split and a block of columns. dk: BLOCK_V holds all of V; dv: BLOCK_K all of K."""
-    DTYPE: tl.constexpr = k.dtype.element_ty
-    RELOAD: tl.constexpr = DTYPE == tl.float32
-    BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    BLOCKS_V: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-
-    pid = _program(base)
-    block_k = pid % BLOCKS_K
-    column_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    pid = pid // BLOCKS_K
-    column_v = pid % BLOCKS_V * BLOCK_V + tl.arange(0, BLOCK_V)
-    head, split, n, b, _, _, first, stop, blocks = _place(pid // BLOCKS_V, heads, splits, cu_seqlens, M, BLOCK)
-    slot = n * heads + head
-    grad_out = (grad_out, b * grad_out_stride_b + head * grad_out_stride_h, grad_out_stride_l)
-    q = (q, b * q_stride_b + head * q_stride_h, q_stride_l)
-    k = (k, b * k_stride_b + head * k_stride_h, k_stride_l)
-    v = (v, b * v_stride_b + head * v_stride_h, v_stride_l)
-    q_den = (q_den, b * q_den_stride_b + head * q_den_stride_h, q_den_stride_l)
-    k_den = (k_den, b * k_den_stride_b + head * k_den_stride_h, k_den_stride_l)
-    weight = (weight, b * weight_stride_b + head * weight_stride_h, weight_stride_l)
-    row_scale = (row_scale, (b * heads + head) * M, 1)
-    row_grad = (row_grad, (b * heads + head) * M, 1)
-    dk_rows = (dk, (b * M * heads + head) * K, heads.to(tl.int64) * K)
-    dk_den_rows = (dk_den, (b * M * heads + head) * K, heads.to(tl.int64) * K)
-    dv_rows = (dv, (b * M * heads + head) * V, heads.to(tl.int64) * V)
-    tokens = M * heads.to(tl.int64)
-    if cu_seqlens is None:
-        tokens = tokens * sequences
-    dweight_rows = (dweight, block_k * tokens + b * M * heads + head, heads)
-    if CAUSAL:
-        slot += split * sequences * heads
-        keep = tl.arange(0, BLOCK)[None, :] >= tl.arange(0, BLOCK)[:, None]  # [keys, queries]
-
-    ds = _load_state(dstate, slot, column_k, column_v, K, V)
-    ds_operand = _operand(ds, DTYPE)
-    if dz is not None:
-        dz_row = tl.load(dz + slot * K + column_k, mask=column_k < K, other=0.0)
-
-    for step in range(0, _loop_bound(blocks)):
-        if CAUSAL:
-            row = first + (blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
-        else:
-            row = first + step * BLOCK + tl.arange(0, BLOCK)
-        ok = row < stop
-        phi_k = _load_features(k, row, ok, column_k, K, FEATURE)
-        if RELOAD and not CAUSAL:
-            ds = _load_state(dstate, slot, column_k, column_v, K, V)
-        if RELOAD or CAUSAL:
-            ds_operand = _operand(ds, DTYPE)
-        if CAUSAL:
-            phi_q = _load_features(q, row, ok, column_k, K, FEATURE)
-            q_operand = _operand(phi_q, DTYPE)
-            u = _load_rows(grad_out, row, ok, column_v, V) * _load_tokens(row_scale, row, ok)[:, None]
-            u = _operand(u, DTYPE)
-        w = None
-        if weight[0] is not None:
-            w = _load_tokens(weight, row, ok)
-
-        if dv is not None:
-            k_operand = _operand(phi_k, DTYPE)
-            g = _dot(k_operand, ds_operand, None, DTYPE)
-            if CAUSAL:
-                a = tl.where(keep, _dot(k_operand, tl.trans(q_operand), None, DTYPE), 0.0)
-                g = _dot(_operand(a, DTYPE), u, g, DTYPE)
-            if w is not None:
-                g = g * w[:, None]
-            _store_rows(dv_rows, row, ok, column_v, g, V)
-
-        if dk is not None:
-            v_operand = _operand(_load_rows(v, row, ok, column_v, V), DTYPE)
-            g = _dot(v_operand, tl.trans(ds_operand), None, DTYPE)
-            if CAUSAL:
-                p = tl.where(keep, _dot(v_operand, tl.trans(u), None, DTYPE), 0.0)
-                g = _dot(_operand(p, DTYPE), q_operand, g, DTYPE)
-            g_den = None
-            if dz is not None:
-                g_den = dz_row[None, :]
-                if CAUSAL and NORMALIZE != _NONE:
-                    r = _load_tokens(row_grad, row, ok)
-                    phi_qd = _load_den_features(phi_q, q_den, row, ok, column_k, K, FEATURE)
-                    rs = _operand(tl.where(keep, r[None, :], 0.0), DTYPE)
-                    g_den = g_den + _dot(rs, _operand(phi_qd, DTYPE), None, DTYPE)
-                    dz_row += tl.sum(phi_qd * r[:, None], axis=0)
-            _store_key_gradients(dk_rows, dk_den_rows, dweight_rows, k_den, w, row, ok, column_k, g, g_den, phi_k, K,
-                                 FEATURE)  # fmt: skip
-        if CAUSAL:
-            ds = _dot(tl.trans(q_operand), u, ds, DTYPE)
-
-    if cu_seqlens is not None:
-        share = n * splits + split
-        shares = sequences * splits
-        if dv is not None:
-            _zero_outside(dv, cu_seqlens, sequences, share, shares, M, head, heads, column_v, V, BLOCK)
-        if dk is not None:
-            _zero_outside(dk, cu_seqlens, sequences, share, shares, M, head, heads, column_k, K, BLOCK)
-        if dk_den is not None:
-            _zero_outside(dk_den, cu_seqlens, sequences, share, shares, M, head, heads, column_k, K, BLOCK)
-        if dweight is not None:
-            pointer = dweight + block_k * tokens
-            _zero_outside(pointer, cu_seqlens, sequences, share, shares, M, head, heads, tl.arange(0, 1), 1, BLOCK)
+        share = part.sequence * splits + part.split
+        _zero_outside(out_rows, cu_seqlens, sequences, share, sequences * splits, L, column_v, V, BLOCK)
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers
@@ -565,26 +302,20 @@ class _Problem:
         self.has_weight, self.varlen = weight is not None, cu_seqlens is not None
         self.block_k = max(16, next_power_of_two(self.K))
         self.block_v = max(16, next_power_of_two(self.V))
-        self.state_block = STATE_BLOCK[self.element_size] // (2 if causal else 1)
+        self.state_block = tuned(STATE_BLOCK[self.element_size] // (2 if causal else 1), small=16 * 16)
         # Several tiles even of a short sequence, so that its programs are several.
         rows = TILE_BYTES // (max(self.block_k, self.block_v, 64) * self.element_size)
         if causal and not quadratic:
             rows //= 2
-        self.block = max(16, min(rows, next_power_of_two(cdiv(max(self.L, self.M), 4))))
+        self.block = tuned(max(16, min(rows, next_power_of_two(cdiv(max(self.L, self.M), 4)))), small=16)
         self.shared = {
-            "q": q, "k": k, "v": v, "q_den": q_den, "k_den": k_den, "weight": weight,
+            "q": tokens(q), "k": tokens(k), "v": tokens(v),
+            "q_den": tokens(q_den), "k_den": tokens(k_den), "weight": tokens(weight),
             "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
             "heads": self.H, "sequences": self.N, "L": self.L, "M": self.M,
             "eps": float(eps), "clamp_min": float(clamp_min), "scale": float(scale), "K": self.K, "V": self.V,
             "FEATURE": feature_map, "NORMALIZE": normalize, "CAUSAL": causal,
         }  # fmt: skip
-        for name in ("q", "k", "v", "q_den", "k_den", "weight"):
-            self.shared.update(self.strides(name, self.shared[name]))
-
-    @staticmethod
-    def strides(name, tensor):
-        strides = (0, 0, 0) if tensor is None else tensor.stride()
-        return {f"{name}_stride_{axis}": stride for axis, stride in zip("blh", strides, strict=False)}
 
     def scratch(self, *shape):
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -596,17 +327,18 @@ class _Problem:
             wanted, limit = cdiv(TARGET_PARTIALS, self.heads * blocks), min(MAX_SPLITS, tokens // MIN_SPLIT_TOKENS)
         else:
             wanted, limit = cdiv(TARGET_PROGRAMS, self.heads * blocks), cdiv(tokens, self.block)
-        return max(1, min(wanted, limit))
+        return max(1, tuned(min(wanted, limit), small=min(MAX_SPLITS, cdiv(tokens, 2 * self.block))))
 
     def launches(self, kernel, programs, area, rows=None, **extra):
         """The launch of `kernel` with the shared arguments it names, and `extra`; several where the grid is full."""
         available = {**self.shared, "BLOCK": self.block if rows is None else rows, **extra}
         whole = available.get("BLOCK_K") == self.block_k
         num_warps, num_stages = _compile_options(kernel, area, self.causal, whole, self.element_size)
-        for base in range(0, programs, MAX_GRID):
-            available["base"] = base if programs > MAX_GRID else None
+        grid = tuned(MAX_GRID, small=8)
+        for base in range(0, programs, grid):
+            available["base"] = base if programs > grid else None
             args = {name: available[name] for name in kernel.arg_names}
-            yield Launch(kernel, min(programs - base, MAX_GRID), args, num_warps, num_stages)
+            yield Launch(kernel, min(programs - base, grid), args, num_warps, num_stages)
 
     def blocks_of(self, whole, cut):
         """Size of the blocks that the head dim `cut` is walked in where `whole` is one block."""
@@ -616,12 +348,10 @@ class _Problem:
         """Launches that write the partial states of every split."""
         block_v = self.blocks_of(self.block_k, self.block_v)
         names = {"x": x, "y": y, "x_den": x_den, "y_weight": y_weight, "z_weight": z_weight}
-        strides = {}
-        for name, tensor in names.items():
-            strides.update(self.strides(name, tensor))
+        names = {name: tokens(tensor) for name, tensor in names.items()}
         blocks = cdiv(self.K, self.block_k) * cdiv(self.V, block_v)
         return self.launches(
-            linear_attention_state_kernel, self.heads * splits * blocks, self.block_k * block_v, **names, **strides,
+            linear_attention_state_kernel, self.heads * splits * blocks, self.block_k * block_v, **names,
             splits=splits, partial_state=partial_state, partial_z=partial_z, M=x.shape[1],
             BLOCK_K=self.block_k, BLOCK_V=block_v,
         )  # fmt: skip
@@ -629,7 +359,7 @@ class _Problem:
     def scan(self, partial_state, partial_z, initial_state, initial_z, state, z, splits, *, prefix, reverse=False):
         count_state = self.heads * self.K * self.V
         count_z = 0 if partial_z is None else self.heads * self.K
-        block = 64 * SCALE
+        block = tuned(64 * SCALE, small=16)
         return self.launches(
             linear_attention_scan_kernel, cdiv(count_state, block) + cdiv(count_z, block), 0, block,
             partial_state=partial_state, partial_z=partial_z, initial_state=initial_state, initial_z=initial_z,
@@ -713,13 +443,13 @@ def _plan_backward(
             x.zero_()
         return gradients, []
 
-    p.shared.update(p.strides("grad_out", grad_out), grad_out=grad_out)
+    p.shared["grad_out"] = tokens(grad_out)
     dq_args = {"dq": dq, "dq_den": None if q_den is None else dq_den}
     dk_args = {"dk": dk, "dk_den": None if k_den is None else dk_den, "dweight": dweight if p.has_weight else None}
     launches = []
     if p.quadratic:
         # Whole K and V: fewer rows.
-        rows = min(p.block, max(16, 4096 // max(p.block_k, p.block_v)))
+        rows = tuned(min(p.block, max(16, 4096 // max(p.block_k, p.block_v))), small=16)
         p.shared["row_scale"] = p.scratch(p.B, p.H, p.L)
         p.shared["row_grad"] = p.scratch(p.B, p.H, p.L) if normalized else None
         blocks, area = {"BLOCK_K": p.block_k, "BLOCK_V": p.block_v}, p.block_k * p.block_v
@@ -733,7 +463,7 @@ def _plan_backward(
     block_v = p.blocks_of(p.block_k, p.block_v)
     blocks_k, blocks_v = cdiv(p.K, block_k), cdiv(p.V, block_v)
     whole = block_k == p.block_k
-    fused = whole and not causal and block_k * p.block_v <= FUSED_STATE
+    fused = whole and not causal and block_k * p.block_v <= tuned(FUSED_STATE, small=16 * 16)
     splits = p.splits(max(p.L, p.M), blocks_k, partials=True)
     states = state.contiguous(), z.contiguous()
     if causal:

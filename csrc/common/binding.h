@@ -90,8 +90,10 @@ class Binding {
     for (int i = 0; i < n; ++i) {
       if (tensors_[i]) call.solve(i);
     }
-    for (int i = 0; i < n; ++i) {
-      if (tensors_[i] && !d_.inputs[i].main) check_tensor(i);
+    for (const bool optional : {false, true}) {  // required ones first: optional ones follow from them
+      for (int i = 0; i < n; ++i) {
+        if (tensors_[i] && !d_.inputs[i].main && d_.inputs[i].optional == optional) check_tensor(i);
+      }
     }
     operation_.check(call);
     call.empty = operation_.empty(call);

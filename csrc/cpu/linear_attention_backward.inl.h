@@ -47,8 +47,6 @@ struct Backward {
     row = s.take<float>(plan.Vp);
   }
 
-  float* z_of(float* slot) const { return slot + int64_t{plan.Kp} * plan.Vp; }
-  float* zt_of(float* slot) const { return slot + int64_t{plan.Kp} * plan.Vp; }
   Rows<const T> grad_rows(int64_t b) const {
     return rows<T>(p.grad_out, b, p.grad_out_stride_b, p.grad_out_stride_l, p.grad_out_stride_h);
   }
@@ -60,16 +58,13 @@ struct Backward {
 
   // dst = S^T of a padded state, z behind it. bfloat16 operands have it in a form of their own, with S itself.
   void transpose_state(float* dst, const float* state, [[maybe_unused]] int64_t index) {
-    std::memcpy(zt_of(dst), state + int64_t{plan.Kp} * plan.Vp, static_cast<size_t>(plan.Kp) * sizeof(float));
+    std::memcpy(plan.z_of(dst), state + int64_t{plan.Kp} * plan.Vp, static_cast<size_t>(plan.Kp) * sizeof(float));
     if constexpr (kBf16Products<T>) {
       if (forward.bf16_products) return forward.operands.load_state(state, index, true, true);
     }
     transpose_packed(dst, plan.Kp, state, plan.Kp, plan.V);
   }
 
-  EFFVIT_INLINE auto fetches() {
-    return [this](int calls) __attribute__((always_inline)) { return ahead.step(calls); };
-  }
   // to[n, Vp] = rows of grad_out or v, times factor[i] where given.
   EFFVIT_INLINE void load_values(float* to, const Rows<const T>& x, int64_t at, int n, int64_t head,
                                  const float* row_factor = nullptr) {
@@ -111,16 +106,24 @@ struct Backward {
     }
   }
 
+  void finish_queries(const float* features, int64_t at, int n, int64_t head, const float* z, const Rows<T>& dq,
+                      const Rows<T>& dq_den) {
+    dispatch_map(p.feature_map, [&](auto f) {
+      finish_queries<decltype(f)::value>(features, n, p.causal ? z_rows : z, p.causal ? plan.Kp : 0, dq.at(at, head),
+                                         dq_den ? dq_den.at(at, head) : nullptr, dq.stride_l);
+    });
+  }
+
   // Adds a chunk's u and r to dS and dz.
   EFFVIT_INLINE void add_queries(const float* features, int n, float* slot) {
     if (forward.bf16_products) {
-      if constexpr (kBf16Products<T>) forward.operands.add_outer(n, slot, fetches());
+      if constexpr (kBf16Products<T>) forward.operands.add_outer(n, slot, ahead.spread());
     } else {
       gemm_into(plan.K, plan.Vp, n, TransposedA{qf, plan.Kp}, DenseB{u, plan.Vp}, StoreC{slot, plan.Vp, true},
-                fetches());
+                ahead.spread());
     }
     if (p.normalize != Normalize::kNone) {
-      gemm(1, plan.Kp, n, RowMajorA{r, n}, DenseB{features, plan.Kp}, z_of(slot), plan.Kp, true);
+      gemm(1, plan.Kp, n, r, n, features, plan.Kp, plan.z_of(slot), plan.z_of(slot), plan.Kp);
     }
   }
 
@@ -139,7 +142,7 @@ struct Backward {
     ahead.add(dq, p.K);
     walk(ahead, plan, range.begin, range.end, unit.h0, unit.h1, steps_of_queries(), false,
          [&](int64_t at, int n, int64_t head) {
-           float *const st = state(head), *const z = zt_of(st);
+           float *const st = state(head), *const z = plan.z_of(st);
            const float* features = load_queries(q, q_den, at, n, head);
            if (p.causal) {
              const float* w = load_weights(p, b, at, n, head, weights);
@@ -161,26 +164,23 @@ struct Backward {
                auto& operands = forward.operands;
                pack_feature_rows(FeatureMap::kNone, operands.rows, operands.V32, grad.at(at, head), grad.stride_l, n,
                                  plan.V, factor);
-               operands.times_state_t(head - unit.h0, n, product, fetches());
+               operands.times_state_t(head - unit.h0, n, product, ahead.spread());
                operands.load_left(qf, n);
                operands.load_right(n);
              }
            } else {
              load_values(u, grad, at, n, head, factor);
              gemm_into(n, plan.Kp, plan.V, RowMajorA{u, plan.Vp}, DenseB{st, plan.Kp}, StoreC{product, plan.Kp, false},
-                       fetches());
+                       ahead.spread());
            }
            if (p.causal) {
              load_values(v, values, at, n, head);
              transpose_packed(transposed, kChunk, v, n, plan.V);
              add_scores_product(Triangle::kLower, n, n, plan.V, u, plan.Vp, transposed, kChunk, kf, plan.Kp, plan.Kp,
                                 scores, product, plan.Kp);
-             gemm(plan.V, plan.Kp, n, TransposedA{v, plan.Vp}, DenseB{kf, plan.Kp}, st, plan.Kp, true);
+             gemm_transposed(plan.V, plan.Kp, n, v, plan.Vp, kf, plan.Kp, st, st, plan.Kp);
            }
-           dispatch_map(p.feature_map, [&](auto f) {
-             finish_queries<decltype(f)::value>(features, n, p.causal ? z_rows : z, p.causal ? plan.Kp : 0,
-                                                dq.at(at, head), dq_den ? dq_den.at(at, head) : nullptr, dq.stride_l);
-           });
+           finish_queries(features, at, n, head, z, dq, dq_den);
            if (!(p.causal && plan.whole)) add_queries(features, n, sum(head));  // pass B sums up by itself
            if (p.causal) save_factors(workspace, b, at, n, head);
          });
@@ -241,6 +241,16 @@ struct Backward {
     }
   }
 
+  void finish_keys(const Rows<const T>& k_den, int64_t b, int64_t at, int n, int64_t head, const float* w,
+                   const float* dz, const Rows<T>& dk, const Rows<T>& dk_den) {
+    if (k_den) pack_features(p.feature_map, den, k_den.at(at, head), k_den.stride_l, n, plan.K);
+    dispatch_map(p.feature_map, [&](auto f) {
+      finish_keys<decltype(f)::value>(k_den ? den : kf, w, n, p.causal ? z_rows : dz, p.causal ? plan.Kp : 0,
+                                      dk.at(at, head), dk_den ? dk_den.at(at, head) : nullptr, dk.stride_l,
+                                      (b * p.M + at) * p.H + head);
+    });
+  }
+
   // state(head) holds dS and dz of all queries, or of those after the unit; state_t(head) dS^T.
   void keys(const Unit& unit, float* workspace, const States& state) {
     const auto range = unit.tokens(p, plan, p.M);
@@ -260,32 +270,30 @@ struct Backward {
     for (int64_t h = unit.h0; h < unit.h1; ++h) transpose_state(transposed_states(unit)(h), state(h), h - unit.h0);
     walk(ahead, plan, range.begin, range.end, unit.h0, unit.h1, steps_of_keys(), p.causal,
          [&](int64_t at, int n, int64_t head) {
-           float *const s = state(head), *const st = transposed_states(unit)(head), *dz = z_of(s);
+           float *const s = state(head), *const st = transposed_states(unit)(head), *dz = plan.z_of(s);
            const float* w = load_weights(p, b, at, n, head, weights);
            pack_features(p.feature_map, kf, k.at(at, head), k.stride_l, n, plan.K);
-           const float* features = kf;
-           int64_t dz_stride = 0;
            const AtStride place{dv.stride_l, streamed};
            if (forward.bf16_products) {
              if constexpr (kBf16Products<T>) {
                auto& operands = forward.operands;
                pack_feature_rows(FeatureMap::kNone, operands.rows, operands.V32, values.at(at, head), values.stride_l,
                                  n, plan.V);
-               operands.times_state_t(head - unit.h0, n, product, fetches());
-               operands.load_rows(kf, plan.Kp, operands.K32, n);
-               operands.times_state(head - unit.h0, n, dv.at(at, head), place, w, fetches());
+               operands.times_state_t(head - unit.h0, n, product, ahead.spread());
+               pack_feature_rows(FeatureMap::kNone, operands.rows, operands.K32, kf, plan.Kp, n, plan.Kp);
+               operands.times_state(head - unit.h0, n, dv.at(at, head), place, w, ahead.spread());
              }
            } else {
              load_values(v, values, at, n, head);
              gemm_into(n, plan.Kp, plan.V, RowMajorA{v, plan.Vp}, DenseB{st, plan.Kp}, StoreC{product, plan.Kp, false},
-                       fetches());
+                       ahead.spread());
            }
            if (p.causal) {
              load_factors(workspace, b, at, n, head);
              pack_features(p.feature_map, qf, q.at(at, head), q.stride_l, n, plan.K);
              load_values(u, grad, at, n, head, factor);
              gemm_into(n, plan.Vp, plan.K, RowMajorA{kf, plan.Kp}, DenseB{s, plan.Vp},
-                       StoreC{value_product, plan.Vp, false}, fetches());
+                       StoreC{value_product, plan.Vp, false}, ahead.spread());
              add_own_queries(n, n, Triangle::kUpper);
              store_tokens(dv.at(at, head), dv.stride_l, value_product, plan.Vp, n, plan.V, w);
              const float* features_q = qf;
@@ -293,24 +301,14 @@ struct Backward {
                pack_features(p.feature_map, z_rows, q_den.at(at, head), q_den.stride_l, n, plan.K);
                features_q = z_rows;
              }
-             gemm(plan.K, plan.Vp, n, TransposedA{qf, plan.Kp}, DenseB{u, plan.Vp}, s, plan.Vp, true);
+             gemm_transposed(plan.K, plan.Vp, n, qf, plan.Kp, u, plan.Vp, s, s, plan.Vp);
              running_dz(features_q, n, dz);
              transpose_packed(st, plan.Kp, s, plan.Kp, plan.V);
-             dz = z_rows;
-             dz_stride = plan.Kp;
            } else if (!forward.bf16_products) {
              gemm_to_tokens(n, plan.V, plan.K, RowMajorA{kf, plan.Kp}, DenseB{s, plan.Vp}, dv.at(at, head), place, w,
-                            fetches());
+                            ahead.spread());
            }
-           if (k_den) {
-             pack_features(p.feature_map, den, k_den.at(at, head), k_den.stride_l, n, plan.K);
-             features = den;
-           }
-           dispatch_map(p.feature_map, [&](auto f) {
-             finish_keys<decltype(f)::value>(features, w, n, dz, dz_stride, dk.at(at, head),
-                                             dk_den ? dk_den.at(at, head) : nullptr, dk.stride_l,
-                                             (b * p.M + at) * p.H + head);
-           });
+           finish_keys(k_den, b, at, n, head, w, dz, dk, dk_den);
          });
     if (streamed) stream_fence();
   }
@@ -390,12 +388,9 @@ struct Backward {
         add_scores_product(p.causal && j == at ? Triangle::kLower : Triangle::kFull, n, columns, plan.V, u, plan.Vp,
                            transposed, kChunk, kf, plan.Kp, plan.Kp, scores, product, plan.Kp);
       }
-      dispatch_map(p.feature_map, [&](auto f) {
-        finish_queries<decltype(f)::value>(features, n, p.causal ? z_rows : z, p.causal ? plan.Kp : 0, dq.at(at, head),
-                                           dq_den ? dq_den.at(at, head) : nullptr, dq.stride_l);
-      });
+      finish_queries(features, at, n, head, z, dq, dq_den);
       if (!p.causal && normalized) {
-        gemm(1, plan.Kp, n, RowMajorA{r, n}, DenseB{features, plan.Kp}, dz, plan.Kp, true);
+        gemm(1, plan.Kp, n, r, n, features, plan.Kp, dz, dz, plan.Kp);
       }
       save_factors(workspace, b, at, n, head);
     }
@@ -420,16 +415,7 @@ struct Backward {
         running_dz(qf, n, dz);
       }
       store_tokens(dv.at(at, head), dv.stride_l, value_product, plan.Vp, n, plan.V, w);
-      const float* features = kf;
-      if (k_den) {
-        pack_features(p.feature_map, den, k_den.at(at, head), k_den.stride_l, n, plan.K);
-        features = den;
-      }
-      dispatch_map(p.feature_map, [&](auto f) {
-        finish_keys<decltype(f)::value>(features, w, n, p.causal ? z_rows : dz, p.causal ? plan.Kp : 0, dk.at(at, head),
-                                        dk_den ? dk_den.at(at, head) : nullptr, dk.stride_l,
-                                        (b * p.M + at) * p.H + head);
-      });
+      finish_keys(k_den, b, at, n, head, w, dz, dk, dk_den);
     }
   }
 
@@ -475,22 +461,17 @@ struct Backward {
   // partial sums; 4 pass B.
   void run(int phase, float* workspace, int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      if (phase == 1 || phase == 3) {  // a unit is a (sequence, head)
+      if (sums_states(phase)) {
         const int64_t n = index / p.H, head = index % p.H;
         float* const base = workspace + (phase == 1 ? 0 : plan.grads_offset);
         const auto slot = [&](int64_t split) { return states_of(p, plan, base, n, split)(head); };
         if (phase == 1) {
           load_state(plan, total, forward.initial_state(index), forward.initial_z(index));
-          scan_slots(plan, false, total, slot);
+          sum_slots(plan, true, false, total, slot);
           continue;
         }
         load_state(plan, total, grad_state(index), grad_z(index));
-        if (p.causal) {
-          scan_slots(plan, true, total, slot);
-        } else {
-          for (int64_t split = 0; split < plan.splits; ++split) add_state(plan, total, slot(split));
-          std::memcpy(slot(0), total, static_cast<size_t>(plan.slot) * sizeof(float));
-        }
+        sum_slots(plan, p.causal, p.causal, total, slot);
         store_initial(total, index);
         continue;
       }

@@ -81,14 +81,6 @@ struct Bf16Operands {
       pack_transposed(state_t(index), 2 * plan.Kp, plan.Kp, V32, [&](int c) { return state_rows + int64_t{c} * V32; });
     }
   }
-  // rows = src[n, padded], zeros up to `depth` columns
-  void load_rows(const float* src, int padded, int depth, int n) {
-    for (int i = 0; i < n; ++i) {
-      BFloat16* to = rows + int64_t{i} * depth;
-      for (int c = 0; c < depth; c += kLanes) store(to + c, c < padded ? load(src + int64_t{i} * padded + c) : vf{});
-    }
-  }
-
   // left_pairs = rows of src[n, Kp] in pairs
   void load_left(const float* src, int n) {
     const int64_t ld = plan.Kp;

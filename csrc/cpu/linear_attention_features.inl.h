@@ -176,11 +176,12 @@ void add_scores_product(Triangle triangle, int m, int columns, int k, const floa
     const int first = triangle == Triangle::kUpper ? r : 0;
     const int last = triangle == Triangle::kLower ? std::min(r + rows, columns) : columns;
     const int padded = round_up(last - first, kLanes);
-    gemm(rows, padded, k, RowMajorA{a + r * lda, lda}, DenseB{bt + first, ldb}, scores, padded, false);
+    gemm(rows, padded, k, a + r * lda, lda, bt + first, ldb, nullptr, scores, padded);
     if (triangle != Triangle::kFull) {
       mask_triangle(scores, padded, r, rows, first, last, triangle == Triangle::kUpper);
     }
-    gemm(rows, n, last - first, RowMajorA{scores, padded}, DenseB{d + first * ldd, ldd}, c + r * ldc, ldc, true);
+    float* const to = c + r * ldc;
+    gemm(rows, n, last - first, scores, padded, d + first * ldd, ldd, to, to, ldc);
   }
 }
 

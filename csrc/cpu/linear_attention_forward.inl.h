@@ -34,8 +34,6 @@ struct Forward {
     }
   }
 
-  float* z_of(float* slot) const { return slot + int64_t{plan.Kp} * plan.Vp; }
-
   Rows<const T> q_rows(int64_t b) const { return rows<T>(p.q, b, p.q_stride_b, p.q_stride_l, p.q_stride_h); }
   Rows<const T> k_rows(int64_t b) const { return rows<T>(p.k, b, p.k_stride_b, p.k_stride_l, p.k_stride_h); }
   Rows<const T> v_rows(int64_t b) const { return rows<T>(p.v, b, p.v_stride_b, p.v_stride_l, p.v_stride_h); }
@@ -46,28 +44,23 @@ struct Forward {
     return rows<T>(p.k_den, b, p.k_den_stride_b, p.k_den_stride_l, p.k_den_stride_h);
   }
 
-  // What a product asks for the lines to fetch meanwhile.
-  EFFVIT_INLINE auto fetches() {
-    return [this](int calls) __attribute__((always_inline)) { return ahead.step(calls); };
-  }
-
   // Adds the keys of a chunk to a state.
   EFFVIT_INLINE void add_keys(const Rows<const T>& k, const Rows<const T>& v, const Rows<const T>& k_den, int64_t batch,
                               int64_t at, int n, int64_t head, float* slot) {
     const float* w = load_weights(p, batch, at, n, head, weights);
-    float* const z = k_den ? nullptr : z_of(slot);
-    if (k_den) pack_features(p.feature_map, kf, k_den.at(at, head), k_den.stride_l, n, plan.K, w, z_of(slot));
+    float* const z = k_den ? nullptr : plan.z_of(slot);
+    if (k_den) pack_features(p.feature_map, kf, k_den.at(at, head), k_den.stride_l, n, plan.K, w, plan.z_of(slot));
     if constexpr (kBf16Products<T>) {
       if (bf16_products) {
         pack_feature_pairs(p.feature_map, operands.left_pairs, k.at(at, head), k.stride_l, n, plan.K, w, z);
         operands.load_right(v.at(at, head), v.stride_l, n);
-        return operands.add_outer(n, slot, fetches());
+        return operands.add_outer(n, slot, ahead.spread());
       }
     }
     pack_features(p.feature_map, kf, k.at(at, head), k.stride_l, n, plan.K, w, z);
     load_values(v, at, n, head);
     gemm_into(plan.K, plan.Vp, n, TransposedA{kf, plan.Kp}, DenseB{values, plan.Vp}, StoreC{slot, plan.Vp, true},
-              fetches());
+              ahead.spread());
   }
   EFFVIT_INLINE void load_values(const Rows<const T>& v, int64_t at, int n, int64_t head) {
     const T* const from = v.at(at, head);
@@ -103,10 +96,10 @@ struct Forward {
     walk(ahead, plan, range.begin, range.end, unit.h0, unit.h1, gemm_steps(plan.chunk, plan.Vp), false,
          [&](int64_t at, int n, int64_t head) {
            float* const state = slot(head);
-           const float* const z = q_den || p.normalize == Normalize::kNone ? nullptr : z_of(state);
+           const float* const z = q_den || p.normalize == Normalize::kNone ? nullptr : plan.z_of(state);
            if (q_den) {
              pack_feature_rows(p.feature_map, den, plan.Kp, q_den.at(at, head), q_den.stride_l, n, plan.K, nullptr,
-                               z_of(state), dots);
+                               plan.z_of(state), dots);
            }
            const auto load_q = [&](auto* to, int ld) {
              pack_feature_rows(p.feature_map, to, ld, q.at(at, head), q.stride_l, n, plan.K, nullptr, z, dots);
@@ -115,11 +108,11 @@ struct Forward {
            const AtStride place{out.stride_l, streamed};
            if constexpr (kBf16Products<T>) {
              load_q(operands.rows, operands.K32);
-             operands.times_state(head - unit.h0, n, out.at(at, head), place, factor, fetches());
+             operands.times_state(head - unit.h0, n, out.at(at, head), place, factor, ahead.spread());
            } else {
              load_q(qf, plan.Kp);
              gemm_to_tokens(n, plan.V, plan.K, RowMajorA{qf, plan.Kp}, DenseB{state, plan.Vp}, out.at(at, head), place,
-                            factor, fetches());
+                            factor, ahead.spread());
            }
          });
     if (streamed) stream_fence();
@@ -164,16 +157,16 @@ struct Forward {
              pack_features(p.feature_map, kt, k_den.at(at, head), k_den.stride_l, n, plan.K, w);
              dk = kt;
            }
-           running_dots(dq, dk, n, z_of(state));
+           running_dots(dq, dk, n, plan.z_of(state));
            normalizers(p, dots, n, at - start + 1, 1, factor, nullptr);
            gemm_into(n, plan.Vp, plan.K, RowMajorA{qf, plan.Kp}, DenseB{state, plan.Vp}, StoreC{o, plan.Vp, false},
-                     fetches());
+                     ahead.spread());
            transpose_packed(kt, kChunk, kf, n, plan.K);
            add_scores_product(Triangle::kLower, n, n, plan.K, qf, plan.Kp, kt, kChunk, values, plan.Vp, plan.Vp, scores,
                               o, plan.Vp);
            store_tokens(out.at(at, head), out.stride_l, o, plan.Vp, n, plan.V, factor);
            gemm_into(plan.K, plan.Vp, n, TransposedA{kf, plan.Kp}, DenseB{values, plan.Vp},
-                     StoreC{state, plan.Vp, true}, fetches());
+                     StoreC{state, plan.Vp, true}, ahead.spread());
          });
   }
 
@@ -248,16 +241,11 @@ struct Forward {
   // Phases: 0 everything of whole sequences, or partial states; 1 states from them; 2 out.
   void run(int phase, float* workspace, int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      if (phase == 1) {  // a unit is a (sequence, head)
+      if (sums_states(phase)) {
         const int64_t n = index / p.H, head = index % p.H;
         load_state(plan, total, initial_state(index), initial_z(index));
         const auto slot = [&](int64_t split) { return states_of(p, plan, workspace, n, split)(head); };
-        if (p.causal) {
-          scan_slots(plan, false, total, slot);
-        } else {
-          for (int64_t split = 0; split < plan.splits; ++split) add_state(plan, total, slot(split));
-          std::memcpy(slot(0), total, static_cast<size_t>(plan.slot) * sizeof(float));
-        }
+        sum_slots(plan, p.causal, false, total, slot);
         store_state(plan, total, p.state + index * p.K * p.V, p.z + index * p.K);
         continue;
       }

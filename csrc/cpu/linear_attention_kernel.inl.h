@@ -32,7 +32,7 @@ int64_t units(const Params& p) {
   const int64_t all = p.N * plan.groups * plan.splits;
   if (plan.whole) return phase == 0 ? all : 0;
   if (backward && phase < 2 && !p.causal) return 0;
-  return phase % 2 == 1 ? p.N * p.H : all;
+  return sums_states(phase) ? p.N * p.H : all;
 }
 
 template <bool backward, int phase>

@@ -84,8 +84,12 @@ struct Plan {
     const int64_t bytes = count * width * static_cast<int64_t>(sizeof(T));
     return EFFVIT_ISA_NAME::streams<T>(rows, width, bytes, limits.stream_bytes);
   }
+  float* z_of(float* state) const { return state + int64_t{Kp} * Vp; }  // of a transposed state too
   int64_t slot_t() const { return int64_t{Kp} * Vp + Kp; }  // floats of a transposed state: [Vp, Kp], then z [Kp]
 };
+
+// Phases 1 and 3, in either direction, sum up partial states: their units are (sequence, head), not a Unit.
+constexpr bool sums_states(int phase) { return phase == 1 || phase == 3; }
 
 // One piece of a phase: tokens [begin, end) of a sequence are those of `split`, for heads [h0, h1).
 struct Unit {

@@ -22,10 +22,6 @@ void store_state(const Plan& plan, const float* slot, float* state, float* z) {
   if (z) std::memcpy(z, slot + int64_t{plan.Kp} * plan.Vp, static_cast<size_t>(plan.K) * sizeof(float));
 }
 
-void add_state(const Plan& plan, float* slot, const float* other) {
-  for (int64_t i = 0; i < plan.slot; i += kLanes) store(slot + i, load(slot + i) + load(other + i));
-}
-
 // One state per head: `first` is that of head h0.
 struct States {
   float* first;
@@ -38,18 +34,20 @@ States states_of(const Params& p, const Plan& plan, float* base, int64_t n, int6
   return {base + (n * plan.splits + split) * p.H * plan.slot, 0, plan.slot};
 }
 
-// The slots of one (sequence, head), from partial sums to what precedes each split: exclusive sums from `first` on, in
-// order or backwards. Returns with the total in `total`, which starts as a copy of `first`.
+// The slots of one (sequence, head), from the partial sums of its splits to what precedes each of them, in order or
+// backwards; or all of it in slot 0, where the form is not causal. `total` starts as what precedes them all, and
+// returns with the sum.
 template <class Slot>
-void scan_slots(const Plan& plan, bool backwards, float* total, const Slot& slot) {
+void sum_slots(const Plan& plan, bool causal, bool backwards, float* total, const Slot& slot) {
   for (int64_t i = 0; i < plan.splits; ++i) {
     float* const here = slot(backwards ? plan.splits - 1 - i : i);
     for (int64_t j = 0; j < plan.slot; j += kLanes) {
       const vf sum = load(total + j), x = load(here + j);
-      store(here + j, sum);
+      if (causal) store(here + j, sum);
       store(total + j, sum + x);
     }
   }
+  if (!causal) std::memcpy(slot(0), total, static_cast<size_t>(plan.slot) * sizeof(float));
 }
 
 }  // namespace linear_attention_impl

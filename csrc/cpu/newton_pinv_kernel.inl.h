@@ -37,26 +37,23 @@ struct Matrices {
   }
 };
 
-// A B, element by element to the sink, which is called with the row and the column.
-template <class A, class Sink>
-EFFVIT_INLINE void multiply(const Matrices& s, A a, const float* b, const Sink& sink) {
+// to = add + A B; add may be null.
+EFFVIT_INLINE void multiply(const Matrices& s, const float* a, const float* b, const float* add, float* to) {
   const int panel = s.m < kPanelFrom ? s.mp : kCols * kLanes;
-  for (int c0 = 0; c0 < s.mp; c0 += panel) {
-    const auto shifted = [&](int r, int c, vf x) __attribute__((always_inline)) { sink(r, c0 + c, x); };
-    gemm_into(s.m, std::min(panel, s.mp - c0), s.m, a, DenseB{b + c0, s.ld}, shifted);
+  for (int c = 0; c < s.mp; c += panel) {
+    gemm(s.m, std::min(panel, s.mp - c), s.m, a, s.ld, b + c, s.ld, add ? add + c : nullptr, to + c, s.ld);
   }
 }
 
-// The same where the result is symmetric: the sink is called for the blocks on and above the diagonal at least.
-template <class Sink>
-EFFVIT_INLINE void multiply_upper(const Matrices& s, const float* a, const float* b, const Sink& sink) {
+// The same where the result is symmetric: the blocks on and above the diagonal at least.
+EFFVIT_INLINE void multiply_upper(const Matrices& s, const float* a, const float* b, const float* add, float* to) {
   const bool panels = s.m >= kPanelFrom;
   const int step = panels ? kCols * kLanes : kLanes;
   for (int at = 0; at < s.m; at += step) {  // a panel of columns down to the diagonal, or rows from the diagonal on
     const int r0 = panels ? 0 : at, rows = std::min(at + step, s.m) - r0;
     const int columns = panels ? std::min(step, s.mp - at) : s.mp - at;
-    const auto shifted = [&](int r, int c, vf x) __attribute__((always_inline)) { sink(r0 + r, at + c, x); };
-    gemm_into(rows, columns, s.m, RowMajorA{a + int64_t{r0} * s.ld, s.ld}, DenseB{b + at, s.ld}, shifted);
+    const int64_t row = int64_t{r0} * s.ld, first = row + at;
+    gemm(rows, columns, s.m, a + row, s.ld, b + at, s.ld, add + first, to + first, s.ld);
   }
 }
 
@@ -125,17 +122,13 @@ void forward_units(const Params& p, int64_t begin, int64_t end) {
       for (int c = 0; c < s.mp; c += kLanes) store(v + row + c, load(matrix + row + c) * alpha);
     }
     for (int step = 0, last = p.iterations; step < last; ++step) {
-      multiply(s, RowMajorA{v, s.ld}, matrix, StoreC{e, s.ld, false});
+      multiply(s, v, matrix, nullptr, e);
       if (identity_minus(s, e) < kSmall) last = std::min(last, step + 2);
-      const auto add = [&](int r, int c, vf x) __attribute__((always_inline)) {
-        const int64_t at = int64_t{r} * s.ld + c;
-        store(next + at, load(v + at) + x);
-      };
       if (symmetric && last - step > kWholeSteps) {
-        multiply_upper(s, e, v, add);
+        multiply_upper(s, e, v, v, next);
         mirror(s, next);
       } else {
-        multiply(s, RowMajorA{e, s.ld}, v, add);
+        multiply(s, e, v, v, next);
       }
       std::swap(v, next);
     }
@@ -156,8 +149,8 @@ void backward_units(const Params& p, int64_t begin, int64_t end) {
     load_matrix<T>(g, s, p.grad_out, unit / p.H * p.grad_out_stride_b + unit % p.H * p.grad_out_stride_h,
                    p.grad_out_stride_i);
     float* const product = v;
-    multiply(s, RowMajorA{vt, s.ld}, g, StoreC{product, s.ld, false});
-    multiply(s, RowMajorA{product, s.ld}, vt, StoreC{g, s.ld, false});
+    multiply(s, vt, g, nullptr, product);
+    multiply(s, product, vt, nullptr, g);
     T* const da = static_cast<T*>(p.da) + unit * p.m * p.m;
     for (int i = 0; i < s.m; ++i) store_row(da + int64_t{i} * s.m, g + int64_t{i} * s.ld, s.m, -1.f);
   }

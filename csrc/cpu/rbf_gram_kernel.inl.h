@@ -3,7 +3,7 @@
 // Forward: a unit is a block of queries of one head. The keys are transposed into scratch once per head and thread; the
 // product q·k leaves the registers as exp(-gamma (|q|² + |k|² - 2 q·k)), and nothing else is written.
 // Backward, with P = grad_out * out: dq = -2 gamma (rowsum(P) q - P k) and dk = -2 gamma (colsum(P) k - Pᵀ q). P is
-// formed a block of rows at a time. Keys go in tiles of kTileKeys, so the scratch of a thread stays below 2 MiB.
+// formed a block of rows at a time. Keys go in tiles, so the scratch of a thread stays below 2 MiB.
 #pragma once
 
 namespace effvit::cpu::EFFVIT_ISA_NAME {
@@ -11,13 +11,13 @@ namespace rbf_gram_impl {
 
 using Params = RbfGramParams;
 
-constexpr int kTileKeys = 256;
-constexpr int kBlockRows = 48;  // queries at once; a multiple of the rows of a register tile
-constexpr int64_t kUnitRows = 4 * kBlockRows;
-constexpr int64_t kUnits = 64, kMaxSplits = 32, kMinSplitRows = 64;
+constexpr int64_t kUnits = 64, kMaxSplits = 32;
 constexpr int64_t kPartialBytes = 1 << 20;  // what the splits of all heads may write at most
 
 struct Geometry {
+  int max_keys = 256;  // of a tile
+  int block_rows = 48;  // queries at once; a multiple of the rows of a register tile
+  int64_t unit_rows, min_split_rows = 64;
   int D, Dp;  // head dim, and rounded up to whole vectors
   int ldd;  // row stride of queries and keys
   int tile_keys, tiles;
@@ -26,42 +26,45 @@ struct Geometry {
   int64_t splits;  // units of one head in backward
 
   explicit Geometry(const Params& p) {
+    const bool small = small_tiles();
+    if (small) max_keys = 24, block_rows = 12, min_split_rows = 8;
+    unit_rows = 4 * block_rows;
     D = static_cast<int>(p.D);
     Dp = round_up(D, kLanes);
     ldd = Dp % 128 == 0 ? Dp + 16 : Dp;  // rows a multiple of 512 bytes apart would share few sets of the cache
-    tile_keys = static_cast<int>(std::min<int64_t>(p.M, kTileKeys));
-    tiles = static_cast<int>((p.M + kTileKeys - 1) / kTileKeys);
+    tile_keys = static_cast<int>(std::min<int64_t>(p.M, max_keys));
+    tiles = static_cast<int>((p.M + max_keys - 1) / max_keys);
     ldk = round_up(tile_keys, kLanes) + 16;
-    chunks = (p.L + kUnitRows - 1) / kUnitRows;
+    chunks = (p.L + unit_rows - 1) / unit_rows;
     // As many splits as give every head its share of kUnits, of rows enough to outweigh the sum over the splits.
-    const int64_t heads = p.B * p.H, rows = std::max(kMinSplitRows, p.M);
+    const int64_t heads = p.B * p.H, rows = std::max(min_split_rows, small ? 0 : p.M);
     const int64_t fit = kPartialBytes / (heads * p.M * round_up(D, 16) * 4);
     splits = std::max<int64_t>(1, std::min({kMaxSplits, (kUnits + heads - 1) / heads, p.L / rows, fit}));
   }
 };
 
-// Rows [first, first + n) of a head of q or k, in float32, zeros from D to Dp.
+// n rows of a head of q or k, in float32, zeros from D to Dp.
 template <class T>
-EFFVIT_INLINE void load_tokens(float* to, const Geometry& g, const void* base, int64_t offset, int64_t stride, int n) {
+EFFVIT_INLINE void load_rows(float* to, const Geometry& g, const void* base, int64_t offset, int64_t stride, int n) {
   const T* from = static_cast<const T*>(base) + offset;
-  for (int i = 0; i < n; ++i) load_row(to + int64_t{i} * g.ldd, from + i * stride, g.D);
+  load_tokens(to, g.ldd, n, g.D, [&](int i) { return from + i * stride; });
 }
 
-EFFVIT_INLINE int keys_of_tile(const Params& p, int tile) {
-  return static_cast<int>(std::min<int64_t>(kTileKeys, p.M - int64_t{tile} * kTileKeys));
+EFFVIT_INLINE int keys_of_tile(const Params& p, const Geometry& g, int tile) {
+  return static_cast<int>(std::min<int64_t>(g.max_keys, p.M - int64_t{tile} * g.max_keys));
 }
 
 template <class T>
 EFFVIT_INLINE void load_keys(float* to, const Params& p, const Geometry& g, int64_t head, int tile) {
-  const int64_t b = head / p.H, h = head % p.H, j = int64_t{tile} * kTileKeys;
-  load_tokens<T>(to, g, p.k, b * p.k_stride_b + h * p.k_stride_h + j * p.k_stride_l, p.k_stride_l,
-                 keys_of_tile(p, tile));
+  const int64_t b = head / p.H, h = head % p.H, j = int64_t{tile} * g.max_keys;
+  load_rows<T>(to, g, p.k, b * p.k_stride_b + h * p.k_stride_h + j * p.k_stride_l, p.k_stride_l,
+               keys_of_tile(p, g, tile));
 }
 
 template <class T>
 EFFVIT_INLINE void load_queries(float* to, const Params& p, const Geometry& g, int64_t head, int64_t row, int rows) {
   const int64_t b = head / p.H, h = head % p.H;
-  load_tokens<T>(to, g, p.q, b * p.q_stride_b + h * p.q_stride_h + row * p.q_stride_l, p.q_stride_l, rows);
+  load_rows<T>(to, g, p.q, b * p.q_stride_b + h * p.q_stride_h + row * p.q_stride_l, p.q_stride_l, rows);
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
@@ -79,32 +82,26 @@ struct GramSink {
   EFFVIT_INLINE void operator()(int r, int c, vf product) const {
     const vf distance = fma(product, set1(-2.f), set1(q_norm[r]) + load(k_norm + c));
     const vf x = exp(max(vf{}, distance) * factor);  // in this order max keeps a NaN
-    T* const to = out + r * ld + c;
-    if (c + kLanes <= keys) {
-      store(to, x);
-    } else {
-      alignas(64) float tail[kLanes];
-      store(tail, x);
-      for (int i = 0; i < keys - c; ++i) to[i] = from_float<T>(tail[i]);
-    }
+    store_lanes(out + r * ld + c, x, keys - c);
   }
 };
 
 template <class T>
 void forward_units_of(const Params& p, int64_t begin, int64_t end) {
   const Geometry g(p);
-  const int64_t floats = int64_t{g.ldk} * (g.D + 1) + int64_t{g.tile_keys + kBlockRows} * g.ldd + kBlockRows;
+  const int64_t floats = int64_t{g.ldk} * (g.D + 1) + int64_t{g.tile_keys + g.block_rows} * g.ldd + g.block_rows;
   float* const kt = static_cast<float*>(thread_scratch(static_cast<size_t>(floats) * sizeof(float)));
   float* const k_norm = kt + int64_t{g.ldk} * g.D;
   float* const k = k_norm + g.ldk;
   float* const q = k + int64_t{g.tile_keys} * g.ldd;
-  float* const q_norm = q + int64_t{kBlockRows} * g.ldd;
+  float* const q_norm = q + int64_t{g.block_rows} * g.ldd;
 
   int64_t loaded = -1;  // which head and tile kt holds
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t head = unit / g.chunks, first = unit % g.chunks * kUnitRows, last = std::min(first + kUnitRows, p.L);
+    const int64_t head = unit / g.chunks, first = unit % g.chunks * g.unit_rows,
+                  last = std::min(first + g.unit_rows, p.L);
     for (int tile = 0; tile < g.tiles; ++tile) {
-      const int keys = keys_of_tile(p, tile), padded = round_up(keys, kLanes);
+      const int keys = keys_of_tile(p, g, tile), padded = round_up(keys, kLanes);
       if (loaded != head * g.tiles + tile) {
         load_keys<T>(k, p, g, head, tile);
         store(k_norm + padded - kLanes, vf{});
@@ -112,11 +109,11 @@ void forward_units_of(const Params& p, int64_t begin, int64_t end) {
         transpose_rows(kt, g.ldk, keys, g.D, [&](int j) { return k + int64_t{j} * g.ldd; });
         loaded = head * g.tiles + tile;
       }
-      for (int64_t row = first; row < last; row += kBlockRows) {
-        const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, last - row));
+      for (int64_t row = first; row < last; row += g.block_rows) {
+        const int rows = static_cast<int>(std::min<int64_t>(g.block_rows, last - row));
         load_queries<T>(q, p, g, head, row, rows);
         for (int i = 0; i < rows; ++i) q_norm[i] = dot(q + int64_t{i} * g.ldd, q + int64_t{i} * g.ldd, g.Dp);
-        T* const out = static_cast<T*>(p.out) + (head * p.L + row) * p.M + int64_t{tile} * kTileKeys;
+        T* const out = static_cast<T*>(p.out) + (head * p.L + row) * p.M + int64_t{tile} * g.max_keys;
         gemm_into(rows, padded, g.D, RowMajorA{q, g.ldd}, DenseB{kt, g.ldk},
                   GramSink<T>{out, p.M, keys, q_norm, k_norm, -p.gamma});
       }
@@ -130,17 +127,18 @@ void forward_units_of(const Params& p, int64_t begin, int64_t end) {
 template <class T>
 EFFVIT_INLINE float load_product(float* to, const T* grad, const T* out, int n, float* column_sum) {
   vf sum{};
-  int i = 0;
-  const auto put = [&](vf x) {
+  for (int i = 0; i < n; i += kLanes) {
+    vf x;
+    if (i + kLanes <= n) {
+      x = load(grad + i) * load(out + i);
+    } else {
+      alignas(64) float tail[kLanes] = {};
+      for (int t = 0; t < n - i; ++t) tail[t] = to_float(grad[i + t]) * to_float(out[i + t]);
+      x = load(tail);
+    }
     store(to + i, x);
     store(column_sum + i, load(column_sum + i) + x);
     sum += x;
-  };
-  for (; i + kLanes <= n; i += kLanes) put(load(grad + i) * load(out + i));
-  if (i < n) {
-    alignas(64) float tail[kLanes] = {};
-    for (int t = 0; t < n - i; ++t) tail[t] = to_float(grad[i + t]) * to_float(out[i + t]);
-    put(load(tail));
   }
   return reduce_add(sum);
 }
@@ -152,21 +150,21 @@ struct Backward {
   float *k, *dk, *q, *dq, *prob, *column_sum, *row_sum;
 
   explicit Backward(const Params& params) : p(params), g(params) {
-    const int64_t keys = int64_t{g.tile_keys} * g.ldd, queries = int64_t{kBlockRows} * g.ldd;
-    const int64_t floats = 2 * keys + 2 * queries + int64_t{kBlockRows + 1} * g.ldk + kBlockRows;
+    const int64_t keys = int64_t{g.tile_keys} * g.ldd, queries = int64_t{g.block_rows} * g.ldd;
+    const int64_t floats = 2 * keys + 2 * queries + int64_t{g.block_rows + 1} * g.ldk + g.block_rows;
     k = static_cast<float*>(thread_scratch(static_cast<size_t>(floats) * sizeof(float)));
     dk = k + keys;
     q = dk + keys;
     dq = q + queries;
     prob = dq + queries;
-    column_sum = prob + int64_t{kBlockRows} * g.ldk;
+    column_sum = prob + int64_t{g.block_rows} * g.ldk;
     row_sum = column_sum + g.ldk;
   }
 
   // P of rows [row, row + rows) towards the keys of a tile.
   void load_prob(int64_t head, int64_t row, int rows, int tile, bool first) {
-    const int64_t b = head / p.H, h = head % p.H, j = int64_t{tile} * kTileKeys;
-    const int keys = keys_of_tile(p, tile);
+    const int64_t b = head / p.H, h = head % p.H, j = int64_t{tile} * g.max_keys;
+    const int keys = keys_of_tile(p, g, tile);
     for (int i = 0; i < rows; ++i) {
       const T* grad = static_cast<const T*>(p.grad_out) + b * p.grad_out_stride_b + h * p.grad_out_stride_h +
                       (row + i) * p.grad_out_stride_l + j;
@@ -178,7 +176,7 @@ struct Backward {
 
   // dq (+)= P k
   void add_dq(int rows, int keys, bool first) {
-    gemm(rows, g.Dp, keys, RowMajorA{prob, g.ldk}, DenseB{k, g.ldd}, dq, g.ldd, !first);
+    gemm(rows, g.Dp, keys, prob, g.ldk, k, g.ldd, first ? nullptr : dq, dq, g.ldd);
   }
 
   void write_dq(int64_t head, int64_t row, int rows) {
@@ -197,20 +195,20 @@ struct Backward {
 
   // dk of a tile of keys from queries [begin, end), and dq with it where the tile holds all keys.
   void tile_of_keys(int64_t head, int64_t begin, int64_t end, int tile, float* partial) {
-    const int keys = keys_of_tile(p, tile);
+    const int keys = keys_of_tile(p, g, tile);
     load_keys<T>(k, p, g, head, tile);
     zero(column_sum, round_up(keys, kLanes));
-    for (int64_t row = begin; row < end; row += kBlockRows) {
-      const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, end - row));
+    for (int64_t row = begin; row < end; row += g.block_rows) {
+      const int rows = static_cast<int>(std::min<int64_t>(g.block_rows, end - row));
       load_queries<T>(q, p, g, head, row, rows);
       load_prob(head, row, rows, tile, true);
       if (g.tiles == 1) {
         add_dq(rows, keys, true);
         write_dq(head, row, rows);
       }
-      gemm(keys, g.Dp, rows, TransposedA{prob, g.ldk}, DenseB{q, g.ldd}, dk, g.ldd, row > begin);
+      gemm_transposed(keys, g.Dp, rows, prob, g.ldk, q, g.ldd, row > begin ? dk : nullptr, dk, g.ldd);
     }
-    const int64_t j = int64_t{tile} * kTileKeys;
+    const int64_t j = int64_t{tile} * g.max_keys;
     T* const to = static_cast<T*>(p.dk) + ((head / p.H * p.M + j) * p.H + head % p.H) * p.D;
     for (int i = 0; i < keys; ++i) {
       float* const from = dk + int64_t{i} * g.ldd;
@@ -226,13 +224,13 @@ struct Backward {
   // dq where the keys are several tiles.
   void rows_of_queries(int64_t head, int64_t begin, int64_t end) {
     zero(column_sum, round_up(g.tile_keys, kLanes));  // not used here, but added to
-    for (int64_t row = begin; row < end; row += kBlockRows) {
-      const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, end - row));
+    for (int64_t row = begin; row < end; row += g.block_rows) {
+      const int rows = static_cast<int>(std::min<int64_t>(g.block_rows, end - row));
       load_queries<T>(q, p, g, head, row, rows);
       for (int tile = 0; tile < g.tiles; ++tile) {
         load_keys<T>(k, p, g, head, tile);
         load_prob(head, row, rows, tile, tile == 0);
-        add_dq(rows, keys_of_tile(p, tile), tile == 0);
+        add_dq(rows, keys_of_tile(p, g, tile), tile == 0);
       }
       write_dq(head, row, rows);
     }

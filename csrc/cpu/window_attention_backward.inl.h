@@ -215,7 +215,7 @@ struct Backward : Pass {
       for (int i = 0; i < (g.cosine ? rows : 1); ++i) logit_factor[i] = row_scale[r + i] * kLog2E;
       logits<T>(table, r, rows, prob, logit_factor);
       gemm_into(rows, keys.padded, dv, row_major(do16 + int64_t{r} * g.dv32, g.dv32), right(vt16, keys.padded),
-                StoreC{dlogit, g.ld, false}, burst());
+                StoreC{dlogit, g.ld, false}, ahead.bursts());
       if (rows % 2 == 1) {  // the second row of the last pair
         zero(prob + int64_t{rows} * g.ld, keys.padded);
         zero(dlogit + int64_t{rows} * g.ld, keys.padded);
@@ -231,7 +231,7 @@ struct Backward : Pass {
     } else {
       logits<T>(table, r, rows, prob, nullptr);
       gemm_into(rows, keys.padded, dv, row_major(grad_out + int64_t{r} * g.dvp, g.dvp), right(vt, keys.padded),
-                StoreC{dlogit, g.ld, false}, burst());
+                StoreC{dlogit, g.ld, false}, ahead.bursts());
       dispatch_vectors(keys.padded / kLanes, [&](auto n) {
         probabilities<decltype(n)::value>(r, rows);
         logit_gradients<decltype(n)::value>(r, rows);
@@ -285,20 +285,22 @@ struct Backward : Pass {
         if (want_dq) {
           if (direct_dq()) {
             gemm_to_tokens(rows, d, keys.n, ds, keys_b, dq_of(head), AtOffsets{queries.dq_offset + r, false}, factor_q,
-                           burst());
+                           ahead.bursts());
           } else {
-            gemm_into(rows, g.dp, keys.n, ds, keys_b, StoreC{dq + int64_t{r} * g.dp, g.dp, !first_dq}, burst());
+            gemm_into(rows, g.dp, keys.n, ds, keys_b, StoreC{dq + int64_t{r} * g.dp, g.dp, !first_dq}, ahead.bursts());
           }
           add_sums(r, rows);
         }
         if (!want_dkv) return;
         if (direct_dkv()) {
           const bool holes = keys.pads > 0;
-          gemm_to_tokens(keys.n, dv, rows, pt, do_b, dv_of(head), AtOffsets{keys.dv_offset, holes}, nullptr, burst());
-          gemm_to_tokens(keys.n, d, rows, dst, q_b, dk_of(head), AtOffsets{keys.dk_offset, holes}, factor_k, burst());
+          gemm_to_tokens(keys.n, dv, rows, pt, do_b, dv_of(head), AtOffsets{keys.dv_offset, holes}, nullptr,
+                         ahead.bursts());
+          gemm_to_tokens(keys.n, d, rows, dst, q_b, dk_of(head), AtOffsets{keys.dk_offset, holes}, factor_k,
+                         ahead.bursts());
         } else {
-          gemm_into(keys.n, g.dvp, rows, pt, do_b, StoreC{dv_sum, g.dvp, accumulate_dkv}, burst());
-          gemm_into(keys.n, g.dp, rows, dst, q_b, StoreC{dk, g.dp, accumulate_dkv}, burst());
+          gemm_into(keys.n, g.dvp, rows, pt, do_b, StoreC{dv_sum, g.dvp, accumulate_dkv}, ahead.bursts());
+          gemm_into(keys.n, g.dp, rows, dst, q_b, StoreC{dk, g.dp, accumulate_dkv}, ahead.bursts());
         }
       };
       recompute_rows(r, rows, table);

@@ -152,9 +152,9 @@ struct Forward : Pass {
       if (g.single && (std::is_same_v<T, float> || kBf16Products<T>)) {
         for (int i = 0; i < rows; i += kLanes) store(inverse + i, 1.f / load(sum + r + i));
         gemm_to_tokens(rows, dv, keys.n, a, b, static_cast<T*>(p.out) + head * p.dv,
-                       AtOffsets{queries.out_offset + r, false}, inverse, burst());
+                       AtOffsets{queries.out_offset + r, false}, inverse, ahead.bursts());
       } else {
-        gemm_into(rows, g.dvp, keys.n, a, b, StoreC{o + int64_t{r} * g.dvp, g.dvp, !first}, burst());
+        gemm_into(rows, g.dvp, keys.n, a, b, StoreC{o + int64_t{r} * g.dvp, g.dvp, !first}, ahead.bursts());
         if (g.single) write_rows(r, rows, head);
       }
     }

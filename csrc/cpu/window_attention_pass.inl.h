@@ -127,13 +127,6 @@ struct Pass {
     pack_transposed(to, 2 * keys.padded, keys.n, width, [&](int j) { return row16 + int64_t{j} * width32; });
   }
 
-  EFFVIT_INLINE auto burst() {
-    return [this](int) __attribute__((always_inline)) {
-      ahead.burst();
-      return Fetch{};
-    };
-  }
-
   // Logits of query rows [r, r + rows), at `to`. factor: of the rows, where the operands lack it; one for all but in
   // cosine attention.
   template <class T>
@@ -144,13 +137,14 @@ struct Pass {
       const auto all_keys = right(kt16, keys.padded);
       if (g.cosine) {
         const OuterFactor outer{factor, column_scale};
-        gemm_to_logits(rows, keys.padded, d, rows_of_q, all_keys, to, g.ld, outer, additions, burst());
+        gemm_to_logits(rows, keys.padded, d, rows_of_q, all_keys, to, g.ld, outer, additions, ahead.bursts());
       } else {
-        gemm_to_logits(rows, keys.padded, d, rows_of_q, all_keys, to, g.ld, OneFactor{factor[0]}, additions, burst());
+        gemm_to_logits(rows, keys.padded, d, rows_of_q, all_keys, to, g.ld, OneFactor{factor[0]}, additions,
+                       ahead.bursts());
       }
     } else {
       gemm_to_logits(rows, keys.padded, d, row_major(q + int64_t{r} * g.dp, g.dp), right(kt, keys.padded), to, g.ld,
-                     NoFactor{}, additions, burst());
+                     NoFactor{}, additions, ahead.bursts());
     }
   }
 

@@ -7,14 +7,15 @@
 // A step is T = V P, V = 2V - T V. The gradient is da = -W G W with W = V^T, so that both products read rows.
 #pragma once
 #include "../common/newton_pinv_params.h"
-#include "common.cuh"
+#include "tile/block.cuh"
+#include "tile/plan.cuh"
 
 namespace effvit {
 namespace cuda {
 namespace newton_pinv_impl {
 
-using prim::Shared;
-using Float4 = prim::Vec<float, 4>;
+using tile::block_step, tile::Float4, tile::for_each_block, tile::Shared;
+using tile::extent_bytes, tile::grid_size, tile::tensor_bytes;
 
 constexpr int kThreads = 256;
 constexpr int kTile = 64;
@@ -39,59 +40,48 @@ struct Plan {
 };
 
 struct Block {
-  float v[kMicro][kMicro];
+  float v[kMicro][1][kMicro];
 };
 
-EFFVIT_DEVICE Block zeros() {
+template <class F>
+EFFVIT_DEVICE Block make_block(const F& f) {  // of f(i, j)
   Block x;
-  EFFVIT_UNROLL
-  for (int i = 0; i < kMicro; ++i) {
-    EFFVIT_UNROLL
-    for (int j = 0; j < kMicro; ++j) x.v[i][j] = 0.f;
-  }
+  for_each_block<1>([&](int i, int, int j) { x.v[i][0][j] = f(i, j); });
   return x;
 }
+EFFVIT_DEVICE Block zeros() {
+  return make_block([](int, int) { return 0.f; });
+}
+EFFVIT_DEVICE Block times(const Block& x, float factor) {
+  return make_block([&](int i, int j) { return factor * x.v[i][0][j]; });
+}
+EFFVIT_DEVICE Block newton_step(const Block& v, const Block& tv) {  // 2V - TV
+  return make_block([&](int i, int j) { return 2.f * v.v[i][0][j] - tv.v[i][0][j]; });
+}
+EFFVIT_DEVICE Float4 row_of(const Block& x, int i) {
+  return {{x.v[i][0][0], x.v[i][0][1], x.v[i][0][2], x.v[i][0][3]}};
+}
 
+// Blocks in shared memory, rows kStride apart, and in the workspace, rows `stride` apart.
 EFFVIT_DEVICE Block load_block(const Shared<float>& from, int row, int col) {
-  Block x;
+  Float4 y[kMicro];
   EFFVIT_UNROLL
-  for (int i = 0; i < kMicro; ++i) {
-    const Float4 y = from.load_vec<Float4>((row + i) * kStride + col);
-    EFFVIT_UNROLL
-    for (int j = 0; j < kMicro; ++j) x.v[i][j] = y.v[j];
-  }
-  return x;
+  for (int i = 0; i < kMicro; ++i) y[i] = from.load_vec<Float4>((row + i) * kStride + col);
+  return make_block([&](int i, int j) { return y[i].v[j]; });
 }
 EFFVIT_DEVICE void store_block(const Shared<float>& to, int row, int col, const Block& x) {
   EFFVIT_UNROLL
-  for (int i = 0; i < kMicro; ++i)
-    to.store_vec((row + i) * kStride + col, Float4{{x.v[i][0], x.v[i][1], x.v[i][2], x.v[i][3]}});
+  for (int i = 0; i < kMicro; ++i) to.store_vec((row + i) * kStride + col, row_of(x, i));
 }
 EFFVIT_DEVICE Block load_block(const float* from, int stride, int row, int col) {
-  Block x;
+  Float4 y[kMicro];
   EFFVIT_UNROLL
-  for (int i = 0; i < kMicro; ++i) {
-    const auto y = prim::load_global_vec<Float4>(from + (row + i) * stride + col);
-    EFFVIT_UNROLL
-    for (int j = 0; j < kMicro; ++j) x.v[i][j] = y.v[j];
-  }
-  return x;
+  for (int i = 0; i < kMicro; ++i) y[i] = prim::load_global_vec<Float4>(from + (row + i) * stride + col);
+  return make_block([&](int i, int j) { return y[i].v[j]; });
 }
 EFFVIT_DEVICE void store_block(float* to, int stride, int row, int col, const Block& x) {
   EFFVIT_UNROLL
-  for (int i = 0; i < kMicro; ++i)
-    prim::store_global_vec(to + (row + i) * stride + col, Float4{{x.v[i][0], x.v[i][1], x.v[i][2], x.v[i][3]}});
-}
-
-// 2V - TV of the block at (row, col).
-EFFVIT_DEVICE Block newton_step(const Block& v, const Block& tv) {
-  Block x;
-  EFFVIT_UNROLL
-  for (int i = 0; i < kMicro; ++i) {
-    EFFVIT_UNROLL
-    for (int j = 0; j < kMicro; ++j) x.v[i][j] = 2.f * v.v[i][j] - tv.v[i][j];
-  }
-  return x;
+  for (int i = 0; i < kMicro; ++i) prim::store_global_vec(to + (row + i) * stride + col, row_of(x, i));
 }
 
 // The block at (row, col) of a + ridge I; nothing is added beyond m.
@@ -99,34 +89,15 @@ EFFVIT_DEVICE Block add_ridge(const Plan& g, Block x, int row, int col) {
   if (row == col) {
     EFFVIT_UNROLL
     for (int i = 0; i < kMicro; ++i)
-      if (row + i < g.m) x.v[i][i] += g.p.ridge;
+      if (row + i < g.m) x.v[i][0][i] += g.p.ridge;
   }
   return x;
 }
 
-EFFVIT_DEVICE Block times(const Block& x, float factor) {
-  Block y;
-  EFFVIT_UNROLL
-  for (int i = 0; i < kMicro; ++i) {
-    EFFVIT_UNROLL
-    for (int j = 0; j < kMicro; ++j) y.v[i][j] = factor * x.v[i][j];
-  }
-  return y;
-}
-
 // acc += a[row.., :depth] b[:depth, col..]; depth is a multiple of 4.
 EFFVIT_DEVICE void multiply(Block& acc, const Shared<float>& a, int row, const Shared<float>& b, int col, int depth) {
-  for (int k = 0; k < depth; k += 4) {
-    const Block x = load_block(a, row, k), y = load_block(b, k, col);
-    EFFVIT_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      EFFVIT_UNROLL
-      for (int i = 0; i < kMicro; ++i) {
-        EFFVIT_UNROLL
-        for (int j = 0; j < kMicro; ++j) acc.v[i][j] += x.v[i][e] * y.v[e][j];
-      }
-    }
-  }
+  for (int k = 0; k < depth; k += 4)
+    block_step<false>(acc.v, k, a, kStride, row, b, kStride, col, kMicro, kMicro, [](int, float) {});
 }
 
 // The largest of x[0] to x[n - 1]; NaN if one is, as in PyTorch.
@@ -426,7 +397,7 @@ inline Plan make_plan(const NewtonPinvParams& p, bool backward, void* workspace)
     g.slices = backward ? 3 : 4;
     ctas = ceil_div(ctas, kLargeCtas);
   }
-  g.ctas = static_cast<int32_t>(g.matrices < ctas ? g.matrices : ctas);
+  g.ctas = static_cast<int32_t>(grid_size(g.matrices, ctas));
   g.workspace = static_cast<float*>(workspace);
   return g;
 }
@@ -434,11 +405,6 @@ inline Plan make_plan(const NewtonPinvParams& p, bool backward, void* workspace)
 inline size_t workspace_bytes(const NewtonPinvParams& p, bool backward) {
   const Plan g = make_plan(p, backward, nullptr);
   return static_cast<size_t>(g.ctas) * g.slices * g.pad * g.pad * sizeof(float);
-}
-
-// Bytes from the first to the last element of [B, H, m, m] with last stride 1.
-inline uint64_t extent_bytes(const NewtonPinvParams& p, int64_t b, int64_t h, int64_t i) {
-  return static_cast<uint64_t>(((p.B - 1) * b + (p.H - 1) * h + (p.m - 1) * i + p.m) * element_bytes(p.dtype));
 }
 
 }  // namespace newton_pinv_impl
@@ -457,9 +423,9 @@ inline cudaError_t launch_newton_pinv_fwd(const NewtonPinvParams& p, void* works
   if (p.B * p.H == 0) return cudaSuccess;
   const Plan g = make_plan(p, false, workspace);
   prim::GlobalRanges ranges;
-  ranges.read(p.a, extent_bytes(p, p.a_stride_b, p.a_stride_h, p.a_stride_i));
+  ranges.read(p.a, extent_bytes(p.dtype, {{p.B, p.a_stride_b}, {p.H, p.a_stride_h}, {p.m, p.a_stride_i}, {p.m, 1}}));
   ranges.write(workspace, newton_pinv_fwd_workspace_bytes(p));
-  ranges.write_once(p.out, static_cast<uint64_t>(g.matrices * p.m * p.m * element_bytes(p.dtype)));
+  ranges.write_once(p.out, tensor_bytes(p.dtype, g.matrices * p.m * p.m));
   const cudaError_t error =
       g.in_shared ? EFFVIT_LAUNCH((newton_pinv_fwd_kernel<int64_t>), g.ctas, kThreads, g.shared_bytes, stream, g)
                   : EFFVIT_LAUNCH((newton_pinv_fwd_large_kernel<int64_t>), g.ctas, kThreads, g.shared_bytes, stream, g);
@@ -472,10 +438,13 @@ inline cudaError_t launch_newton_pinv_bwd(const NewtonPinvParams& p, void* works
   using namespace cuda::newton_pinv_impl;
   if (p.B * p.H == 0) return cudaSuccess;
   const Plan g = make_plan(p, true, workspace);
-  const uint64_t bytes = static_cast<uint64_t>(g.matrices * p.m * p.m * element_bytes(p.dtype));
+  const uint64_t bytes = tensor_bytes(p.dtype, g.matrices * p.m * p.m);
   prim::GlobalRanges ranges;
   ranges.read(p.out, bytes);
-  ranges.read(p.grad_out, extent_bytes(p, p.grad_out_stride_b, p.grad_out_stride_h, p.grad_out_stride_i));
+  ranges.read(
+      p.grad_out,
+      extent_bytes(p.dtype,
+                   {{p.B, p.grad_out_stride_b}, {p.H, p.grad_out_stride_h}, {p.m, p.grad_out_stride_i}, {p.m, 1}}));
   ranges.write(workspace, newton_pinv_bwd_workspace_bytes(p));
   ranges.write_once(p.da, bytes);
   const cudaError_t error =

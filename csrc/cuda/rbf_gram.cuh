@@ -416,8 +416,10 @@ struct Gradient<T, false> {
 
   template <bool kTransposed>
   EFFVIT_DEVICE void add(const Shared<float>& products, const Tile<Native<T>>& y, int depth, int cols) {
-    block_product<kTransposed>(acc, products, kProductStride, block_row(), y.hi, y.stride, column(), 32, cols, depth,
-                               [&](int i, float x) { sum[i] += x; });
+    EFFVIT_NO_UNROLL
+    for (int k = 0; k < depth; k += 4)
+      block_step<kTransposed>(acc, k, products, kProductStride, block_row(), y.hi, y.stride, column(), 32, cols,
+                              [&](int i, float x) { sum[i] += x; });
   }
 
   template <class F>

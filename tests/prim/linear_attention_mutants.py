@@ -7,7 +7,10 @@ import numpy as np
 from mutants import Mutant, bf16, bf16_values, call, check_seeds, from_bf16, nbytes, pointer
 
 HARNESS = "tests/prim/linear_attention_harness.cpp"
-LINEAR = "csrc/cuda/linear_attention.cuh"
+COMMON, STATE, OUTPUT, FUSED = (
+    f"csrc/cuda/linear_attention_{part}.cuh" for part in ("common", "state", "output", "fused")
+)
+PRODUCT = "csrc/cuda/tile/product.cuh"
 # B, L, M, H, K, V, feature map, normaliser, causal, quadratic; weight, q_den
 CASES = [
     ((1, 260, 200, 1, 20, 16, 1, 1, 0, 0), True, False),  # several splits, and tiles a CTA
@@ -19,62 +22,60 @@ CASES = [
 NAMES = ("out", "state", "z", "dq", "dk", "dv", "dweight", "dq_den")
 
 MUTANTS = [
-    Mutant("state_barrier", LINEAR,
+    Mutant("state_barrier", STATE,
            "        prim::sync_threads();  // this tile is complete, and the other buffer's readers are done\n"
            "        const int next_block = block + 1 == g.blocks",
            "        const int next_block = block + 1 == g.blocks", "race|uninitialised"),
-    Mutant("walk_barrier", LINEAR,
+    Mutant("walk_barrier", OUTPUT,
            "        prim::sync_warp();  // these rows are complete, and the other buffer's readers are done\n"
            "        const int next_block = block + 1 == blocks",
            "        const int next_block = block + 1 == blocks", "race|uninitialised"),
-    Mutant("chunk_barrier", LINEAR, "        prim::sync_threads();  // the readers of the state and of zvec\n", "",
+    Mutant("chunk_barrier", OUTPUT, "        prim::sync_threads();  // the readers of the state and of zvec\n", "",
            "race"),
-    Mutant("den_buffer", LINEAR, "          den_at = kTile - den_at;", "          den_at = 0;", "race"),
-    Mutant("no_wait", LINEAR,
-           "        prim::cp_async_wait<0>();\n        if constexpr (Traits<T>::kSplit) prim::sync_threads();",
-           "        if constexpr (Traits<T>::kSplit) prim::sync_threads();", "before its wait"),
-    Mutant("tail", LINEAR, "const int n = first + row < stop ? length : 0;",
+    Mutant("den_buffer", OUTPUT, "          den_at = kTile - den_at;", "          den_at = 0;", "race"),
+    Mutant("no_wait", STATE,
+           "        prim::cp_async_wait<0>();\n        if constexpr (Wide<T>::kSplit) prim::sync_threads();",
+           "        if constexpr (Wide<T>::kSplit) prim::sync_threads();", "before its wait"),
+    Mutant("tail", COMMON, "const int n = first + row < stop ? length : 0;",
            "const int n = first + row <= stop ? length : 0;", "outside"),
-    Mutant("padded_columns", LINEAR, "x[e] = inside && e < length ? x[e] * factor : 0.f;",
-           "x[e] = inside ? x[e] * factor : 0.f;"),
-    Mutant("lost_slab", LINEAR, "const int col = slab * g.slab_cols + piece;", "const int col = piece;",
+    Mutant("padded_columns", COMMON, "x[e] = e < length ? x[e] * factor : 0.f;",
+           "x[e] = length > 0 ? x[e] * factor : 0.f;"),
+    Mutant("lost_slab", OUTPUT, "const int col = slab * g.slab_cols + piece;", "const int col = piece;",
            "written twice"),
-    Mutant("lost_split", LINEAR, "    for (int k = 0; k < r.splits; ++k) {",
+    Mutant("lost_split", STATE, "    for (int k = 0; k < r.splits; ++k) {",
            "    for (int k = 1; k < r.splits; ++k) {"),
-    Mutant("split_order", LINEAR, "(r.reverse ? r.splits - 1 - k : k)", "k"),
-    Mutant("inclusive_prefix", LINEAR,
+    Mutant("split_order", STATE, "(r.reverse ? r.splits - 1 - k : k)", "k"),
+    Mutant("inclusive_prefix", STATE,
            "      if (r.prefix) prim::store_global(split, sum);\n      sum += part;",
            "      sum += part;\n      if (r.prefix) prim::store_global(split, sum);"),
-    Mutant("sign", LINEAR, "-(sum * (p.scale / d)) / d", "(sum * (p.scale / d)) / d"),
-    Mutant("mask", LINEAR, "if (g.reverse ? j < i : j > i) p[n][e] = 0.f;",
-           "if (g.reverse ? j <= i : j >= i) p[n][e] = 0.f;"),
-    Mutant("a_fragment", LINEAR, "(k + low + quarter) * a.stride + m0 + half",
-           "(k + low + half) * a.stride + m0 + quarter"),
-    Mutant("b_fragment", LINEAR,
-           "          prim::mma_m16n8k16<E>(acc[n], af, bf[0], bf[1]);\n"
-           "          prim::mma_m16n8k16<E>(acc[n + 1], af, bf[2], bf[3]);\n          if constexpr",
-           "          prim::mma_m16n8k16<E>(acc[n], af, bf[0], bf[1]);\n"
-           "          prim::mma_m16n8k16<E>(acc[n + 1], af, bf[0], bf[3]);\n          if constexpr"),
-    Mutant("fused_query_tile", LINEAR,
+    Mutant("sign", OUTPUT, "-(sum * (p.scale / d)) / d", "(sum * (p.scale / d)) / d"),
+    Mutant("mask", OUTPUT, "return g.reverse() ? j < i : j > i;",
+           "return g.reverse() ? j <= i : j >= i;"),
+    Mutant("a_fragment", PRODUCT, "(a.row + k + at.low + at.quarter) * a.tile.stride + a.col + at.half",
+           "(a.row + k + at.low + at.half) * a.tile.stride + a.col + at.quarter"),
+    Mutant("b_fragment", PRODUCT,
+           "if (both) prim::mma_m16n8k16<E>(acc[i + 1], hi, bf[2], bf[3]);\n      if constexpr",
+           "if (both) prim::mma_m16n8k16<E>(acc[i + 1], hi, bf[0], bf[3]);\n      if constexpr"),
+    Mutant("fused_query_tile", FUSED,
            "      prim::sync_threads();  // this tile is complete, and the other buffer's readers are done\n"
            "      at = 1 - at;",
            "      at = 1 - at;", "race|uninitialised"),
-    Mutant("fused_query_results", LINEAR,
+    Mutant("fused_query_results", FUSED,
            "      prim::sync_threads();  // the readers of x and of u: the results take x's place, the next tile u's\n",
            "", "race"),
-    Mutant("fused_key_tile", LINEAR,
+    Mutant("fused_key_tile", FUSED,
            "      prim::sync_warp();  // these rows are complete, and the other buffer's readers are done\n"
            "      at = 1 - at;",
            "      at = 1 - at;", "race|uninitialised"),
-    Mutant("fused_key_results", LINEAR,
+    Mutant("fused_key_results", FUSED,
            "      prim::sync_warp();  // the readers of x and v, whose places the results take\n", "", "race"),
-    Mutant("fused_sign", LINEAR, "? 0.f : -1.f / d;", "? 0.f : 1.f / d;"),
-    Mutant("fused_derivative", LINEAR, "return map == FeatureMap::kElu1 && phi >= 1.f ? 1.f : phi;", "return phi;"),
-    Mutant("fused_map", LINEAR, "    apply_map(map, x);\n    EFFVIT_UNROLL\n    for (int e = 0; e < 4; ++e) split_pair",
-           "    EFFVIT_UNROLL\n    for (int e = 0; e < 4; ++e) split_pair"),
-    Mutant("fused_lost_warp", LINEAR, "for (int w = 0; w < kWarps; ++w) total += c.zden()",
+    Mutant("fused_sign", FUSED, "? 0.f : -1.f / d;", "? 0.f : 1.f / d;"),
+    Mutant("fused_derivative", FUSED, "return map == FeatureMap::kElu1 && phi >= 1.f ? 1.f : phi;", "return phi;"),
+    Mutant("fused_map", FUSED, "    apply_map(map, x);\n    EFFVIT_UNROLL\n    for (int e = 0; e < 4; ++e) pack_pair",
+           "    EFFVIT_UNROLL\n    for (int e = 0; e < 4; ++e) pack_pair"),
+    Mutant("fused_lost_warp", FUSED, "for (int w = 0; w < kWarps; ++w) total += c.zden()",
            "for (int w = 1; w < kWarps; ++w) total += c.zden()"),
-    Mutant("fused_unweighted", LINEAR, "dv[n][2 * half] * factor[half]", "dv[n][2 * half]"),
+    Mutant("fused_unweighted", FUSED, "dv[n][2 * half] * factor[half]", "dv[n][2 * half]"),
 ]  # fmt: skip
 
 

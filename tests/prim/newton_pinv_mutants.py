@@ -6,7 +6,7 @@ import numpy as np
 from mutants import Mutant, bf16, bf16_values, call, check_seeds, from_bf16, nbytes, pointer
 
 HARNESS = "tests/prim/newton_pinv_harness.cpp"
-PINV = "csrc/cuda/newton_pinv.cuh"
+PINV, BLOCK = "csrc/cuda/newton_pinv.cuh", "csrc/cuda/tile/block.cuh"
 FLOAT32, BFLOAT16 = 0, 1
 # B, H, m, steps, dtype
 CASES = [
@@ -59,7 +59,7 @@ MUTANTS = [
     Mutant("transposed_large", PINV, "prim::store_global(w + col * g.pad + row, x);",
            "prim::store_global(w + row * g.pad + col, x);"),
     Mutant("sign", PINV, "half == 0 ? x : times(x, -1.f)", "x"),
-    Mutant("element", PINV, "acc.v[i][j] += x.v[i][e] * y.v[e][j];", "acc.v[i][j] += x.v[i][e] * y.v[j][e];"),
+    Mutant("element", BLOCK, "p[i] = kTransposed ? x[e].v[i] : x[i].v[e];", "p[i] = x[e].v[i];"),
     Mutant("largest", PINV, "y = z > y || z != z ? z : y;", "y = z;"),
     Mutant("row_sum", PINV,
            "      for (int k = 0; k < g.pad; k += 4) {\n        const auto x = p.load_vec",

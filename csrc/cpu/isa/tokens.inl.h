@@ -232,6 +232,17 @@ class Ahead {
     }
   }
 
+  // What a product asks meanwhile (gemm_into): the lines of a step spread over its calls, or at once.
+  EFFVIT_INLINE auto spread() {
+    return [this](int calls) __attribute__((always_inline)) { return step(calls); };
+  }
+  EFFVIT_INLINE auto bursts() {
+    return [this](int) __attribute__((always_inline)) {
+      burst();
+      return Fetch{};
+    };
+  }
+
  private:
   struct Strided {  // sizes in bytes, once put() was here
     const char* data;

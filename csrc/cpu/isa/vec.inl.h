@@ -611,10 +611,4 @@ EFFVIT_INLINE void gemm_into(int m, int n, int k, A a, B b, C sink) {
   gemm_into(m, n, k, a, b, sink, [](int) { return Fetch{}; });
 }
 
-// C[m, n] (+)= A[m, k] B[k, n]
-template <class A, class B>
-EFFVIT_INLINE void gemm(int m, int n, int k, A a, B b, float* c, int64_t ldc, bool accumulate) {
-  gemm_into(m, n, k, a, b, StoreC{c, ldc, accumulate});
-}
-
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME

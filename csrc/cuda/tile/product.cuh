@@ -48,7 +48,7 @@ EFFVIT_DEVICE void fragment_product(float (&acc)[kN][4], int first, int n_tiles,
   for (int i = 0; i < kN; i += 2) {
     const int n = i - first;
     if (n >= 0 && n < n_tiles) {
-      const bool both = n + 1 < n_tiles;
+      const bool both = F::kEvenTiles || n + 1 < n_tiles;
       const int bi = kB == kDepthFirst ? (b.row + k + at.low + at.half) * b.tile.stride + b.col + n * 8 + at.quarter
                                        : (b.row + n * 8 + at.low + at.quarter) * b.tile.stride + b.col + k + at.half;
       uint32_t bf[4];

@@ -62,7 +62,14 @@ EFFVIT_DEVICE void for_each_piece(int pieces, const F& f) {
     f(warp_row() + row, piece * kVec<T>);
   }
 }
-// The same pieces where a row has 1 << shift of them, 32 at most: all of a thread's are at one column.
+// The same pieces where a row has 1 << shift of them.
+template <class T, class F>
+EFFVIT_DEVICE void for_each_shifted_piece(int shift, const F& f) {
+  EFFVIT_NO_UNROLL
+  for (int i = prim::lane_id(); i < 16 << shift; i += prim::kWarpSize)
+    f(warp_row() + (i >> shift), (i & ((1 << shift) - 1)) * kVec<T>);
+}
+// And where these are 32 at most, so that all of a thread's are at one column: it stays in a register.
 template <class T>
 EFFVIT_DEVICE int piece_col(int shift) {
   return (prim::lane_id() & ((1 << shift) - 1)) * kVec<T>;

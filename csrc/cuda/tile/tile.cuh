@@ -58,6 +58,7 @@ struct Native {
   using Element = T;
   static constexpr bool kSplit = false;
   static constexpr bool kFreshSums = false;  // float32 products are added to the accumulator term by term
+  static constexpr bool kEvenTiles = false;  // a product may have an odd number of tiles
 };
 
 // bfloat16 has float32's range, so nothing overflows. float16 has three more significant bits, so it becomes a sum of
@@ -68,6 +69,7 @@ struct Wide {
   using Element = std::conditional_t<kTensorCores<T>, prim::bfloat16, float>;
   static constexpr bool kSplit = std::is_same<T, prim::float16>::value;
   static constexpr bool kFreshSums = true;  // float32: see product.cuh
+  static constexpr bool kEvenTiles = true;
   static_assert(sizeof(Element) == sizeof(T), "a tile is transformed where it lies");
 };
 

@@ -13,12 +13,6 @@ import torch
 LIBRARY = torch.library.Library("effvit", "FRAGMENT")
 
 
-def annotations(schema: str) -> dict[str, str]:
-    """{name: Python type, as torch spells it} of the keyword-only arguments of a schema."""
-    arguments = torch._C.parse_schema(schema).arguments
-    return {a.name: a.real_type.annotation_str for a in arguments if a.kwarg_only}
-
-
 @contextlib.contextmanager
 def autograd_below_autograd():
     """Record gradients inside a kernel, where the dispatcher has already left autograd behind.
