@@ -41,10 +41,11 @@ def elementwise(forward_kernel, backward_kernel):
     def plan(kernel, tensors):
         names = kernel.arg_names[: kernel.arg_names.index("elements")]
         inputs = [n for n in names if f"{n}_rows" in kernel.arg_names]
-        args = dict(zip(inputs, tensors, strict=True)) | {f"{n}_rows": rows_of(x) for n, x in zip(inputs, tensors)}
+        args = dict(zip(inputs, tensors, strict=True))
+        rows = {f"{n}_rows": rows_of(x) for n, x in args.items()}
         x = tensors[0]
-        outs = {n: torch.empty(x.shape, dtype=x.dtype, device=x.device) for n in names[len(inputs) :]}
-        return tuple(outs.values()), launch_rows(kernel, x, args | outs)
+        outs = {n: torch.empty(x.shape, dtype=x.dtype, device=x.device) for n in names if n not in inputs}
+        return tuple(outs.values()), launch_rows(kernel, x, args | rows | outs)
 
     def launcher(kernel):
         def launch(*tensors):
