@@ -24,7 +24,9 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(EFFVIT_PARAMS_HEADER)  // an op's kernel, rather than what ops call
 #include EFFVIT_PARAMS_HEADER
+#endif
 #include "../kernel.h"
 
 #if defined(EFFVIT_TARGET)
@@ -61,8 +63,10 @@ EFFVIT_GCC_PRAGMA(GCC target(EFFVIT_TARGET))
 #endif
 #endif
 
+#if defined(EFFVIT_PARAMS_HEADER)
 namespace effvit::cpu {
 namespace {
 [[maybe_unused]] const auto registered = set_kernel(Isa::EFFVIT_ISA_NAME, EFFVIT_KERNEL_NAME(EFFVIT_OP)());
 }  // namespace
 }  // namespace effvit::cpu
+#endif
