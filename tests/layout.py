@@ -10,9 +10,10 @@ LAYERS = {
     "cuda kernel": "csrc/cuda/{op}.cuh",
     "cuda binding": "csrc/cuda/{op}.cu",
     "triton": "triton_kernels/{op}.py",
-    "test": "tests/ops/test_{op}.py",
     "benchmark": "benchmarks/bench_{op}.py",
 }
+# Tests beyond the shared suite. An op without this file is in tests/ops/test_declared.py.
+OWN_TEST = "tests/ops/test_{op}.py"
 # A row-wise op has one file in place of these.
 ROWS = "csrc/rows/{op}.h"
 ROWS_STAND_FOR = ("declaration in C++", "params", "cpu kernel", "cuda kernel", "cuda binding")

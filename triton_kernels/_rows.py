@@ -1,6 +1,8 @@
 """Row-wise operators in Triton: rows of any strides, one program a block of elements; functions that they need."""
 
-from ._common import MAX_GRID, SCALE, Launch, cdiv, tl, triton
+import torch
+
+from ._common import MAX_GRID, SCALE, Launch, cdiv, run, tl, triton
 
 BLOCK = 1024
 
@@ -29,6 +31,43 @@ def launch_rows(kernel, x, args):
     return [Launch(kernel, cdiv(x.numel(), block), {n: args[n] for n in kernel.arg_names}, num_warps=4, num_stages=1)]
 
 
+def elementwise(forward_kernel, backward_kernel):
+    """(forward, backward, aot_signatures) of an op without options whose tensors all have the same columns.
+
+    A kernel's arguments are the tensors in the order of the declaration, inputs and then outputs; `elements`; `C`;
+    `<input>_rows` for every input; `BLOCK`.
+    """
+
+    def plan(kernel, tensors):
+        names = kernel.arg_names[: kernel.arg_names.index("elements")]
+        inputs = [n for n in names if f"{n}_rows" in kernel.arg_names]
+        args = dict(zip(inputs, tensors, strict=True))
+        rows = {f"{n}_rows": rows_of(x) for n, x in args.items()}
+        x = tensors[0]
+        outs = {n: torch.empty(x.shape, dtype=x.dtype, device=x.device) for n in names if n not in inputs}
+        return tuple(outs.values()), launch_rows(kernel, x, args | rows | outs)
+
+    def launcher(kernel):
+        def launch(*tensors):
+            """The arguments must have been validated."""
+            outs, launches = plan(kernel, tensors)
+            run(launches, tensors[0].device)
+            return outs[0] if len(outs) == 1 else outs
+
+        return launch
+
+    def aot_signatures():
+        """Representative launches for tests/test_triton_aot.py."""
+        for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+            x = torch.empty((8, 3136, 384), dtype=dtype, device="meta")
+            for kernel in (forward_kernel, backward_kernel):
+                inputs = sum(n.endswith("_rows") for n in kernel.arg_names)
+                for launch in plan(kernel, (x,) * inputs)[1]:
+                    yield launch.aot(short)
+
+    return launcher(forward_kernel), launcher(backward_kernel), aot_signatures
+
+
 @triton.jit
 def _row_offsets(row, dims):
     """Where rows start; `dims` as rows_of returns them."""
@@ -38,6 +77,12 @@ def _row_offsets(row, dims):
         offset += (row - quotient * dims[i]) * dims[i + 1]
         row = quotient
     return offset
+
+
+@triton.jit
+def _load_rows(x, rows, e, C, ok):
+    """Elements `e` of x, in float32: counted row by row, of C columns, 0 where they are not `ok`."""
+    return tl.load(x + _row_offsets(e // C, rows) + e % C, mask=ok, other=0.0).to(tl.float32)
 
 
 @triton.jit

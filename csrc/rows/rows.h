@@ -58,4 +58,13 @@ class RowsOf {
   int count_ = 0;
 };
 
+// Of an op whose tensors all have the same columns: as the declaration lists them.
+template <class Op>
+RowsParams<Op> rows_of(const Call& c) {
+  const View& first = c.views[c.declaration.first];
+  RowsOf rows(c, first.size[first.dim - 1]);
+  for (size_t i = 0; i < c.declaration.inputs.size() + c.declaration.outputs.size(); ++i) rows.with(c.views[i]);
+  return rows.params<Op>();
+}
+
 }  // namespace effvit
