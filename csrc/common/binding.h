@@ -220,6 +220,9 @@ class Binding {
   }
 
   [[noreturn]] void fail_dtype(int i, const char* expected, const char* like) const {
+    bool defined = true;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(tensors_[i].get(), &defined));
+    effvit::check(defined, call.op(), d_.inputs[i].name, " must be a torch.Tensor, got None");
     int32_t number = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensors_[i].get(), &number));
     const auto given = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(number));
