@@ -7,6 +7,7 @@ by up to a third, where PyTorch's own error happens to be small. They may be ALL
 these calls are there to find, a wrong index, sign or mask, is off by orders of magnitude more.
 """
 
+import contextlib
 import functools
 import os
 import random
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from effvit.testing import backends, oracle_of
+from effvit.testing import backends, oracle_of, small_tiles
 from effvit.testing._oracle import random_output_grads
 from effvit.testing._spec import as_tuple, map_tensors
 
@@ -53,7 +54,8 @@ def backends_in_turn(op):
     return of
 
 
-def check_call(spec, sample, dtype, run_on):
+def check_call(spec, sample, dtype, run_on, small=False):
+    """`small`: in the smallest tiles."""
     args, kwargs = sample.build(dtype)
     with torch.no_grad():
         outputs = as_tuple(spec.reference(*args, **kwargs))
@@ -61,12 +63,12 @@ def check_call(spec, sample, dtype, run_on):
     oracle = oracle_of(spec, args, kwargs, grads, ALLOWANCE)
     for backend in run_on:
         try:
-            _check_backend(spec, oracle, backend)
+            with small_tiles() if small else contextlib.nullcontext():
+                _check_backend(spec, oracle, backend)
         except Exception as e:
             shapes = [None if a is None else list(a.shape) for a in args]
-            raise AssertionError(
-                f"{sample.name} with EFFVIT_SEED={seed()} on {backend.name}, {dtype}: {shapes}, {kwargs}: {e}"
-            ) from e
+            where = f"{backend.name}{', small tiles' * small}, {dtype}"
+            raise AssertionError(f"{sample.name} with EFFVIT_SEED={seed()} on {where}: {shapes}, {kwargs}: {e}") from e
 
 
 def _check_backend(spec, oracle, backend):
@@ -84,4 +86,4 @@ def run_chunk(spec, chunk):
         choose = random.Random(f"{spec.name} {seed()} {i}")
         sample = spec.random_sample(f"random_{i}", choose)
         dtype = choose.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16))
-        check_call(spec, sample, dtype, of(i))
+        check_call(spec, sample, dtype, of(i), choose.random() < 0.5)

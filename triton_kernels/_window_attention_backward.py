@@ -35,7 +35,7 @@ from ._window_attention_tiles import (
 def window_attention_bwd_fused_kernel(
     q, k, v, bias_table, logit_scale, pad_k, pad_v,  # Inputs
     lse, grad_out, grad_lse,  # of Outputs
-    gradients,  # [B, H, W, h*(2*d+dv)], contiguous: dq, dk and dv side by side
+    gradients,  # Gradients
     partial_bias,  # [splits, h, BLOCK, BLOCK] float32, or None
     partial_scale,  # [splits, h] float32, or None
     partial_pad_k,  # [splits, h, d] float32, or None
@@ -122,9 +122,9 @@ def window_attention_bwd_fused_kernel(
             dq_tile = _normalize_backward(dq_tile, q_tile, q_norm, q_free)
             dk_tile = _normalize_backward(dk_tile, k_tile, k_norm, k_free)
 
-        _store_gradient(gradients, head * S.D, at, inside, dq_tile, g, S, S.D, S.BLOCK_D)
-        _store_gradient(gradients, (heads + head) * S.D, at, inside, dk_tile, g, S, S.D, S.BLOCK_D)
-        _store_gradient(gradients, heads * 2 * S.D + head * S.DV, at, inside, dv_tile, g, S, S.DV, S.BLOCK_DV)
+        _store_gradient(gradients.dq, gradients.stride, head, at, inside, dq_tile, g, S.D, S.BLOCK_D)
+        _store_gradient(gradients.dk, gradients.stride, head, at, inside, dk_tile, g, S.D, S.BLOCK_D)
+        _store_gradient(gradients.dv, gradients.stride_v, head, at, inside, dv_tile, g, S.DV, S.BLOCK_DV)
         if pad_k is not None:
             pad_k_sum += tl.sum(tl.where(outside[:, None], dk_tile, 0.0), axis=0)
             pad_v_sum += tl.sum(tl.where(outside[:, None], dv_tile, 0.0), axis=0)
@@ -142,7 +142,7 @@ def window_attention_bwd_fused_kernel(
 def window_attention_bwd_dq_kernel(
     q, k, v, bias_table, logit_scale, pad_k, pad_v,  # Inputs
     out, lse, grad_out, grad_lse,  # Outputs
-    gradients,  # [B, H, W, h*(2*d+dv)], contiguous: dq, dk and dv side by side
+    gradients,  # Gradients
     partial_scale,  # [splits, blocks of queries, h] float32, or None
     heads, H, W, windows_y, windows_x, shift_y, shift_x, dilation_y, dilation_x, tiles, walk, scale, mask_value,
     S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -194,7 +194,7 @@ def window_attention_bwd_dq_kernel(
             # A row of dS sums to grad_lse; what it sums to beyond that is the rounding of out in delta: take it out.
             scale_sum -= (row_ds - queries.grad_lse) * row_ps
             acc = _normalize_backward(acc, queries.q, queries.norm, queries.free)
-        _store_gradient(gradients, head * S.D, query_at, query_ok, acc, g, S, S.D, S.BLOCK_D)
+        _store_gradient(gradients.dq, gradients.stride, head, query_at, query_ok, acc, g, S.D, S.BLOCK_D)
 
     if logit_scale is not None:
         tl.store(partial_scale + slot.to(tl.int64) * heads + head, tl.sum(scale_sum, axis=0) * scale_is_free)
@@ -204,7 +204,7 @@ def window_attention_bwd_dq_kernel(
 def window_attention_bwd_dkv_kernel(
     q, k, v, bias_table, logit_scale, pad_k, pad_v,  # Inputs
     out, lse, grad_out, grad_lse,  # Outputs
-    gradients,  # [B, H, W, h*(2*d+dv)], contiguous: dq, dk and dv side by side
+    gradients,  # Gradients
     partial_pad_k,  # [splits, blocks of keys, h, d] float32, or None
     partial_pad_v,  # [splits, blocks of keys, h, dv] float32, or None
     heads, H, W, windows_y, windows_x, shift_y, shift_x, dilation_y, dilation_x, tiles, walk, scale, mask_value,
@@ -276,8 +276,8 @@ def window_attention_bwd_dkv_kernel(
         dk_tile *= factor
         if logit_scale is not None:
             dk_tile = _normalize_backward(dk_tile, keys.k, keys.norm, keys.free)
-        _store_gradient(gradients, (heads + head) * S.D, core_at, inside, dk_tile, g, S, S.D, S.BLOCK_D)
-        _store_gradient(gradients, heads * 2 * S.D + head * S.DV, core_at, inside, dv_tile, g, S, S.DV, S.BLOCK_DV)
+        _store_gradient(gradients.dk, gradients.stride, head, core_at, inside, dk_tile, g, S.D, S.BLOCK_D)
+        _store_gradient(gradients.dv, gradients.stride_v, head, core_at, inside, dv_tile, g, S.DV, S.BLOCK_DV)
         if pad_k is not None:
             outside = key_exists & (core_at.inside == 0)
             pad_k_sum += tl.sum(tl.where(outside[:, None], dk_tile, 0.0), axis=0)

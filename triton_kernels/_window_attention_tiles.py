@@ -30,6 +30,16 @@ class Outputs(NamedTuple):
     grad_lse: Any  # [B, h, H, W] float32, contiguous, or None
 
 
+class Gradients(NamedTuple):
+    """dq, dk and dv: [B, H, W, h, d or dv] each, or side by side in one tensor."""
+
+    dq: Any
+    dk: Any
+    dv: Any
+    stride: Any  # from token to token, of dq and dk
+    stride_v: Any
+
+
 class Table(NamedTuple):
     """The bias table [h, 2*wh-1+2*halo_h, 2*ww-1+2*halo_w]."""
 
@@ -197,10 +207,9 @@ def _position(at, g):
 
 
 @device_function
-def _store_gradient(gradients, first, at, ok, value, g, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of the buffer [B, H, W, h*(2*d+dv)] of dq, dk and dv, from channel `first` on."""
-    offset = _position(at, g) * (g.heads * (2 * S.D + S.DV)) + first
-    _store_tile(gradients, offset, ok, tl.arange(0, BLOCK_D), value, D)
+def _store_gradient(pointer, stride, head, at, ok, value, g, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of dq, dk or dv: [B, H, W, h, D] with a stride from token to token."""
+    _store_tile(pointer, _position(at, g) * stride + head * D, ok, tl.arange(0, BLOCK_D), value, D)
 
 
 @device_function

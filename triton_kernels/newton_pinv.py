@@ -20,20 +20,15 @@ from ._common import (
     run,
     tl,
     triton,
+    tuned,
 )
+from ._tiles import _share_of
 
 MAX_FUSED_SIZE = 64
 BLOCK = 64  # rows and columns of a block of a large product
 
 # Sizes that change from call to call; specialising on their values would only recompile.
 _SIZES = ["heads", "m", "matrices", "units", "walk", "iterations"]
-
-
-@device_function
-def _unit_range(units, walk, INDEX: tl.constexpr):
-    """The pieces of work of this program: (first, count)."""
-    first = tl.program_id(0).to(INDEX) * walk
-    return first, tl.minimum(units - first, walk).to(tl.int32)
 
 
 @device_function
@@ -65,7 +60,7 @@ def newton_pinv_fwd_kernel(
 ):  # fmt: skip
     """All steps of matrices that fit in one block."""
     index = tl.arange(0, BLOCK_M)
-    first, count = _unit_range(units, walk, INDEX)
+    first, count = _share_of(units, walk, tl.program_id(0), INDEX)
     for i in range(0, _loop_bound(count)):
         unit = (first + i).to(tl.int64)
         b = unit // heads
@@ -96,7 +91,7 @@ def newton_pinv_start_kernel(
 ):  # fmt: skip
     """P = a + ridge I and V = alpha P of large matrices."""
     column = tl.arange(0, BLOCK_M)
-    first, count = _unit_range(units, walk, INDEX)
+    first, count = _share_of(units, walk, tl.program_id(0), INDEX)
     for i in range(0, _loop_bound(count)):
         unit = (first + i).to(tl.int64)
         b = unit // heads
@@ -133,7 +128,7 @@ def newton_pinv_product_kernel(
 ):  # fmt: skip
     """product = 2 addend + factor * left right, accumulated in float32."""
     blocks = (m + BLOCK_M - 1) // BLOCK_M
-    first, count = _unit_range(units, walk, INDEX)
+    first, count = _share_of(units, walk, tl.program_id(0), INDEX)
     for i in range(0, _loop_bound(count)):
         unit = first + i
         column = (unit % blocks).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -161,7 +156,7 @@ def newton_pinv_product_kernel(
 
 
 def _launch(kernel, units, args, num_warps, num_stages=1):
-    walk = cdiv(units, MAX_GRID)
+    walk = cdiv(units, tuned(MAX_GRID, small=4))
     index = tl.int64 if units + walk > MAX_GRID else tl.int32
     args = {**args, "units": units, "walk": walk, "INDEX": index}
     return Launch(kernel, cdiv(units, walk), {n: args[n] for n in kernel.arg_names}, num_warps, num_stages)
@@ -179,12 +174,13 @@ def _strides(name, axes, tensor):
 
 def _product(left, right, product, *, factor=1.0, addend=None):
     B, H, m, _ = product.shape
+    block = tuned(BLOCK, small=16)
     args = {
         "left": left, "right": right, "addend": addend, "product": product, "heads": H, "m": m,
-        "factor": factor, "BLOCK_M": BLOCK, "BLOCK_K": 16,
+        "factor": factor, "BLOCK_M": block, "BLOCK_K": 16,
         **_strides("left", "bhij", left), **_strides("right", "bhij", right),
     }  # fmt: skip
-    return _launch(newton_pinv_product_kernel, B * H * cdiv(m, BLOCK) ** 2, args, num_warps=8, num_stages=1)
+    return _launch(newton_pinv_product_kernel, B * H * cdiv(m, block) ** 2, args, num_warps=8, num_stages=1)
 
 
 def _plan_forward(a, *, iterations=20, ridge=0.01, step=1.8):
@@ -194,7 +190,7 @@ def _plan_forward(a, *, iterations=20, ridge=0.01, step=1.8):
     if out.numel() == 0:
         return out, []
     args = {"a": a, "heads": H, "m": m, "ridge": float(ridge), "step": float(step), **_strides("a", "bhi", a)}
-    if m <= MAX_FUSED_SIZE:
+    if m <= tuned(MAX_FUSED_SIZE, small=16):
         block = max(16, next_power_of_two(m))
         args.update(out=out, iterations=iterations, BLOCK_M=block)
         return out, [_launch(newton_pinv_fwd_kernel, B * H, args, _fused_warps(block))]

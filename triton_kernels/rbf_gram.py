@@ -26,7 +26,9 @@ from ._common import (
     sum_partials,
     tl,
     triton,
+    tuned,
 )
+from ._tiles import _share_of
 
 BLOCK = 64  # rows of q and of k in a tile
 # dk is cut into pieces until about so many programs run.
@@ -35,13 +37,6 @@ MAX_SPLITS = 32
 
 # Sizes that change from call to call; specialising on their values would only recompile.
 _SIZES = ["heads", "L", "M", "l_blocks", "m_blocks", "units", "walk", "split_blocks", "splits"]
-
-
-@device_function
-def _unit_range(units, walk, INDEX: tl.constexpr):
-    """The pieces of work of this program: (first, count)."""
-    first = tl.program_id(0).to(INDEX) * walk
-    return first, tl.minimum(units - first, walk).to(tl.int32)
 
 
 @device_function
@@ -102,7 +97,7 @@ def rbf_gram_fwd_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr,
     INDEX: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    first, count = _unit_range(units, walk, INDEX)
+    first, count = _share_of(units, walk, tl.program_id(0), INDEX)
     for step in range(0, _loop_bound(count)):
         unit = first + step
         first_key = (unit % m_blocks).to(tl.int32) * BLOCK_M
@@ -166,7 +161,8 @@ def _gradient(acc, total, scale, x, gamma, SCALED: tl.constexpr):
 @triton.jit(do_not_specialize=_SIZES)
 def rbf_gram_bwd_dq_kernel(
     grad_out,  # [B, H, L, M], last stride 1
-    q, k,  # as in the forward
+    q,  # [B, L, H, D], last stride 1
+    k,  # [B, M, H, D], last stride 1
     out,  # [B, H, L, M], contiguous
     dq,  # [B, L, H, D], contiguous
     heads, L, M, l_blocks, m_blocks, units, walk,
@@ -179,7 +175,7 @@ def rbf_gram_bwd_dq_kernel(
 ):  # fmt: skip
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     DTYPE: tl.constexpr = q.dtype.element_ty
-    first, count = _unit_range(units, walk, INDEX)
+    first, count = _share_of(units, walk, tl.program_id(0), INDEX)
     for step in range(0, _loop_bound(count)):
         unit = first + step
         column = (unit % D_BLOCKS).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -211,7 +207,10 @@ def rbf_gram_bwd_dq_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def rbf_gram_bwd_dk_kernel(
-    grad_out, q, k, out,  # as above
+    grad_out,  # [B, H, L, M], last stride 1
+    q,  # [B, L, H, D], last stride 1
+    k,  # [B, M, H, D], last stride 1
+    out,  # [B, H, L, M], contiguous
     partial_dk,  # [splits, B, M, H, D] float32, or dk [B, M, H, D] in any dtype where there is one split
     batch, heads, L, M, l_blocks, m_blocks, units, walk, split_blocks,
     grad_out_stride_b, grad_out_stride_h, grad_out_stride_l,
@@ -223,7 +222,7 @@ def rbf_gram_bwd_dk_kernel(
 ):  # fmt: skip
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     DTYPE: tl.constexpr = q.dtype.element_ty
-    first, count = _unit_range(units, walk, INDEX)
+    first, count = _share_of(units, walk, tl.program_id(0), INDEX)
     for step in range(0, _loop_bound(count)):
         unit = first + step
         column = (unit % D_BLOCKS).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -267,7 +266,8 @@ class _Problem:
     def __init__(self, q, k, gamma):
         (self.B, self.L, self.H, self.D), self.M = q.shape, k.shape[1]
         self.element_size = q.element_size()
-        self.block_l, self.block_m = (max(16, min(BLOCK, next_power_of_two(n))) for n in (self.L, self.M))
+        limit = tuned(BLOCK, small=16)
+        self.block_l, self.block_m = (max(16, min(limit, next_power_of_two(n))) for n in (self.L, self.M))
         self.l_blocks, self.m_blocks = cdiv(self.L, self.block_l), cdiv(self.M, self.block_m)
         self.shared = {
             "q": q, "k": k, "gamma": float(gamma), "D": self.D,
@@ -285,7 +285,7 @@ class _Problem:
 
     def launch(self, kernel, units, block_d, num_warps, num_stages, **extra):
         """A launch of `kernel` for so many pieces of work, with the shared arguments it names, and `extra`."""
-        walk = cdiv(units, MAX_GRID)
+        walk = cdiv(units, tuned(MAX_GRID, small=8))
         rows = [
             self.M,
             self.H * self.D,
@@ -319,11 +319,12 @@ def _plan_backward(grad_out, q, k, out, *, gamma=0.5):
     p.add_strides("grad_out", "bhl", grad_out)
     num_warps = 8
     block_d = max(16, min(64 if p.element_size == 2 else 32, next_power_of_two(p.D)))
+    block_d = tuned(block_d, small=16)
     d_blocks = cdiv(p.D, block_d)
     launches = [p.launch(rbf_gram_bwd_dq_kernel, p.B * p.H * p.l_blocks * d_blocks, block_d, num_warps, 2, dq=dq)]
 
     units = p.B * p.H * p.m_blocks * d_blocks
-    split_blocks = cdiv(p.l_blocks, min(MAX_SPLITS, cdiv(TARGET_PROGRAMS, units)))
+    split_blocks = cdiv(p.l_blocks, min(MAX_SPLITS, tuned(cdiv(TARGET_PROGRAMS, units), small=cdiv(p.l_blocks, 2))))
     splits = cdiv(p.l_blocks, split_blocks)
     partial = dk if splits == 1 else torch.empty((splits, *dk.shape), dtype=torch.float32, device=q.device)
     launches.append(p.launch(

@@ -33,6 +33,7 @@ from ._window_attention_backward import (
 from ._window_attention_tiles import (
     SIZES,
     Geometry,
+    Gradients,
     Inputs,
     Outputs,
     Statics,
@@ -267,14 +268,17 @@ def _plan_forward(*tensors, **options):
     return (out, lse), [launch]
 
 
-def _plan_backward(grad_out, grad_lse, q, k, v, out, lse, *optionals, **options):
+def _plan_backward(grad_out, grad_lse, q, k, v, out, lse, *optionals, packed=False, **options):
     """((dq, dk, dv, dbias_table, dlogit_scale, dpad_k, dpad_v), launches). Works on meta tensors."""
     p = _Problem(q, k, v, *optionals, **options)
-    # One buffer: gradients of slices of one projection need no copy.
     widths = p.d, p.d, p.dv
     sizes = [p.heads * d for d in widths]
-    gradients = torch.empty((p.B, p.H, p.W, sum(sizes)), dtype=q.dtype, device=q.device)
-    dq, dk, dv = (x.unflatten(-1, (p.heads, d)) for x, d in zip(gradients.split(sizes, -1), widths, strict=True))
+    if packed:  # side by side: gradients of slices of one projection need no copy
+        parts = torch.empty((p.B, p.H, p.W, sum(sizes)), dtype=q.dtype, device=q.device).split(sizes, -1)
+    else:
+        parts = [torch.empty((p.B, p.H, p.W, size), dtype=q.dtype, device=q.device) for size in sizes]
+    dq, dk, dv = (x.unflatten(-1, (p.heads, d)) for x, d in zip(parts, widths, strict=True))
+    gradients = Gradients(dq, dk, dv, parts[0].stride(2), parts[2].stride(2))
 
     def gradient(x, dtype):
         return q.new_empty(0, dtype=dtype) if x is None else q.new_empty(x.shape, dtype=x.dtype)
@@ -370,19 +374,16 @@ def forward(q, *tensors, **options):
     return results
 
 
-def _gradients(grad_out, *tensors, **options):
-    """(dq, dk, dv, dbias_table, dlogit_scale, dpad_k, dpad_v); dq, dk and dv are [B, H, W, h, d or dv] each, side by
-    side in one buffer [B, H, W, h*(2*d+dv)]."""
-    results, launches = _plan_backward(grad_out, *tensors, **options)
+def backward(grad_out, *tensors, packed=False, **options):
+    """effvit::window_attention_backward: (dq, dk, dv, dbias_table, dlogit_scale, dpad_k, dpad_v); packed: dq is all of
+    dq, dk and dv, [B, H, W, 1, h*(2*d+dv)], and dk and dv are empty."""
+    (dq, dk, dv, *others), launches = _plan_backward(grad_out, *tensors, packed=packed, **options)
     run(launches, grad_out.device)
-    return results
-
-
-def backward(grad_out, *tensors, **options):
-    """effvit::window_attention_backward: (dqkv, dbias_table, dlogit_scale, dpad_k, dpad_v)."""
-    dq, dk, dv, *others = _gradients(grad_out, *tensors, **options)
-    channels = dq.shape[3] * (2 * dq.shape[4] + dv.shape[4])
-    return dq.as_strided((*dq.shape[:3], channels), (*dq.stride()[:3], 1)), *others
+    if packed:
+        channels = dq.shape[3] * (2 * dq.shape[4] + dv.shape[4])
+        whole = dq.as_strided((*dq.shape[:3], 1, channels), (*dq.stride()[:3], channels, 1))
+        dq, dk, dv = whole, *(torch.empty((0, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in (dk, dv))
+    return dq, dk, dv, *others
 
 
 def aot_signatures():

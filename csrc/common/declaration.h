@@ -145,6 +145,7 @@ struct Call {
   int64_t dim(Name name) const { return dims[at(declaration.name_hashes, name)]; }
   int64_t& dim(Name name) { return dims[at(declaration.name_hashes, name)]; }
   const Option& option(Name name) const { return options[at(declaration.option_hashes, name)]; }
+  bool has_option(Name name) const { return find(declaration.option_hashes, name) >= 0; }
   float number(Name name) const { return static_cast<float>(option(name).number); }
   int32_t integer(Name name) const { return static_cast<int32_t>(option(name).integers[0]); }
   bool flag(Name name) const { return option(name).number != 0; }

@@ -20,7 +20,7 @@ struct window_attention : OpDefaults {
   static constexpr const char* kBackward =
       "window_attention_backward(grad_out: B H W h dv, grad_lse?: B h H W | float32 packed, q: B H W h d, "
       "k: B H W h d, v: B H W h dv, out: B H W h dv | whole, lse: B h H W | float32 whole, " EFFVIT_OPTIONALS
-      ") -> dq: B H W h d, dk: B H W h d, dv: B H W h dv, "
+      ", packed: bool = False) -> dq: B H W h' d', dk: B' H W h d, dv: B' H W h dv, "
       "dbias_table?: h 2*wh-1+2*halo_h 2*ww-1+2*halo_w | float, dlogit_scale?: h | float, dpad_k?: h d, dpad_v?: h dv";
   static constexpr const char* kEmpty = "B H W h";
 
@@ -41,6 +41,13 @@ struct window_attention : OpDefaults {
     effvit::check(!c.option("scale").given || !c.given("logit_scale"), c.op(),
                   "scale must be None when logit_scale is given, got ", c.option("scale").number);
     c.check_together("pad_k", "pad_v");
+    if (!c.has_option("packed")) return;
+    // dq, dk and dv are one tensor: dq has the shape of all three, dk and dv are empty.
+    const bool packed = c.flag("packed");
+    const int64_t h = c.dim("h"), d = c.dim("d");
+    c.dim("h'") = packed ? 1 : h;
+    c.dim("d'") = packed ? h * (2 * d + c.dim("dv")) : d;
+    c.dim("B'") = packed ? 0 : c.dim("B");
   }
 
   static WindowAttentionParams params(const Call& c) {
@@ -57,6 +64,11 @@ struct window_attention : OpDefaults {
     c.take("dpad_k", p.dpad_k), c.take("dpad_v", p.dpad_v);
     p.B = c.dim("B"), p.H = c.dim("H"), p.W = c.dim("W"), p.h = c.dim("h"), p.d = c.dim("d"), p.dv = c.dim("dv");
     p.dq_stride_t = p.dk_stride_t = p.h * p.d, p.dvalue_stride_t = p.h * p.dv;
+    if (c.has_option("packed") && c.flag("packed")) {
+      const int64_t bytes = p.h * p.d * element_bytes(c["q"].dtype);
+      p.dk = static_cast<char*>(p.dq) + bytes, p.dvalue = static_cast<char*>(p.dq) + 2 * bytes;
+      p.dq_stride_t = p.dk_stride_t = p.dvalue_stride_t = p.h * (2 * p.d + p.dv);
+    }
     c.take("wh", p.window_h), c.take("ww", p.window_w);
     c.take("shift_h", p.shift_h), c.take("shift_w", p.shift_w);
     c.take("dilation_h", p.dilation_h), c.take("dilation_w", p.dilation_w);

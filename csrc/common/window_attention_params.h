@@ -21,8 +21,7 @@ struct WindowAttentionParams {
   // Backward only.
   const void* grad_out = nullptr;  // [B, H, W, h, dv], last stride 1
   const float* grad_lse = nullptr;  // [B, h, H, W], contiguous, may be null
-  void* dqkv = nullptr;  // [B, H, W, h*(2*d+dv)], contiguous: dq [h, d], then dk [h, d], then dv [h, dv]
-  // The same memory as three tensors: token t (a flat index into [B, H, W]) of head j is at dq + t * dq_stride_t + j *
+  // Token t (a flat index into [B, H, W]) of head j is at dq + t * dq_stride_t + j *
   // d, of dk likewise, of the values at dvalue + t * dvalue_stride_t + j * dv.
   void* dq = nullptr;
   void* dk = nullptr;
@@ -47,7 +46,7 @@ struct WindowAttentionParams {
   float scale = 1.f;  // used when logit_scale is null
   float mask_value = -100.f;
   bool roll_before_pad = false;
-  DType dtype = DType::kFloat32;  // q, k, v, pad_k, pad_v, out, grad_out, dqkv
+  DType dtype = DType::kFloat32;  // q, k, v, pad_k, pad_v, out, grad_out, dq, dk, dvalue
   DType bias_dtype = DType::kFloat32;
   DType logit_scale_dtype = DType::kFloat32;
 };

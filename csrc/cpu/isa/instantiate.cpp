@@ -24,10 +24,10 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(EFFVIT_PARAMS_HEADER)  // an op's kernel, rather than what ops call
+#if defined(EFFVIT_PARAMS_HEADER)  // not code that ops share
 #include EFFVIT_PARAMS_HEADER
-#endif
 #include "../kernel.h"
+#endif
 
 #if defined(EFFVIT_TARGET)
 #if defined(__clang__)

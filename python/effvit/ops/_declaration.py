@@ -132,7 +132,7 @@ class Declaration:
 
     def dim_of(self, tensor: Tensor, group: tuple[str, ...]) -> int | None:
         """Which dim of a tensor one of these names is, if any; the first of all for `...`."""
-        return next((i for i, d in enumerate(tensor.dims) if d in group), None)
+        return next((i for i, d in enumerate(tensor.dims) if d.rstrip("'") in group), None)
 
 
 def split(dims: tuple[str, ...], shape) -> tuple | None:
@@ -242,11 +242,14 @@ def declare(name: str, tensors: str, options: str = "") -> Declaration:
     )
 
 
-def backward_of(forward: Declaration, saves: tuple[str, ...], inputs: bool = True) -> Declaration:
+def backward_of(
+    forward: Declaration, saves: tuple[str, ...], inputs: bool = True, packs: tuple[str, ...] = ()
+) -> Declaration:
     """The declaration of the op that differentiates `forward`, from the gradients of its outputs, its inputs (unless
     told otherwise) and the outputs named in `saves`, to the gradients of its inputs.
 
-    The first output's gradient is always given, those of the others may be absent.
+    The first output's gradient is always given, those of the others may be absent. Gradients of the inputs in `packs`
+    are one tensor on demand, side by side in its last dim: the first then has the shape of all, the others are empty.
     """
     gradients = [
         dataclasses.replace(t, name=f"grad_{t.name}", optional=i > 0, layout="packed" if t.dtype else "")
@@ -258,5 +261,13 @@ def backward_of(forward: Declaration, saves: tuple[str, ...], inputs: bool = Tru
     outputs = [
         dataclasses.replace(t, name=f"d{t.name}", layout="") for t in forward.tensors if t.is_float
     ]  # fmt: skip
+    for i, t in enumerate(outputs):
+        if t.name[1:] in packs:
+            first = t.name[1:] == packs[0]
+            dims = (*t.dims[:-2], f"{t.dims[-2]}'", f"{t.dims[-1]}'") if first else (f"{t.dims[0]}'", *t.dims[1:])
+            outputs[i] = dataclasses.replace(t, dims=dims)
     tensors = (*gradients, *required, *saved, *optional)
-    return Declaration(f"{forward.name}_backward", tensors, forward.options if inputs else (), tuple(outputs))
+    options = forward.options if inputs else ()
+    if packs:
+        options = (*options, Option("packed", "bool", default="False"))
+    return Declaration(f"{forward.name}_backward", tensors, options, tuple(outputs))

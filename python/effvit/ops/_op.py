@@ -208,10 +208,10 @@ class Op:
         made = []
         for t in self.declaration.outputs:
             dtype = first.dtype if not t.dtype else torch.float32 if t.dtype == "float" else getattr(torch, t.dtype)
-            size = join(t.dims, dims) if not t.optional else [0]
             source = tensors.get(t.name[1:]) if self.backward_of else None
+            size = [0] if t.optional and source is None else join(t.dims, dims)
             if source is not None:
-                size, dtype = source.shape, source.dtype
+                dtype = source.dtype
             made.append(make(t, size, dtype))
         return tuple(made)
 
@@ -289,6 +289,7 @@ def op(
     derive: Callable | None = None,
     check: Callable | None = None,
     empty: str = "",
+    packs: Sequence[str] = (),
     batch: str = "B",
     alone: str = "",
     shards: Sequence[str] = (),
@@ -311,6 +312,8 @@ def op(
         derive: ``(op, dims, options, tensors)`` adds dims that no tensor gives, and checks options against each other.
         check: likewise, after everything else.
         empty: dims of which none may be 0, or there is nothing to compute.
+        packs: inputs [B, ..., h, d] whose gradients are written side by side into one tensor where they themselves lie
+            side by side in one, as slices of a projection do: the gradient of the projection then costs no copy.
         batch: names of the dims (of equal size) that vmap folds the mapped dim into.
         alone: a tensor that, when given, makes the batch one call: it is then neither folded nor sharded.
         shards: dims that DTensor may shard, each a group of names of equal size; "B N" with `alone` as above. Gradients
@@ -338,7 +341,10 @@ def op(
     forward = Op(forward_declaration, run_reference, reference, **common)
     _define(forward)
     if saves is not None:
-        declaration = backward_of(forward_declaration, tuple(saves.split()), saves_inputs)
+        declaration = backward_of(forward_declaration, tuple(saves.split()), saves_inputs, tuple(packs))
+        if packs:
+            packing = _Packing([t for t in forward_declaration.tensors if t.name in packs])
+            common["derive"] = functools.partial(packing.derive, derive)
         if not saves_inputs:
             common |= {"derive": None, "check": None}
             common["limits"] = {
@@ -351,15 +357,20 @@ def op(
             if gradient.is_empty(dims):
                 make = lambda t, size, dtype: args[0].new_zeros(size, dtype=dtype)
                 return _returned(gradient, gradient.outputs(args, values, make))
+            packed = values.pop("packed", False)
             results = derivative(*gradient.given(args).values(), **values)
             results = results if isinstance(results, tuple) else (results,)
+            if packed:
+                results = packing.join(results)
+                values["packed"] = True
             like = gradient.outputs(args, values, lambda t, size, dtype: dtype)
             given = (args[0].new_empty(0) if g is None else g for g in results)
             return _returned(gradient, _owned(args, given, like))
 
         gradient = Op(declaration, run_backward, derivative, backward_of=name, **common)
         _define(gradient)
-        _register_autograd(forward, gradient, saves.split(), saves_inputs, second_derivative)
+        packing = packing if packs else None
+        _register_autograd(forward, gradient, saves.split(), saves_inputs, packing, second_derivative)
         # Its dtypes are those of the forward; products inside its reference stay in float32.
         _dispatcher.register_autocast(gradient.name, lambda dtype, *tensors: tensors)
         _register_vmap(gradient, batch.split(), alone)
@@ -426,7 +437,53 @@ def _derivative(forward: Op, reference: Callable, *args, **options) -> tuple:
 # ---- autograd, autocast, vmap, sharding -----------------------------------------------------------------------------
 
 
-def _register_autograd(forward: Op, gradient: Op, saves: list, saves_inputs: bool, second_derivative: str) -> None:
+class _Packing:
+    """Gradients side by side in one tensor: see `packs` of :func:`op`."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.tensors = tensors
+        self.names = [t.name for t in tensors]
+
+    def derive(self, derive, op, dims, options, tensors) -> None:
+        if derive is not None:
+            derive(op, dims, options, tensors)
+        *_, heads, width = self.tensors[0].dims
+        batch, packed = self.tensors[0].dims[0], options["packed"]
+        total = dims[heads] * sum(dims[t.dims[-1]] for t in self.tensors)
+        dims[f"{heads}'"], dims[f"{width}'"] = (1, total) if packed else (dims[heads], dims[width])
+        dims[f"{batch}'"] = 0 if packed else dims[batch]
+
+    def join(self, gradients: Sequence) -> tuple:
+        several = gradients[: len(self.names)]
+        whole = torch.cat([g.flatten(-2) for g in several], -1).unsqueeze(-2)
+        return (whole, *(g[:0] for g in several[1:]), *gradients[len(self.names) :])
+
+    def split(self, gradients: Sequence, tensors: Mapping) -> list:
+        like = [tensors[n] for n in self.names]
+        parts = gradients[0].squeeze(-2).split([t.shape[-2] * t.shape[-1] for t in like], -1)
+        views = [p.unflatten(-1, t.shape[-2:]) for p, t in zip(parts, like, strict=True)]
+        return [*views, *gradients[len(views) :]]
+
+    def side_by_side(self, tensors: Mapping) -> bool:
+        """Whether the tensors lie side by side in one; only where there are data pointers to tell by."""
+        several = [tensors[n] for n in self.names]
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+            return False
+        if any(type(t) not in (torch.Tensor, torch.nn.Parameter) or not t.numel() for t in several):
+            return False
+        first = several[0]
+        storage, address = first.untyped_storage().data_ptr(), first.data_ptr()
+        for t in several:
+            same = t.untyped_storage().data_ptr() == storage and t.data_ptr() == address
+            if not same or t.stride()[:-2] != first.stride()[:-2] or t.stride()[-2:] != (t.shape[-1], 1):
+                return False
+            address += t.shape[-2] * t.shape[-1] * t.element_size()
+        return True
+
+
+def _register_autograd(
+    forward: Op, gradient: Op, saves: list, saves_inputs: bool, packing: _Packing | None, second_derivative: str
+) -> None:
     declaration = forward.declaration
     inputs, outputs = declaration.tensors, declaration.outputs
 
@@ -455,8 +512,13 @@ def _register_autograd(forward: Op, gradient: Op, saves: list, saves_inputs: boo
             elif not t.dtype and g.shape[-1] > 1 and g.stride(-1) != 1:
                 g = g.contiguous()
             tensors[f"grad_{t.name}"] = g
-        results = gradient.overload(*(tensors.get(n) for n in gradient.names), **ctx.options)
-        results = iter(results if isinstance(results, (tuple, list)) else (results,))
+        options = ctx.options
+        packed = packing is not None and packing.side_by_side(tensors)
+        if packed:
+            options = {**options, "packed": True}
+        results = gradient.overload(*(tensors.get(n) for n in gradient.names), **options)
+        results = results if isinstance(results, (tuple, list)) else (results,)
+        results = iter(packing.split(results, tensors) if packed else results)
         found = [next(results) if t.is_float else None for t in inputs]
         return tuple(
             g if not t.optional or tensors[t.name] is not None else None for g, t in zip(found, inputs, strict=True)
@@ -490,7 +552,7 @@ def _register_vmap(o: Op, batch: list, alone: str) -> None:
     """Fold the mapped dim into the batch where every mapped tensor and every output has one in front, else loop."""
     tensors, outputs = o.declaration.tensors, o.declaration.outputs
     foldable = [t.dims[:1] != () and t.dims[0] in batch for t in tensors]
-    can_fold = all(t.dims[:1] != () and t.dims[0] in batch for t in outputs)
+    can_fold = all(t.dims[:1] != () and t.dims[0].rstrip("'") in batch for t in outputs)
 
     def rule(info, in_dims, *args, **kwargs):
         mapped = [d is not None and a is not None for d, a in zip(in_dims, args, strict=True)]

@@ -47,6 +47,7 @@ OP = op(
     scale: float? = None, mask_value: float = -100., roll_before_pad: bool = False""",
     reference=_reference,
     saves="out lse",
+    packs=("q", "k", "v"),
     limits={
         "q.d": (1, math.inf, "be a tensor with a head dim of at least 1"),
         "v.dv": (1, math.inf, "be a tensor with a head dim of at least 1"),

@@ -13,7 +13,7 @@ from effvit._accuracy import (
     coarsest_eps,
     measure,
 )
-from effvit.testing._backends import Backend, backends
+from effvit.testing._backends import Backend, backends, small_tiles
 from effvit.testing._oracle import Oracle, oracle_of, sample_oracle
 from effvit.testing._schemas import torchvision_schemas
 from effvit.testing._spec import FLOAT_DTYPES, BadInput, OpSpec, Sample
@@ -35,6 +35,7 @@ __all__ = [
     "measure",
     "oracle_of",
     "sample_oracle",
+    "small_tiles",
     "torchvision_schemas",
 ]
 

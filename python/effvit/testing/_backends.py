@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,6 +37,27 @@ def isa(name):
         yield
     finally:
         _backends.set_isa(before)
+
+
+@contextlib.contextmanager
+def small_tiles():
+    """Kernels cut their work into the smallest pieces: small shapes then take every path that large ones take.
+
+    On the CPU, in the emulator and in Triton's interpreter; for calls from one thread.
+    """
+    from effvit import _load
+    from effvit.testing import emulator
+
+    with contextlib.ExitStack() as stack:
+        library = _load.load()["effvit_cpu"].handle
+        if library is not None:
+            before = library.effvit_cpu_set_small_tiles(1)
+            stack.callback(library.effvit_cpu_set_small_tiles, before)
+        if _emulator()[0] is not None:
+            stack.enter_context(emulator.limits(target_ctas=2, max_shared_bytes=1))
+        if importlib.util.find_spec("triton") is not None:
+            stack.enter_context(importlib.import_module("effvit.triton_kernels._common").small_tiles())
+        yield
 
 
 def available_isas():
