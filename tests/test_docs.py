@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OP = "squared_relu"
-# Without two that are slow and ask little of the example: they take a compiler, and processes of their own.
-TESTS = "TestSquaredRelu and not test_compile_inductor and not test_sharding"
+# Without those that take a compiler or processes of their own and ask little of the example.
+TESTS = " and not ".join(("TestSquaredRelu", "compile_inductor", "sharding", "no_leak", "peak_memory"))
 
 
 def example_files():
