@@ -92,7 +92,11 @@ def _load_rows(x, rows, e, C, ok):
 
 @triton.jit
 def _exp(x):
-    return tl.exp2(x * 1.4426950408889634)
+    """In two factors, the first a power of 2: exp2(x log2 e) alone has an error that grows with x."""
+    x = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))  # infinity and 0 from there on; a NaN stays
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - n * 0.693145751953125) - n * 1.4286068203094173e-06  # ln 2, the first part of 16 bits: products are exact
+    return tl.exp2(r * 1.4426950408889634) * tl.exp2(n)
 
 
 @triton.jit
