@@ -54,9 +54,11 @@ EFFVIT_DEVICE void store_result(const WideTile<T>& to, int i, float low, float h
 template <class T>
 EFFVIT_DEVICE void write_tile(const Cta<T>& c, const WideTile<T>& from, const Work& work, int64_t first, int64_t length,
                               void* out, int dim) {
-  for_each_shifted_piece<T>(from.shift, [&](int row, int col) {
-    if (first + row >= work.stop) return;
-    const int n = piece_length<T>(dim - col);
+  const int col = piece_col<T>(from.shift), n = piece_length<T>(dim - col);
+  if (n == 0) return;
+  const int left = static_cast<int>(least(kTile, work.stop - first));
+  for_each_piece_row(from.shift, [&](int row) {
+    if (row >= left) return;
     T* const to = static_cast<T*>(out) + ((work.batch * length + first + row) * c.g.p.H + work.head) * dim + col;
     store_piece(to, from.hi.template load_vec<Piece<T>>(row * from.stride + col), n, c.g.out_vec);
   });
