@@ -1,5 +1,7 @@
 """Row-wise operators in Triton: rows of any strides, one program a block of elements; functions that they need."""
 
+import itertools
+
 import torch
 
 from ._common import MAX_GRID, SCALE, Launch, cdiv, run, tl, triton
@@ -31,26 +33,27 @@ def launch_rows(kernel, x, args):
     return [Launch(kernel, cdiv(x.numel(), block), {n: args[n] for n in kernel.arg_names}, num_warps=4, num_stages=1)]
 
 
-def elementwise(forward_kernel, backward_kernel):
-    """(forward, backward, aot_signatures) of an op without options whose tensors all have the same columns.
+def elementwise(forward_kernel, backward_kernel, **options):
+    """(forward, backward, aot_signatures) of an op whose tensors all have the same columns.
 
     A kernel's arguments are the tensors in the order of the declaration, inputs and then outputs; `elements`; `C`;
-    `<input>_rows` for every input; `BLOCK`.
+    `<input>_rows` for every input; an option `act`, whose values are given here, as the constant `ACT`; `BLOCK`.
     """
 
-    def plan(kernel, tensors):
+    def plan(kernel, tensors, values):
         names = kernel.arg_names[: kernel.arg_names.index("elements")]
         inputs = [n for n in names if f"{n}_rows" in kernel.arg_names]
         args = dict(zip(inputs, tensors, strict=True))
         rows = {f"{n}_rows": rows_of(x) for n, x in args.items()}
+        constants = {n.upper(): value for n, value in values.items()}
         x = tensors[0]
         outs = {n: torch.empty(x.shape, dtype=x.dtype, device=x.device) for n in names if n not in inputs}
-        return tuple(outs.values()), launch_rows(kernel, x, args | rows | outs)
+        return tuple(outs.values()), launch_rows(kernel, x, args | rows | outs | constants)
 
     def launcher(kernel):
-        def launch(*tensors):
+        def launch(*tensors, **values):
             """The arguments must have been validated."""
-            outs, launches = plan(kernel, tensors)
+            outs, launches = plan(kernel, tensors, values)
             run(launches, tensors[0].device)
             return outs[0] if len(outs) == 1 else outs
 
@@ -58,12 +61,14 @@ def elementwise(forward_kernel, backward_kernel):
 
     def aot_signatures():
         """Representative launches for tests/test_triton_aot.py."""
-        for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-            x = torch.empty((8, 3136, 384), dtype=dtype, device="meta")
-            for kernel in (forward_kernel, backward_kernel):
-                inputs = sum(n.endswith("_rows") for n in kernel.arg_names)
-                for launch in plan(kernel, (x,) * inputs)[1]:
-                    yield launch.aot(short)
+        for values in itertools.product(*options.values()):
+            chosen = dict(zip(options, values, strict=True))
+            for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+                x = torch.empty((8, 3136, 384), dtype=dtype, device="meta")
+                for kernel in (forward_kernel, backward_kernel):
+                    inputs = sum(n.endswith("_rows") for n in kernel.arg_names)
+                    for launch in plan(kernel, (x,) * inputs, chosen)[1]:
+                        yield launch.aot("-".join([*(f"{n}{value}" for n, value in chosen.items()), short]))
 
     return launcher(forward_kernel), launcher(backward_kernel), aot_signatures
 
@@ -87,7 +92,11 @@ def _load_rows(x, rows, e, C, ok):
 
 @triton.jit
 def _exp(x):
-    return tl.exp2(x * 1.4426950408889634)
+    """In two factors, the first a power of 2: exp2(x log2 e) alone has an error that grows with x."""
+    x = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))  # infinity and 0 from there on; a NaN stays
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - n * 0.693145751953125) - n * 1.4286068203094173e-06  # ln 2, the first part of 16 bits: products are exact
+    return tl.exp2(r * 1.4426950408889634) * tl.exp2(n)
 
 
 @triton.jit

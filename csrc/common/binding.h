@@ -225,9 +225,13 @@ class Binding {
     effvit::check(defined, call.op(), d_.inputs[i].name, " must be a torch.Tensor, got None");
     int32_t number = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensors_[i].get(), &number));
-    const auto given = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(number));
+    const char* given = "None";  // as an undefined tensor, whose dtype torch does not convert
+    try {
+      given = dtype_name(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(number)));
+    } catch (const std::exception&) {
+    }
     fail(call.op(), d_.inputs[i].name, " must be ", expected, like, *like ? d_.inputs[d_.first].name : "", ", got ",
-         dtype_name(given));
+         given);
   }
 
   const Operation& operation_;

@@ -247,6 +247,18 @@ def _returned(op: Op, results: Iterable):
     return results[0] if len(op.declaration.outputs) == 1 else results
 
 
+def _owned(args: Sequence, results: Iterable, dtypes: Iterable) -> tuple:
+    """Results of a reference as an op returns them: contiguous, of its dtypes, in memory of their own.
+
+    The gradient of a sum is that of its terms, so autograd hands out one tensor several times.
+    """
+    made, taken = [], [t for t in args if isinstance(t, torch.Tensor)]
+    for result, dtype in zip(results, dtypes, strict=True):
+        x = result.detach().to(dtype).contiguous()
+        made.append(x.clone() if any(torch._C._is_alias_of(x, t) for t in (*taken, *made)) else x)
+    return tuple(made)
+
+
 def _as_contiguous(x: object) -> object:
     """A dense tensor's metadata without its strides; anything else as it is.
 
@@ -324,7 +336,7 @@ def op(
         results = reference(*map(_float, forward.given(args).values()), **values)
         outs = results if isinstance(results, tuple) else (results,)
         like = forward.outputs(args, values, lambda t, size, dtype: dtype)
-        return _returned(forward, (o.detach().to(d).contiguous() for o, d in zip(outs, like, strict=True)))
+        return _returned(forward, _owned(args, outs, like))
 
     forward = Op(forward_declaration, run_reference, reference, **common)
     _define(forward)
@@ -352,11 +364,8 @@ def op(
                 results = packing.join(results)
                 values["packed"] = True
             like = gradient.outputs(args, values, lambda t, size, dtype: dtype)
-            made = zip(results, like, strict=True)
-            return _returned(
-                gradient,
-                (args[0].new_empty(0, dtype=d) if g is None else g.detach().to(d).contiguous() for g, d in made),
-            )
+            given = (args[0].new_empty(0) if g is None else g for g in results)
+            return _returned(gradient, _owned(args, given, like))
 
         gradient = Op(declaration, run_backward, derivative, backward_of=name, **common)
         _define(gradient)
