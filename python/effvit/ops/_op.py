@@ -459,9 +459,11 @@ class _Packing:
         return (whole, *(g[:0] for g in several[1:]), *gradients[len(self.names) :])
 
     def split(self, gradients: Sequence, tensors: Mapping) -> list:
-        like = [tensors[n] for n in self.names]
-        parts = gradients[0].squeeze(-2).split([t.shape[-2] * t.shape[-1] for t in like], -1)
-        views = [p.unflatten(-1, t.shape[-2:]) for p, t in zip(parts, like, strict=True)]
+        whole, first, views = gradients[0].select(-2, 0), 0, []
+        for t in (tensors[n] for n in self.names):
+            width = t.shape[-2] * t.shape[-1]
+            views.append(whole.narrow(-1, first, width).view(t.shape))  # is_grads_batched has rules for these views
+            first += width
         return [*views, *gradients[len(views) :]]
 
     def side_by_side(self, tensors: Mapping) -> bool:
