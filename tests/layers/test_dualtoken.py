@@ -40,7 +40,16 @@ def rounded_once(conv, x):
     return y.to(torch.get_autocast_dtype("cpu"))
 
 
-def global_branch(m, x, g, convolve=apply):
+def as_they_are(keys):
+    return keys
+
+
+def reversed_(keys):
+    """The same attention, its sums over keys in the other order."""
+    return keys.flip(1)
+
+
+def global_branch(m, x, g, convolve=apply, order=as_they_are):
     y = x.permute(0, 3, 1, 2).contiguous()
     for conv in m.downsample:
         y = convolve(conv, y)
@@ -50,19 +59,19 @@ def global_branch(m, x, g, convolve=apply):
     if tuple(y.shape[2:]) != m.token_size:
         y = F.adaptive_avg_pool2d(y, m.token_size)
     y = y.flatten(2).transpose(1, 2)
-    g = m.alpha * g + (1 - m.alpha) * attend(m.aggregate, y, y)
+    g = m.alpha * g + (1 - m.alpha) * attend(m.aggregate, y, order(y))
     z = m.mlp.norm(g)
     z = z.transpose(1, 2) if m.mlp.mix else z
     z = m.mlp.fc2(F.gelu(m.mlp.fc1(z)))
     g = g + (z.transpose(1, 2) if m.mlp.mix else z)
-    return attend(m.broadcast, x.flatten(1, 2), g).reshape(x.shape), g
+    return attend(m.broadcast, x.flatten(1, 2), order(g)).reshape(x.shape), g
 
 
-def dual(m, x, g, convolve=apply):
+def dual(m, x, g, convolve=apply, order=as_they_are):
     e = m.local
     y = e.norm(convolve(e.dw, x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1))
     x = x + e.pw2(F.gelu(e.pw1(y)))
-    y, g = global_branch(m.position_aware, x, g, convolve)
+    y, g = global_branch(m.position_aware, x, g, convolve, order)
     return x + y, g
 
 
@@ -117,7 +126,8 @@ def test_like_the_formula(kwargs, train, dtype):
 def test_map_sizes(feature_map, size):
     """Maps below the tokens' own size as well: neighbouring tokens then share places."""
     m = prepared(make(feature_map=feature_map, num_downsamples=1))
-    check(m, packed(dual, size), tokens(2, size[0] * size[1] + 6, DIM), call=packed(module, size))
+    also = [packed(functools.partial(dual, order=reversed_), size)]
+    check(m, packed(dual, size), tokens(2, size[0] * size[1] + 6, DIM), also=also, call=packed(module, size))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

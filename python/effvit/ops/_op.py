@@ -57,10 +57,6 @@ class Op:
         return self.declaration.schema
 
     @functools.cached_property
-    def overload(self):
-        return getattr(torch.ops.effvit, self.name).default
-
-    @functools.cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(t.name for t in self.declaration.tensors)
 
@@ -75,7 +71,7 @@ class Op:
     def named(self, name: str) -> Op:
         """This op under another name in messages, for a function that takes the same arguments."""
         other = dataclasses.replace(self, declaration=dataclasses.replace(self.declaration, name=name))
-        other.__dict__["overload"] = self.overload
+        other.__dict__.update(overload=self.overload, pairs=self.pairs)
         return other
 
     # ---- validation -----------------------------------------------------------------------------------------------
@@ -180,10 +176,12 @@ class Op:
         Every kernel checks its arguments itself. To check them here as well, before each eager call, would take longer
         than a small kernel does. Options of other than the schema's types are validated first: that converts them.
         """
-        for o in self.declaration.options:
-            if o.type == "int[2]" and o.name in options:
-                options[o.name] = _as_list(options[o.name])
-        if torch.compiler.is_compiling() or not self._takes(options):
+        for name in self.pairs:
+            if name in options:
+                options[name] = _as_list(options[name])
+        if torch.compiler.is_compiling():
+            return self.overload(*tensors, **options)  # the fake kernel validates
+        if not self._takes(options):
             return self.overload(*tensors, **self.validate(*tensors, **options))
         try:
             return self.overload(*tensors, **options)
@@ -401,6 +399,9 @@ def _define(o: Op) -> None:
     torch.library.register_fake(
         f"effvit::{o.name}", lambda *args, **options: fake(o, *map(_as_contiguous, args), **options), lib=library
     )
+    # Plain attributes: a compiler that traces a call reads them.
+    o.__dict__["overload"] = getattr(torch.ops.effvit, o.name).default
+    o.__dict__["pairs"] = tuple(option.name for option in o.declaration.options if option.type == "int[2]")
     OPS[o.name] = o
 
 
