@@ -23,6 +23,7 @@ from effvit.testing._spec import as_tuple, map_tensors
 
 CHUNKS = 8
 ALLOWANCE = 4.0
+SLOW_FLOPS = 25_000
 
 
 @functools.cache
@@ -36,7 +37,9 @@ def seed():
 
 
 def backends_in_turn(op):
-    """Which backends call i of an operator runs on: the best one always, a slow or emulated one now and then."""
+    """Which backends call i of an operator runs on: the best one always, another compiled one now and then, and of the
+    small ones every fourth on an interpreted or emulated one.
+    """
     found = [b for b in backends(op) if b.name != "reference"]
     fast = [b for b in found if not b.slow]
     best = [b for b in fast if "emulated" not in b.name][-1:]
@@ -47,8 +50,8 @@ def backends_in_turn(op):
         chosen = list(best)
         if others and i % 4 == 0:
             chosen.append(others[i // 4 % len(others)])
-        if slow and i % 201 == 2:
-            chosen.append(slow[i // 201 % len(slow)])
+        if slow and i % 4 == 2:
+            chosen.append(slow[i // 4 % len(slow)])
         return chosen
 
     return of
@@ -60,6 +63,8 @@ def check_call(spec, sample, dtype, run_on, small=False):
     with torch.no_grad():
         outputs = as_tuple(spec.reference(*args, **kwargs))
     grads = random_output_grads(spec, sample, dtype, outputs)
+    if spec.cost(args, kwargs).flops > SLOW_FLOPS:
+        run_on = [b for b in run_on if not b.slow]
     oracle = oracle_of(spec, args, kwargs, grads, ALLOWANCE)
     for backend in run_on:
         try:
