@@ -242,7 +242,7 @@ def segments_by_heads(mesh, name):
 
     sample = SPEC.sample("small_segments")
     args, kwargs = sample.build()
-    heads = SPEC.shardings["heads"]
+    heads = SPEC.shardings["H"]
     placed = [
         None if t is None else distribute_tensor(t, mesh, [Shard(heads[n]) if n in heads else Replicate()])
         for n, t in zip(SPEC.tensors, args, strict=True)
