@@ -1,5 +1,6 @@
 """Set-up of every test: one thread, fixed seeds, Triton's interpreter where there is no GPU, torchvision's schemas."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,6 +30,11 @@ def pytest_report_header(config):
     kernels = {device: sorted({_backends.chosen(op, device).name for op in OPS}) for device in ("cpu", "cuda")}
     versions = f"effvit {effvit.__version__}, torch {torch.__version__}"
     return f"{versions}, ISAs {_backends.isas()}, kernels {kernels}, seed {random_calls.seed()}"
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # thousands of tests are objects that every full collection would walk through
 
 
 def pytest_collection_modifyitems(items):

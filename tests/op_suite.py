@@ -79,13 +79,18 @@ def _dtypes(spec, sample, place, backend):
     return (sample.dtypes[(place + order) % len(sample.dtypes)],)
 
 
+def _group(spec, sample, dtype):
+    """Tests of one call run in one process, next to each other: they share its oracle."""
+    return pytest.mark.xdist_group(f"{spec.name}-{sample.name}-{_dtype_name(dtype)}")
+
+
 def _accuracy_cases(spec):
     """Sample-major; cases that share an oracle run in one process, next to each other."""
     listed = backends(spec.name)
     for place, sample in enumerate(spec.samples):
         chosen = {b.name: _dtypes(spec, sample, place, b) for b in listed}
         for dtype in sample.dtypes:
-            group = pytest.mark.xdist_group(f"{spec.name}-{sample.name}-{_dtype_name(dtype)}")
+            group = _group(spec, sample, dtype)
             for backend in listed:
                 if dtype in chosen[backend.name]:
                     name = f"{sample.name}-{_dtype_name(dtype)}-{backend.name}"
@@ -112,7 +117,8 @@ class OpSuite(FrameworkSuite):
             samples = spec.tagged("tiny")
             metafunc.parametrize("tiny_sample", samples, ids=[s.name for s in samples])
         elif "any_sample" in names:
-            metafunc.parametrize("any_sample", spec.samples, ids=[s.name for s in spec.samples])
+            cases = [pytest.param(s, id=s.name, marks=_group(spec, s, torch.float32)) for s in spec.samples]
+            metafunc.parametrize("any_sample", cases)
         elif "bad" in names:
             metafunc.parametrize("bad", spec.bad_inputs, ids=[b.name for b in spec.bad_inputs])
         if "chunk" in names:

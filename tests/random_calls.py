@@ -91,4 +91,4 @@ def run_chunk(spec, chunk):
         choose = random.Random(f"{spec.name} {seed()} {i}")
         sample = spec.random_sample(f"random_{i}", choose)
         dtype = choose.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16))
-        check_call(spec, sample, dtype, of(i), choose.random() < 0.5)
+        check_call(spec, sample, dtype, of(i // CHUNKS), choose.random() < 0.5)
