@@ -122,9 +122,9 @@ def window_attention_bwd_fused_kernel(
             dq_tile = _normalize_backward(dq_tile, q_tile, q_norm, q_free)
             dk_tile = _normalize_backward(dk_tile, k_tile, k_norm, k_free)
 
-        _store_gradient(gradients.dq, gradients.stride, head, at, inside, dq_tile, g, S.D, S.BLOCK_D)
-        _store_gradient(gradients.dk, gradients.stride, head, at, inside, dk_tile, g, S.D, S.BLOCK_D)
-        _store_gradient(gradients.dv, gradients.stride_v, head, at, inside, dv_tile, g, S.DV, S.BLOCK_DV)
+        _store_gradient(gradients, "dq", head, at, inside, dq_tile, g, S)
+        _store_gradient(gradients, "dk", head, at, inside, dk_tile, g, S)
+        _store_gradient(gradients, "dv", head, at, inside, dv_tile, g, S)
         if pad_k is not None:
             pad_k_sum += tl.sum(tl.where(outside[:, None], dk_tile, 0.0), axis=0)
             pad_v_sum += tl.sum(tl.where(outside[:, None], dv_tile, 0.0), axis=0)
@@ -194,7 +194,7 @@ def window_attention_bwd_dq_kernel(
             # A row of dS sums to grad_lse; what it sums to beyond that is the rounding of out in delta: take it out.
             scale_sum -= (row_ds - queries.grad_lse) * row_ps
             acc = _normalize_backward(acc, queries.q, queries.norm, queries.free)
-        _store_gradient(gradients.dq, gradients.stride, head, query_at, query_ok, acc, g, S.D, S.BLOCK_D)
+        _store_gradient(gradients, "dq", head, query_at, query_ok, acc, g, S)
 
     if logit_scale is not None:
         tl.store(partial_scale + slot.to(tl.int64) * heads + head, tl.sum(scale_sum, axis=0) * scale_is_free)
@@ -276,8 +276,8 @@ def window_attention_bwd_dkv_kernel(
         dk_tile *= factor
         if logit_scale is not None:
             dk_tile = _normalize_backward(dk_tile, keys.k, keys.norm, keys.free)
-        _store_gradient(gradients.dk, gradients.stride, head, core_at, inside, dk_tile, g, S.D, S.BLOCK_D)
-        _store_gradient(gradients.dv, gradients.stride_v, head, core_at, inside, dv_tile, g, S.DV, S.BLOCK_DV)
+        _store_gradient(gradients, "dk", head, core_at, inside, dk_tile, g, S)
+        _store_gradient(gradients, "dv", head, core_at, inside, dv_tile, g, S)
         if pad_k is not None:
             outside = key_exists & (core_at.inside == 0)
             pad_k_sum += tl.sum(tl.where(outside[:, None], dk_tile, 0.0), axis=0)

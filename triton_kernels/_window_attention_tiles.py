@@ -31,13 +31,12 @@ class Outputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """dq, dk and dv: [B, H, W, h, d or dv] each, or side by side in one tensor."""
+    """dq, dk and dv, contiguous: [B, H, W, h, d or dv] each; or dq is all of them, [B, H, W, h*(2*d+dv)], side by
+    side, and the others are None. Strides that are known in part when compiled save registers."""
 
     dq: Any
     dk: Any
     dv: Any
-    stride: Any  # from token to token, of dq and dk
-    stride_v: Any
 
 
 class Table(NamedTuple):
@@ -207,9 +206,17 @@ def _position(at, g):
 
 
 @device_function
-def _store_gradient(pointer, stride, head, at, ok, value, g, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of dq, dk or dv: [B, H, W, h, D] with a stride from token to token."""
-    _store_tile(pointer, _position(at, g) * stride + head * D, ok, tl.arange(0, BLOCK_D), value, D)
+def _store_gradient(gradients, name: tl.constexpr, head, at, ok, value, g, S: tl.constexpr):
+    """Rows of dq, dk or dv, which `name` says."""
+    D: tl.constexpr = S.DV if name == "dv" else S.D
+    BLOCK_D: tl.constexpr = S.BLOCK_DV if name == "dv" else S.BLOCK_D
+    if gradients.dk is None:
+        first = head * D if name == "dq" else (g.heads + head) * D if name == "dk" else g.heads * 2 * S.D + head * D
+        offset = _position(at, g) * (g.heads * (2 * S.D + S.DV)) + first
+        _store_tile(gradients.dq, offset, ok, tl.arange(0, BLOCK_D), value, D)
+    else:
+        pointer = gradients.dq if name == "dq" else gradients.dk if name == "dk" else gradients.dv
+        _store_tile(pointer, _position(at, g) * (g.heads * D) + head * D, ok, tl.arange(0, BLOCK_D), value, D)
 
 
 @device_function

@@ -274,11 +274,12 @@ def _plan_backward(grad_out, grad_lse, q, k, v, out, lse, *optionals, packed=Fal
     widths = p.d, p.d, p.dv
     sizes = [p.heads * d for d in widths]
     if packed:  # side by side: gradients of slices of one projection need no copy
-        parts = torch.empty((p.B, p.H, p.W, sum(sizes)), dtype=q.dtype, device=q.device).split(sizes, -1)
+        whole = torch.empty((p.B, p.H, p.W, sum(sizes)), dtype=q.dtype, device=q.device)
+        parts, gradients = whole.split(sizes, -1), Gradients(whole, None, None)
     else:
         parts = [torch.empty((p.B, p.H, p.W, size), dtype=q.dtype, device=q.device) for size in sizes]
+        gradients = Gradients(*parts)
     dq, dk, dv = (x.unflatten(-1, (p.heads, d)) for x, d in zip(parts, widths, strict=True))
-    gradients = Gradients(dq, dk, dv, parts[0].stride(2), parts[2].stride(2))
 
     def gradient(x, dtype):
         return q.new_empty(0, dtype=dtype) if x is None else q.new_empty(x.shape, dtype=x.dtype)
@@ -389,7 +390,7 @@ def backward(grad_out, *tensors, packed=False, **options):
 def aot_signatures():
     """Representative launches for tests/test_triton_aot.py: (name, kernel, signature, constexprs, attrs, options)."""
 
-    def case(name, dtype, side, window, *, shift=0, halo=0, heads=4, d=32, cosine=False, pads=False):
+    def case(name, dtype, side, window, *, shift=0, halo=0, heads=4, d=32, cosine=False, pads=False, packed=True):
         def meta(*shape, dtype=dtype):
             return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -401,7 +402,7 @@ def aot_signatures():
             meta(heads, d) if pads else None, meta(heads, d) if pads else None,
         )  # fmt: skip
         (out, lse), launches = _plan_forward(q, k, v, *optional, **geometry)
-        _, backward_launches = _plan_backward(out, None, q, k, v, out, lse, *optional, **geometry)
+        _, backward_launches = _plan_backward(out, None, q, k, v, out, lse, *optional, packed=packed, **geometry)
         short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
         for launch in launches + backward_launches:
             yield launch.aot(f"{name}-{short}")
@@ -409,6 +410,7 @@ def aot_signatures():
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         yield from case("window7-shift", dtype, 56, 7, shift=3)
         yield from case("window16", dtype, 64, 16)
+    yield from case("window7-apart", torch.bfloat16, 56, 7, shift=3, packed=False)
     for dtype in (torch.bfloat16, torch.float32):
         yield from case("window7-cosine-pads", dtype, 60, 7, shift=3, cosine=True, pads=True)
         yield from case("window8-halo2-pads", dtype, 64, 8, halo=2, pads=True)
