@@ -7,7 +7,7 @@ import random_calls
 import torch
 import torch.nn.functional as F
 
-from effvit.testing import backends
+from effvit.testing import assert_bitwise_equal, backends
 from effvit.testing.window_attention import SPEC, _qkv_views, _sample, reference_call
 from op_suite import OpSuite
 
@@ -232,3 +232,18 @@ def test_every_window_with_half_shift(side, d):
     )
     native = [b for b in backends("window_attention") if not b.slow][-1]
     random_calls.check_call(SPEC, sample, torch.float32, [native])
+
+
+@pytest.mark.parametrize("name", ["small_halo", "small_shift", "small_tail"])
+@pytest.mark.parametrize("backend", backends("window_attention"), ids=str)
+def test_gradients_side_by_side_are_the_same(backend, name):
+    """dq, dk and dv in one tensor, as the gradient of a packed projection, or apart: the same bits."""
+    args, kwargs = SPEC.sample(name).build(device=backend.device)
+    outputs = backend.forward(*args, **kwargs)
+    bargs, bkwargs = SPEC.backward_call(args, kwargs, outputs, tuple(torch.ones_like(o) * 0.3 for o in outputs))
+    dq, dk, dv, *others = backend.backward(*bargs, **bkwargs)
+    whole, *nothing, _, _, _, _ = packed = backend.backward(*bargs, packed=True, **bkwargs)
+    assert_bitwise_equal(whole.squeeze(-2), torch.cat([g.flatten(-2) for g in (dq, dk, dv)], -1))
+    assert [t.numel() for t in nothing] == [0, 0]
+    for result, expected in zip(packed[3:], others, strict=True):
+        assert_bitwise_equal(result, expected)
