@@ -33,11 +33,13 @@ def pytest_report_header(config):
 
 
 def pytest_collection_finish():
+    assert torch.get_num_threads() == 1, "a module set the number of threads when it was imported"
     gc.collect()
     gc.freeze()  # thousands of tests are objects that every full collection would walk through
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # so that no worker ends long after the others
     if torch.cuda.is_available():
         return
     for item in items:

@@ -25,8 +25,8 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cud
            "gfx942": ("hip", "gfx942", 64)}  # fmt: skip
 # Shared memory of one block, in bytes.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-# Every launch is compiled for this target, one launch of each configuration for the others.
 FULL_TARGET = "sm_90"
+EVERYTHING = bool(os.environ.get("EFFVIT_TEST_ALL"))
 # Spilled bytes that are known, by (target, launch, kernel). Any other spill, and any growth of these, fails.
 KNOWN_SPILLS = {
     # 256 x 16 products on the FMA units: a thread holds a row and a column of 256.
@@ -86,8 +86,18 @@ def named(name, constant):
     return constant._asdict().items() if hasattr(constant, "_asdict") else ((name, constant),)
 
 
-def compile_for(targets, only=()):
-    """Prints one JSON line with the names of all kernels, and one per compilation. The interpreter must be off here."""
+def is_chosen(target, number, is_first, everything):
+    """Whether the number-th configuration is compiled for the target: each one for FULL_TARGET and for another in turn,
+    the first one of each kernel for all of them."""
+    others = [t for t in TARGETS if t != FULL_TARGET]
+    return everything or is_first or target in (FULL_TARGET, others[number % len(others)])
+
+
+def compile_for(targets, only=(), everything=True):
+    """Prints one JSON line with the names of all kernels, and one per compilation. The interpreter must be off here.
+
+    everything: every launch for FULL_TARGET, one launch of each configuration for the others.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -95,7 +105,8 @@ def compile_for(targets, only=()):
     from effvit.triton_kernels._common import for_warp_size
 
     tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    jobs, seen, declared = [], set(), set()
+    jobs, declared = [], set()
+    configurations, launches = {}, set()
     for module in kernel_modules(only):
         for name, value in vars(module).items():
             if isinstance(value, triton.runtime.JITFunction) and value.fn.__module__ == module.__name__:
@@ -106,13 +117,15 @@ def compile_for(targets, only=()):
                     declared.add(name)
         for launch in getattr(module, "aot_signatures", list)():
             _, kernel, signature, constexprs, _, options = launch
-            for target in targets:
-                key = (target, str(launch[1:]))
-                if target != FULL_TARGET:
-                    key = (target, configuration(kernel, signature, constexprs, options))
-                if key not in seen:
-                    seen.add(key)
-                    jobs.append((target, *launch))
+            is_first = kernel not in configurations
+            of_kernel = configurations.setdefault(kernel, {})
+            key = configuration(kernel, signature, constexprs, options)
+            if key not in of_kernel:
+                number = of_kernel[key] = len(of_kernel)
+                jobs += [(t, *launch) for t in targets if is_chosen(t, number, is_first, everything)]
+            elif everything and FULL_TARGET in targets and str(launch[1:]) not in launches:
+                jobs.append((FULL_TARGET, *launch))
+            launches.add(str(launch[1:]))
     print(json.dumps({"declared": sorted(declared)}))
     for target, name, kernel, signature, constexprs, attrs, options in jobs:
         source = ASTSource(kernel, signature, constexprs, attrs)
@@ -171,7 +184,7 @@ def test_kernels(target):
 
 if __name__ == "__main__":
     if sys.argv[1] == "--target":
-        compile_for([sys.argv[2]])
+        compile_for([sys.argv[2]], everything=EVERYTHING)
     else:  # by hand
         os.environ["TRITON_INTERPRET"] = "0"
         with contextlib.redirect_stdout(io.StringIO()) as lines:

@@ -118,7 +118,8 @@ def prepared(m):
 @pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS.keys())
 def test_like_the_formula(kwargs, train, dtype):
     m = prepared(make(**kwargs)).to(dtype).train(train)
-    check(m, packed(dual), tokens(2, 63 + 6, DIM, dtype=dtype), call=packed(module))
+    also = [packed(functools.partial(dual, order=reversed_))]
+    check(m, packed(dual), tokens(2, 63 + 6, DIM, dtype=dtype), also=also, call=packed(module))
 
 
 @pytest.mark.parametrize("size", [(12, 8), (1, 5), (4, 3), (17, 10)], ids=str)

@@ -1,5 +1,7 @@
 """effvit.layers.SCC and HierarchicalTransformerBlock against HiT-SR's formula with every correlation map formed."""
 
+import functools
+
 import pytest
 import torch
 from layer_suite import DTYPES, check, check_everything_else, randomise, tokens
@@ -23,19 +25,22 @@ def reflected(size, padded):
     return torch.tensor([min(i % period, period - i % period) if size > 1 else 0 for i in range(padded)])
 
 
-def mean_bias(m):
-    """[heads, L, m]: the bias of every pair of tokens, averaged over the keys of each cell."""
+def mean_bias(m, of_pairs=False):
+    """[heads, L, m]: the bias of every pair of tokens, averaged over the keys of each cell. The same for all pairs of
+    one relative position, or computed for each: then gradients are sums in another order."""
     wh, ww = m.window_size
     rows, columns = torch.meshgrid(torch.arange(wh), torch.arange(ww), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], dim=-1)
     relative = places[:, None] - places[None]  # [L, L, 2]
-    kinds, index = relative.flatten(0, 1).unique(dim=0, return_inverse=True)
+    kinds, index = relative.flatten(0, 1), slice(None)
+    if not of_pairs:
+        kinds, index = kinds.unique(dim=0, return_inverse=True)
     bias = m.pos(kinds.to(m.proj.weight.dtype))[index].unflatten(0, (wh * ww, wh * ww))
     bias = bias.reshape(wh * ww, m.base_win_size[0], m.cell[0], m.base_win_size[1], m.cell[1], HEADS)
     return bias.mean((2, 4)).flatten(1, 2).permute(2, 0, 1)
 
 
-def scc(m, x):
+def scc(m, x, of_pairs=False):
     (B, H, W, C), (wh, ww) = x.shape, m.window_size
     h, w = -(-H // wh), -(-W // ww)
     x = x[:, reflected(H, h * wh)][:, :, reflected(W, w * ww)]
@@ -45,7 +50,7 @@ def scc(m, x):
     (mh, mw), (rh, rw) = m.base_win_size, m.cell
     cells = v.reshape(*v.shape[:2], mh, rh, mw, rw, -1).permute(0, 1, 2, 4, 6, 3, 5).flatten(-2)
     p = m.spatial_linear(cells).squeeze(-1).flatten(2, 3)  # [windows, heads, m, c]
-    spatial = ((q @ p.mT) / q.shape[-1] + mean_bias(m)) @ p
+    spatial = ((q @ p.mT) / q.shape[-1] + mean_bias(m, of_pairs)) @ p
     merged_q, merged_v = (t.transpose(1, 2).flatten(2) for t in (q, v))
     channel = ((merged_q.mT @ merged_v / (wh * ww)) @ merged_v.mT).mT
     out = torch.cat([spatial.transpose(1, 2).flatten(2).to(channel.dtype), channel], dim=-1)
@@ -53,8 +58,8 @@ def scc(m, x):
     return m.proj(out[:, :H, :W])
 
 
-def block(m, x, size):
-    x = x + m.norm1(scc(m.correlation, x.unflatten(1, size)).flatten(1, 2))
+def block(m, x, size, of_pairs=False):
+    x = x + m.norm1(scc(m.correlation, x.unflatten(1, size), of_pairs).flatten(1, 2))
     return x + m.norm2(m.mlp.fc2(torch.nn.functional.gelu(m.mlp.fc1(x))))
 
 
@@ -86,7 +91,8 @@ def test_block_like_the_formula(train, dtype):
     m = HierarchicalTransformerBlock(DIM, (8, 8), HEADS, BASE, (8, 8), mlp_ratio=2)
     m = randomise(m, scale=0.1).to(dtype).train(train)
     call = lambda m, x: m(x, (9, 5), (8, 8))
-    check(m, lambda m, x: block(m, x, (9, 5)), tokens(2, 45, DIM, dtype=dtype), call=call)
+    plain, also = (functools.partial(block, size=(9, 5), of_pairs=of_pairs) for of_pairs in (False, True))
+    check(m, plain, tokens(2, 45, DIM, dtype=dtype), also=[also], call=call)
 
 
 def test_autocast():
