@@ -70,6 +70,21 @@ def test_allowance_is_twice_the_yardstick_and_no_more():
         assert_close_to_truth(torch.full((64,), 1.0021), truth, yardstick)
 
 
+def test_a_function_is_asked_for_yardsticks_where_they_matter():
+    truth, asked = torch.ones(64, dtype=torch.float64), []
+
+    def yardstick():
+        asked.append(True)
+        return torch.full((64,), 1.001)
+
+    assert_close_to_truth(torch.ones(64), truth, yardstick)
+    assert not asked
+    assert_close_to_truth(torch.full((64,), 1.0019), truth, yardstick)
+    with pytest.raises(AssertionError, match="max error 0.0021"):
+        assert_close_to_truth(torch.full((64,), 1.0021), truth, yardstick)
+    assert len(asked) == 2
+
+
 def test_many_small_errors_fail_by_the_norm():
     """Each element is within the largest error of the yardstick; all of them together are not."""
     truth = torch.ones(1000, dtype=torch.float64)

@@ -3,7 +3,7 @@
 import torch
 
 from ._common import run, tl, triton
-from ._rows import _exp, _row_offsets, _tanh, launch_rows, rows_of
+from ._rows import _exp, _load_rows, _tanh, launch_rows, rows_of
 
 SIGMOID, GELU, SILU, RELU, TANH = (tl.constexpr(i) for i in range(5))
 
@@ -28,9 +28,9 @@ def _activation(b, ACT: tl.constexpr):
 @triton.jit
 def glu_fwd_kernel(a, b, out, elements, C, a_rows, b_rows, ACT: tl.constexpr, BLOCK: tl.constexpr):
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row, column, ok = e // C, e % C, e < elements
-    x = tl.load(a + _row_offsets(row, a_rows) + column, mask=ok, other=0.0).to(tl.float32)
-    y = tl.load(b + _row_offsets(row, b_rows) + column, mask=ok, other=0.0).to(tl.float32)
+    ok = e < elements
+    x = _load_rows(a, a_rows, e, C, ok)
+    y = _load_rows(b, b_rows, e, C, ok)
     act, _ = _activation(y, ACT)
     tl.store(out + e, (x * act).to(out.dtype.element_ty), mask=ok)
 
@@ -40,12 +40,12 @@ def glu_bwd_kernel(
     grad, a, b, da, db, elements, C, gradient_stride, grad_rows, a_rows, b_rows, ACT: tl.constexpr, BLOCK: tl.constexpr
 ):
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row, column, ok = e // C, e % C, e < elements
-    g = tl.load(grad + _row_offsets(row, grad_rows) + column, mask=ok, other=0.0).to(tl.float32)
-    x = tl.load(a + _row_offsets(row, a_rows) + column, mask=ok, other=0.0).to(tl.float32)
-    y = tl.load(b + _row_offsets(row, b_rows) + column, mask=ok, other=0.0).to(tl.float32)
+    ok = e < elements
+    g = _load_rows(grad, grad_rows, e, C, ok)
+    x = _load_rows(a, a_rows, e, C, ok)
+    y = _load_rows(b, b_rows, e, C, ok)
     act, slope = _activation(y, ACT)
-    at = row * gradient_stride + column
+    at = e // C * gradient_stride + e % C
     tl.store(da + at, (g * act).to(da.dtype.element_ty), mask=ok)
     tl.store(db + at, (g * x * slope).to(db.dtype.element_ty), mask=ok)
 

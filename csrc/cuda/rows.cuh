@@ -27,36 +27,36 @@ EFFVIT_DEVICE float exp_full(float x) { return expf(x); }
 
 constexpr int kThreads = 256;
 
-template <class F, class T>
+// The variant is looked up once a piece, which costs nothing beside memory, and one kernel compiles in the time of one.
+template <template <int> class F, class T>
 EFFVIT_KERNEL(kThreads, 4)
 rows_kernel(RowsData p, int64_t pieces, bool vec) {
-  constexpr int kVec = tile::kVec<T>;
+  constexpr int kVec = tile::kVec<T>, kInputs = F<0>::kInputs, kOutputs = F<0>::kOutputs;
   const int64_t per_row = ceil_div(p.columns, kVec);
   const int64_t step = static_cast<int64_t>(prim::cta_count()) * kThreads;
   EFFVIT_NO_UNROLL
   for (int64_t i = static_cast<int64_t>(prim::cta_id()) * kThreads + prim::thread_id(); i < pieces; i += step) {
     const int64_t row = i / per_row, column = (i - row * per_row) * kVec;
     const int n = static_cast<int>(p.columns - column < kVec ? p.columns - column : kVec);
-    float in[kVec][F::kInputs];
+    float in[kVec][kInputs], out[kVec][kOutputs];
     EFFVIT_UNROLL
-    for (int k = 0; k < F::kInputs; ++k) {
+    for (int k = 0; k < kInputs; ++k) {
       const tile::Piece<T> x =
           tile::load_piece(static_cast<const T*>(p.data[k]) + row_offset(p, k, row) + column, n, vec);
       EFFVIT_UNROLL
       for (int e = 0; e < kVec; ++e) in[e][k] = prim::to_float(x.v[e]);
     }
-    tile::Piece<T> y[F::kOutputs];
-    EFFVIT_UNROLL
-    for (int e = 0; e < kVec; ++e) {
-      float out[F::kOutputs];
-      F::apply(in[e], out);
+    dispatch_variant(p.variant, std::make_integer_sequence<int, kVariants>(), [&](auto variant) {
       EFFVIT_UNROLL
-      for (int k = 0; k < F::kOutputs; ++k) y[k].v[e] = prim::from_float<T>(out[k]);
-    }
+      for (int e = 0; e < kVec; ++e) F<decltype(variant)::value>::apply(in[e], out[e]);
+    });
     EFFVIT_UNROLL
-    for (int k = 0; k < F::kOutputs; ++k) {
-      const int t = F::kInputs + k;
-      tile::store_piece(static_cast<T*>(p.data[t]) + row_offset(p, t, row) + column, y[k], n, vec);
+    for (int k = 0; k < kOutputs; ++k) {
+      tile::Piece<T> y;
+      EFFVIT_UNROLL
+      for (int e = 0; e < kVec; ++e) y.v[e] = prim::from_float<T>(out[e][k]);
+      const int t = kInputs + k;
+      tile::store_piece(static_cast<T*>(p.data[t]) + row_offset(p, t, row) + column, y, n, vec);
     }
   }
 }
@@ -72,26 +72,23 @@ template <template <int> class F>
 cudaError_t launch_rows(const RowsData& p, cudaStream_t stream) {
   return dispatch_dtype<AllTypes>(p.dtype, [&](auto type) {
     using T = decltype(type);
-    cudaError_t error = static_cast<cudaError_t>(1);
-    dispatch_variant(p.variant, std::make_integer_sequence<int, kVariants>(), [&](auto variant) {
-      using Functor = F<decltype(variant)::value>;
-      constexpr int kTensors = Functor::kInputs + Functor::kOutputs;
-      const int64_t pieces = p.rows * ceil_div(p.columns, tile::kVec<T>);
-      bool vec = p.columns % tile::kVec<T> == 0 || p.rows == 1;
-      prim::GlobalRanges ranges;
-      for (int i = 0; i < kTensors; ++i) {
-        vec = vec && reinterpret_cast<uintptr_t>(p.data[i]) % 16 == 0;
-        for (int k = 0; k < p.dims; ++k) vec = vec && p.stride[i][k] % tile::kVec<T> == 0;
-        if (i < Functor::kInputs) {
-          ranges.read(p.data[i], span_bytes(p, i));
-        } else {
-          ranges.write(p.data[i], span_bytes(p, i));
-        }
+    constexpr int kInputs = F<0>::kInputs, kTensors = kInputs + F<0>::kOutputs;
+    const int64_t pieces = p.rows * ceil_div(p.columns, tile::kVec<T>);
+    bool vec = p.columns % tile::kVec<T> == 0 || p.rows == 1;
+    prim::GlobalRanges ranges;
+    for (int i = 0; i < kTensors; ++i) {
+      vec = vec && reinterpret_cast<uintptr_t>(p.data[i]) % 16 == 0;
+      for (int k = 0; k < p.dims; ++k) vec = vec && p.stride[i][k] % tile::kVec<T> == 0;
+      if (i < kInputs) {
+        ranges.read(p.data[i], span_bytes(p, i));
+      } else {
+        ranges.write(p.data[i], span_bytes(p, i));
       }
-      const int64_t most = 8 * prim::target_ctas(), ctas = ceil_div(pieces, kThreads);
-      error = EFFVIT_LAUNCH((rows_kernel<Functor, T>), ctas < most ? ctas : most, kThreads, 0, stream, p, pieces, vec);
-      ranges.finish();
-    });
+    }
+    const int64_t most = 8 * prim::target_ctas(), ctas = ceil_div(pieces, kThreads);
+    const cudaError_t error =
+        EFFVIT_LAUNCH((rows_kernel<F, T>), ctas < most ? ctas : most, kThreads, 0, stream, p, pieces, vec);
+    ranges.finish();
     return error;
   });
 }

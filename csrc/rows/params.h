@@ -17,7 +17,7 @@ struct RowsData {
   int64_t size[kMostDims] = {};
   int32_t dims = 0;
   int64_t rows = 0, columns = 0;
-  int32_t variant = 0;  // chosen at compile time in the kernels
+  int32_t variant = 0;  // a template argument of the functor
   DType dtype = DType::kFloat32;  // of every tensor
 };
 
@@ -27,7 +27,7 @@ struct RowsParams : RowsData {};
 
 // Calls f with the variant as a constant.
 template <int... kVariants, class F>
-inline void dispatch_variant(int variant, std::integer_sequence<int, kVariants...>, const F& f) {
+EFFVIT_HD void dispatch_variant(int variant, std::integer_sequence<int, kVariants...>, const F& f) {
   ((variant == kVariants ? f(std::integral_constant<int, kVariants>{}) : void()), ...);
 }
 
