@@ -460,27 +460,29 @@ class _Packing:
         return (whole, *(g[:0] for g in several[1:]), *gradients[len(self.names) :])
 
     def split(self, gradients: Sequence, tensors: Mapping) -> list:
-        whole, first, views = gradients[0].select(-2, 0), 0, []
-        for t in (tensors[n] for n in self.names):
-            width = t.shape[-2] * t.shape[-1]
-            views.append(whole.narrow(-1, first, width).view(t.shape))  # is_grads_batched has rules for these views
+        whole, first, views = gradients[0], 0, []
+        for shape in (tensors[n].shape for n in self.names):
+            width = shape[-2] * shape[-1]
+            views.append(whole.narrow(-1, first, width).view(shape))  # is_grads_batched has rules for these views
             first += width
         return [*views, *gradients[len(views) :]]
 
     def side_by_side(self, tensors: Mapping) -> bool:
         """Whether the tensors lie side by side in one; only where there are data pointers to tell by."""
-        several = [tensors[n] for n in self.names]
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
             return False
-        if any(type(t) not in (torch.Tensor, torch.nn.Parameter) or not t.numel() for t in several):
-            return False
-        first = several[0]
-        storage, address = first.untyped_storage().data_ptr(), first.data_ptr()
-        for t in several:
-            same = t.untyped_storage().data_ptr() == storage and t.data_ptr() == address
-            if not same or t.stride()[:-2] != first.stride()[:-2] or t.stride()[-2:] != (t.shape[-1], 1):
+        address = rows = None
+        for name in self.names:
+            t = tensors[name]
+            if type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
                 return False
-            address += t.shape[-2] * t.shape[-1] * t.element_size()
+            *outer, head, one = t.stride()
+            if rows is None:
+                address, rows, size = t.data_ptr(), outer, t.element_size()
+            (heads, width) = t.shape[-2:]
+            if one != 1 or head != width or outer != rows or t.data_ptr() != address or not address:
+                return False
+            address += heads * width * size
         return True
 
 
@@ -489,11 +491,17 @@ def _register_autograd(
 ) -> None:
     declaration = forward.declaration
     inputs, outputs = declaration.tensors, declaration.outputs
+    kept = [i for i, t in enumerate(outputs) if t.name in saves]
+    saved_names = [*(forward.names if saves_inputs else ()), *(outputs[i].name for i in kept)]
+    grad_names = [f"grad_{t.name}" for t in outputs]
+    own_dtype = [bool(t.dtype) for t in outputs]
+    floats = [t.is_float for t in inputs]
+    optional = {i: t.name for i, t in enumerate(inputs) if t.optional}
+    like = gradient.declaration.first.name
 
     def setup_context(ctx, inputs, output, keyword_only_inputs=None):
         results = output if isinstance(output, tuple) else (output,)
-        kept = [o for t, o in zip(outputs, results, strict=True) if t.name in saves]
-        ctx.save_for_backward(*(inputs if saves_inputs else ()), *kept)
+        ctx.save_for_backward(*(inputs if saves_inputs else ()), *(results[i] for i in kept))
         ctx.options = dict(keyword_only_inputs or {}) if saves_inputs else {}
         ctx.shape_of_first = results[0].shape
         ctx.empty = [o.numel() == 0 for o in results]
@@ -502,19 +510,15 @@ def _register_autograd(
     def backward(ctx, *grads):
         if all(g is None for g in grads):
             return (None,) * len(inputs)
-        saved = ctx.saved_tensors
-        count = len(saved) - len(saves)
-        tensors = dict(zip(forward.names, saved[:count], strict=False))
-        tensors |= dict(zip((t.name for t in outputs if t.name in saves), saved[count:], strict=True))
-        like = tensors[gradient.declaration.first.name]
-        for i, (t, g) in enumerate(zip(outputs, grads, strict=True)):
+        tensors = dict(zip(saved_names, ctx.saved_tensors, strict=True))
+        for i, g in enumerate(grads):
             if g is None:
-                g = like.new_zeros(ctx.shape_of_first) if i == 0 else None
+                g = tensors[like].new_zeros(ctx.shape_of_first) if i == 0 else None
             elif i > 0 and ctx.empty[i]:
                 g = None
-            elif not t.dtype and g.shape[-1] > 1 and g.stride(-1) != 1:
+            elif not own_dtype[i] and g.shape[-1] > 1 and g.stride(-1) != 1:
                 g = g.contiguous()
-            tensors[f"grad_{t.name}"] = g
+            tensors[grad_names[i]] = g
         options = ctx.options
         packed = packing is not None and packing.side_by_side(tensors)
         if packed:
@@ -522,10 +526,11 @@ def _register_autograd(
         results = gradient.overload(*(tensors.get(n) for n in gradient.names), **options)
         results = results if isinstance(results, (tuple, list)) else (results,)
         results = iter(packing.split(results, tensors) if packed else results)
-        found = [next(results) if t.is_float else None for t in inputs]
-        return tuple(
-            g if not t.optional or tensors[t.name] is not None else None for g, t in zip(found, inputs, strict=True)
-        )
+        found = [next(results) if is_float else None for is_float in floats]
+        for i, name in optional.items():
+            if tensors[name] is None:
+                found[i] = None
+        return tuple(found)
 
     def no_double_backward(ctx, *grads):
         instead = second_derivative or f"effvit.reference.{forward.name}, which is plain PyTorch"
