@@ -20,6 +20,7 @@ using Params = RowsParams<ops::EFFVIT_OP>;
 
 constexpr int64_t kUnit = 1 << 14;  // elements of a unit of work, about
 constexpr int64_t kPastCaches = 16 << 20;  // outputs of more bytes are written past them: nobody reads them there
+constexpr int64_t kLine = 64;  // not where rows share lines: halves of a line, written past the caches, cost much more
 
 // kLanes elements from `at` on, of which the first n exist.
 template <class T>
@@ -69,7 +70,12 @@ void row(const Params& p, int64_t index, int64_t begin, int64_t end, bool past_c
     }
   }
   for (; c + kLanes <= end; c += kLanes) at(c, kLanes, plain);
-  if (c < end) at(c, end - c, plain);
+  if (c == end) return;
+  if (end - begin >= kLanes) {
+    at(end - kLanes, kLanes, plain);  // some elements once more: results never overlap inputs
+  } else {
+    at(c, end - c, plain);
+  }
 }
 
 // Units: columns of one row where there is one, else rows.
@@ -85,7 +91,8 @@ template <template <int> class F>
 void run(const Params& p, float*, int64_t begin, int64_t end) {
   const int64_t unit = unit_of(p), all = p.rows == 1 ? p.columns : p.rows;
   const int64_t first = begin * unit, last = std::min(end * unit, all);
-  const bool past_caches = p.rows * p.columns * element_bytes(p.dtype) >= kPastCaches;
+  const int64_t row_bytes = p.columns * element_bytes(p.dtype);
+  const bool past_caches = p.rows * row_bytes >= kPastCaches && (p.rows == 1 || row_bytes % kLine == 0);
   dispatch_dtype(p.dtype, [&](auto type) {
     dispatch_variant(p.variant, std::make_integer_sequence<int, kVariants>(), [&](auto variant) {
       using T = decltype(type);
