@@ -38,25 +38,25 @@ rows_kernel(RowsData p, int64_t pieces, bool vec) {
   for (int64_t i = static_cast<int64_t>(prim::cta_id()) * kThreads + prim::thread_id(); i < pieces; i += step) {
     const int64_t row = i / per_row, column = (i - row * per_row) * kVec;
     const int n = static_cast<int>(p.columns - column < kVec ? p.columns - column : kVec);
-    float in[kVec][kInputs], out[kVec][kOutputs];
+    tile::Piece<T> x[kInputs], y[kOutputs];
     EFFVIT_UNROLL
-    for (int k = 0; k < kInputs; ++k) {
-      const tile::Piece<T> x =
-          tile::load_piece(static_cast<const T*>(p.data[k]) + row_offset(p, k, row) + column, n, vec);
-      EFFVIT_UNROLL
-      for (int e = 0; e < kVec; ++e) in[e][k] = prim::to_float(x.v[e]);
-    }
+    for (int k = 0; k < kInputs; ++k)
+      x[k] = tile::load_piece(static_cast<const T*>(p.data[k]) + row_offset(p, k, row) + column, n, vec);
     dispatch_variant(p.variant, std::make_integer_sequence<int, kVariants>(), [&](auto variant) {
       EFFVIT_UNROLL
-      for (int e = 0; e < kVec; ++e) F<decltype(variant)::value>::apply(in[e], out[e]);
+      for (int e = 0; e < kVec; ++e) {
+        float in[kInputs], out[kOutputs];
+        EFFVIT_UNROLL
+        for (int k = 0; k < kInputs; ++k) in[k] = prim::to_float(x[k].v[e]);
+        F<decltype(variant)::value>::apply(in, out);
+        EFFVIT_UNROLL
+        for (int k = 0; k < kOutputs; ++k) y[k].v[e] = prim::from_float<T>(out[k]);
+      }
     });
     EFFVIT_UNROLL
     for (int k = 0; k < kOutputs; ++k) {
-      tile::Piece<T> y;
-      EFFVIT_UNROLL
-      for (int e = 0; e < kVec; ++e) y.v[e] = prim::from_float<T>(out[e][k]);
       const int t = kInputs + k;
-      tile::store_piece(static_cast<T*>(p.data[t]) + row_offset(p, t, row) + column, y, n, vec);
+      tile::store_piece(static_cast<T*>(p.data[t]) + row_offset(p, t, row) + column, y[k], n, vec);
     }
   }
 }
