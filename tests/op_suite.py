@@ -13,6 +13,7 @@ import random_calls
 import torch
 import torch._dynamo.testing
 from framework_suite import FrameworkSuite
+from transform_suite import TransformSuite
 
 from effvit.testing import (
     FLOAT_DTYPES,
@@ -97,7 +98,7 @@ def _accuracy_cases(spec):
                     yield pytest.param(sample, dtype, backend, id=name, marks=group)
 
 
-class OpSuite(FrameworkSuite):
+class OpSuite(FrameworkSuite, TransformSuite):
     """The tests. ``spec`` is an effvit.testing.OpSpec."""
 
     spec = None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from . import _checks, _dispatcher
+from . import _checks, _dispatcher, _transforms
 from ._declaration import Declaration, Tensor, backward_of, declare, join, names_in, solve, split, value
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -266,10 +266,6 @@ def _as_contiguous(x: object) -> object:
     return x.new_empty(x.shape) if isinstance(x, torch.Tensor) and x.layout == torch.strided else x
 
 
-def _float(t):
-    return t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-
-
 # ---- the definition of an op ---------------------------------------------------------------------------------------
 
 
@@ -294,7 +290,7 @@ def op(
     shape_options: Sequence[str] = (),
     autocast: bool = True,
     flops: Callable | None = None,
-    second_derivative: str = "",
+    tangent: Callable | None = None,
 ) -> Op:
     """Define `effvit::<name>` and `effvit::<name>_backward`; returns the former.
 
@@ -303,7 +299,7 @@ def op(
         reference: the definition, ``(*tensors, **options)``, differentiable; gets float32 for half precision.
         backward: the definition of the backward op, ``(*its tensors, **options) -> gradients``; None: autograd's
             derivative of `reference`.
-        saves: names of the outputs that the backward op reads; None: the op has no gradient.
+        saves: names of the outputs that the backward op reads; None: no backward op, gradients are the definition's.
         saves_inputs: whether it reads the inputs and the options.
         limits: {"q.D": (low, high, "have a head dim between ...")} of the dims of main tensors.
         shape: what messages say of the first tensor's shape, instead of its dims.
@@ -319,7 +315,8 @@ def op(
         shape_options: options that change the shape of outputs.
         autocast: cast the tensors that have the first one's dtype.
         flops: ``(dims, options) -> (forward, backward)``, floating-point operations; a multiply-add counts 2.
-        second_derivative: what to differentiate for second derivatives, for the message.
+        tangent: forward mode by kernels, ``(op, primals, tangents, results, options) -> tangents of the results``;
+            None: by the definition.
     """
     forward_declaration = declare(name, tensors, options)
     common = {
@@ -331,7 +328,7 @@ def op(
         dims, values = forward.bind(args, kwargs)
         if forward.is_empty(dims):
             return fake(forward, *args, **values)
-        results = reference(*map(_float, forward.given(args).values()), **values)
+        results = reference(*map(_transforms.float_, forward.given(args).values()), **values)
         outs = results if isinstance(results, tuple) else (results,)
         like = forward.outputs(args, values, lambda t, size, dtype: dtype)
         return _returned(forward, _owned(args, outs, like))
@@ -341,14 +338,14 @@ def op(
     if saves is not None:
         declaration = backward_of(forward_declaration, tuple(saves.split()), saves_inputs, tuple(packs))
         if packs:
-            packing = _Packing([t for t in forward_declaration.tensors if t.name in packs])
+            packing = _transforms.Packing([t for t in forward_declaration.tensors if t.name in packs])
             common["derive"] = functools.partial(packing.derive, derive)
         if not saves_inputs:
             common |= {"derive": None, "check": None}
             common["limits"] = {
                 f"{saves}{k[len(forward_declaration.first.name) :]}": x for k, x in common["limits"].items()
             }
-        derivative = backward or functools.partial(_derivative, forward, reference)
+        derivative = backward or functools.partial(_transforms.derivative, forward, reference)
 
         def run_backward(*args, **kwargs):
             dims, values = gradient.bind(args, kwargs)
@@ -356,8 +353,8 @@ def op(
                 make = lambda t, size, dtype: args[0].new_zeros(size, dtype=dtype)
                 return _returned(gradient, gradient.outputs(args, values, make))
             packed = values.pop("packed", False)
-            results = derivative(*gradient.given(args).values(), **values)
-            results = results if isinstance(results, tuple) else (results,)
+            with _dispatcher.autograd_below_autograd():
+                results = _transforms.as_tuple(derivative(*gradient.given(args).values(), **values))
             if packed:
                 results = packing.join(results)
                 values["packed"] = True
@@ -367,13 +364,12 @@ def op(
 
         gradient = Op(declaration, run_backward, derivative, backward_of=name, **common)
         _define(gradient)
-        packing = packing if packs else None
-        _register_autograd(forward, gradient, saves.split(), saves_inputs, packing, second_derivative)
+        function = _transforms.recorder(forward, gradient, saves.split(), saves_inputs, packing if packs else None)
         # Its dtypes are those of the forward; products inside its reference stay in float32.
-        _dispatcher.register_autocast(gradient.name, lambda dtype, *tensors: tensors)
-        _register_vmap(gradient, batch.split(), alone)
-    _register_autocast(forward, autocast)
-    _register_vmap(forward, batch.split(), alone)
+        _register_transforms(gradient, _transforms.recorder_of_definition(gradient), None, batch, alone, False)
+    else:
+        function = _transforms.recorder_of_definition(forward)
+    _register_transforms(forward, function, tangent, batch, alone, autocast)
     if shards and torch.distributed.is_available():
         _register_sharding(forward, shards, batch.split(), alone, shape_options)
         if saves is not None:
@@ -405,186 +401,19 @@ def _define(o: Op) -> None:
     OPS[o.name] = o
 
 
-def _derivative(forward: Op, reference: Callable, *args, **options) -> tuple:
-    """Gradients of all float inputs: autograd's, of the reference in float32."""
-    gradients = dict(zip((f"grad_{t.name}" for t in forward.declaration.outputs), args, strict=False))
-    names = (*gradients, *(t.name for t in forward.declaration.tensors if not t.optional))
-    saved = len(args) - len(names) - sum(t.optional for t in forward.declaration.tensors)
-    required, optional = args[: len(names)], args[len(names) + saved :]
-    tensors = dict(zip(names, required, strict=True))
-    tensors |= dict(zip((t.name for t in forward.declaration.tensors if t.optional), optional, strict=True))
-    inputs = [tensors[n] for n in forward.names]
-    with _dispatcher.autograd_below_autograd():
-        leaves = [_float(t.detach()).requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs]
-        outputs = reference(*leaves, **options)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, gradients.values(), strict=True) if g is not None]
-        wanted = [t for t in leaves if t is not None and t.requires_grad]
-        found = iter(
-            torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-            if wanted and any(o.requires_grad for o, _ in pairs)
-            else [None] * len(wanted)
-        )
-    results = []
-    for t, x in zip(forward.declaration.tensors, inputs, strict=True):
-        if t.is_float:
-            g = next(found) if x is not None else None
-            results.append(
-                torch.zeros_like(x, memory_format=torch.contiguous_format) if x is not None and g is None else g
-            )
-    return tuple(results)
-
-
-# ---- autograd, autocast, vmap, sharding -----------------------------------------------------------------------------
-
-
-class _Packing:
-    """Gradients side by side in one tensor: see `packs` of :func:`op`."""
-
-    def __init__(self, tensors: Sequence[Tensor]):
-        self.tensors = tensors
-        self.names = [t.name for t in tensors]
-
-    def derive(self, derive, op, dims, options, tensors) -> None:
-        if derive is not None:
-            derive(op, dims, options, tensors)
-        *_, heads, width = self.tensors[0].dims
-        batch, packed = self.tensors[0].dims[0], options["packed"]
-        total = dims[heads] * sum(dims[t.dims[-1]] for t in self.tensors)
-        dims[f"{heads}'"], dims[f"{width}'"] = (1, total) if packed else (dims[heads], dims[width])
-        dims[f"{batch}'"] = 0 if packed else dims[batch]
-
-    def join(self, gradients: Sequence) -> tuple:
-        several = gradients[: len(self.names)]
-        whole = torch.cat([g.flatten(-2) for g in several], -1).unsqueeze(-2)
-        return (whole, *(g[:0] for g in several[1:]), *gradients[len(self.names) :])
-
-    def split(self, gradients: Sequence, tensors: Mapping) -> list:
-        whole, first, views = gradients[0], 0, []
-        for shape in (tensors[n].shape for n in self.names):
-            width = shape[-2] * shape[-1]
-            views.append(whole.narrow(-1, first, width).view(shape))  # is_grads_batched has rules for these views
-            first += width
-        return [*views, *gradients[len(views) :]]
-
-    def side_by_side(self, tensors: Mapping) -> bool:
-        """Whether the tensors lie side by side in one; only where there are data pointers to tell by."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-            return False
-        address = rows = None
-        for name in self.names:
-            t = tensors[name]
-            if type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
-                return False
-            *outer, head, one = t.stride()
-            if rows is None:
-                address, rows, size = t.data_ptr(), outer, t.element_size()
-            (heads, width) = t.shape[-2:]
-            if one != 1 or head != width or outer != rows or t.data_ptr() != address or not address:
-                return False
-            address += heads * width * size
-        return True
-
-
-def _register_autograd(
-    forward: Op, gradient: Op, saves: list, saves_inputs: bool, packing: _Packing | None, second_derivative: str
+def _register_transforms(
+    o: Op, function: type, tangent: Callable | None, batch: str, alone: str, autocast: bool
 ) -> None:
-    declaration = forward.declaration
-    inputs, outputs = declaration.tensors, declaration.outputs
-    kept = [i for i, t in enumerate(outputs) if t.name in saves]
-    saved_names = [*(forward.names if saves_inputs else ()), *(outputs[i].name for i in kept)]
-    grad_names = [f"grad_{t.name}" for t in outputs]
-    own_dtype = [bool(t.dtype) for t in outputs]
-    floats = [t.is_float for t in inputs]
-    optional = {i: t.name for i, t in enumerate(inputs) if t.optional}
-    like = gradient.declaration.first.name
-
-    def setup_context(ctx, inputs, output, keyword_only_inputs=None):
-        results = output if isinstance(output, tuple) else (output,)
-        ctx.save_for_backward(*(inputs if saves_inputs else ()), *(results[i] for i in kept))
-        ctx.options = dict(keyword_only_inputs or {}) if saves_inputs else {}
-        ctx.shape_of_first = results[0].shape
-        ctx.empty = [o.numel() == 0 for o in results]
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx, *grads):
-        if all(g is None for g in grads):
-            return (None,) * len(inputs)
-        tensors = dict(zip(saved_names, ctx.saved_tensors, strict=True))
-        for i, g in enumerate(grads):
-            if g is None:
-                g = tensors[like].new_zeros(ctx.shape_of_first) if i == 0 else None
-            elif i > 0 and ctx.empty[i]:
-                g = None
-            elif not own_dtype[i] and g.shape[-1] > 1 and g.stride(-1) != 1:
-                g = g.contiguous()
-            tensors[grad_names[i]] = g
-        options = ctx.options
-        packed = packing is not None and packing.side_by_side(tensors)
-        if packed:
-            options = {**options, "packed": True}
-        results = gradient.overload(*(tensors.get(n) for n in gradient.names), **options)
-        results = results if isinstance(results, (tuple, list)) else (results,)
-        results = iter(packing.split(results, tensors) if packed else results)
-        found = [next(results) if is_float else None for is_float in floats]
-        for i, name in optional.items():
-            if tensors[name] is None:
-                found[i] = None
-        return tuple(found)
-
-    def no_double_backward(ctx, *grads):
-        instead = second_derivative or f"effvit.reference.{forward.name}, which is plain PyTorch"
-        raise NotImplementedError(
-            f"effvit::{gradient.name} is not differentiable: for second derivatives differentiate {instead}"
-        )
-
-    library = _dispatcher.LIBRARY
-    torch.library.register_autograd(f"effvit::{forward.name}", backward, setup_context=setup_context, lib=library)
-    torch.library.register_autograd(f"effvit::{gradient.name}", no_double_backward, lib=library)
+    _dispatcher.register_transforms(
+        o.name,
+        function,
+        _transforms.forward_mode(o, tangent),
+        _transforms.vmap_rule(o, batch.split(), alone),
+        _transforms.autocast_rule(o, autocast),
+    )
 
 
-def _register_autocast(o: Op, enabled: bool) -> None:
-    """The tensors that share the first one's dtype run in the autocast dtype; the others are read in their own."""
-    cast = [enabled and not t.dtype for t in o.declaration.tensors]
-
-    def to(dtype, *tensors):
-        return tuple(
-            t.to(dtype) if c and t is not None and t.is_floating_point() else t
-            for t, c in zip(tensors, cast, strict=False)
-        )
-
-    _dispatcher.register_autocast(o.name, to)
-
-
-def _register_vmap(o: Op, batch: list, alone: str) -> None:
-    """Fold the mapped dim into the batch where every mapped tensor and every output has one in front, else loop."""
-    tensors, outputs = o.declaration.tensors, o.declaration.outputs
-    foldable = [t.dims[:1] != () and t.dims[0] in batch for t in tensors]
-    can_fold = all(t.dims[:1] != () and t.dims[0].rstrip("'") in batch for t in outputs)
-
-    def rule(info, in_dims, *args, **kwargs):
-        mapped = [d is not None and a is not None for d, a in zip(in_dims, args, strict=True)]
-        n = info.batch_size
-        together = alone and any(t.name == alone and a is not None for t, a in zip(tensors, args, strict=False))
-        if n > 0 and can_fold and not together and all(f or not m for f, m in zip(foldable, mapped, strict=False)):
-            moved = list(args)
-            for i, a in enumerate(args):
-                if foldable[i] and a is not None:
-                    a = a.movedim(in_dims[i], 0) if mapped[i] else a.expand(n, *a.shape)
-                    moved[i] = a.reshape(n * a.shape[1], *a.shape[2:])
-            outs = o.overload(*moved, **kwargs)
-            outs = outs if isinstance(outs, (tuple, list)) else (outs,)
-            outs = [x.reshape(n, x.shape[0] // n, *x.shape[1:]) for x in outs]
-        else:
-            rows = []
-            for j in range(n):
-                one = (a.select(d, j) if m else a for a, d, m in zip(args, in_dims, mapped, strict=True))
-                result = o.overload(*one, **kwargs)
-                rows.append(result if isinstance(result, (tuple, list)) else (result,))
-            outs = [torch.stack(column) for column in zip(*rows, strict=True)]
-        return (outs[0], 0) if len(outputs) == 1 else (tuple(outs), (0,) * len(outs))
-
-    torch.library.register_vmap(f"effvit::{o.name}", rule, lib=_dispatcher.LIBRARY)
+# ---- sharding --------------------------------------------------------------------------------------------------------
 
 
 def _register_sharding(o: Op, shards: Sequence[str], batch: list, alone: str, shape_options: Sequence[str]) -> None:

@@ -47,7 +47,7 @@ def glu(a: torch.Tensor, b: torch.Tensor | None = None, *, act: str = "sigmoid")
         act: "sigmoid" (GLU), "gelu" (GEGLU, the exact one), "silu" (SwiGLU), "relu" (ReGLU) or "tanh".
 
     Returns:
-        [..., C] in the dtype of a, contiguous; differentiable (once) in a and b. Computed in float32. Deterministic;
+        [..., C] in the dtype of a, contiguous; differentiable in a and b. Computed in float32. Deterministic;
         results do not depend on the number of threads. Under autocast a and b are cast.
 
     Raises:

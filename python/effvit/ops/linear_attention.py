@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ..reference.linear_attention import FEATURE_MAPS as _FEATURES
 from ..reference.linear_attention import linear_attention as _definition
 from ._checks import as_bool, given_together, has_readable_values, index_of, shape, value_error
 from ._op import op
+from ._transforms import float_
 
 FEATURE_MAPS = ("none", "relu", "elu1", "exp")  # the schema's ints are indices into these
 NORMALIZERS = ("none", "sum", "mean", "clamp")
@@ -65,6 +67,103 @@ def _flops(dims, options):
     return heads * K * V * (L + M), 2 * heads * K * V * (L + M)
 
 
+def _derivative_of(feature_map, x):
+    if feature_map == "relu":
+        return (x > 0).to(x.dtype)
+    if feature_map == "elu1":
+        return x.clamp(max=0).exp()
+    return x.exp() if feature_map == "exp" else torch.ones_like(x)
+
+
+def _tangent(op, primals, tangents, results, options):
+    """Forward mode by the op's own kernels: the product rule of out * d = scale * phi(q) S.
+
+    With features in the place of q and k, the tangent of phi(q) S is three calls without a normaliser, each with one
+    factor's tangent. d and its tangent are likewise, of values of one: a column beside v where q_den and k_den are not
+    given.
+    """
+    feature_map, normalize = FEATURE_MAPS[options["feature_map"]], NORMALIZERS[options["normalize"]]
+    p, t = ({n: None if x is None else float_(x) for n, x in given.items()} for given in (primals, tangents))
+    form = {"causal": options["causal"], "quadratic": options["quadratic"], "feature_map": 0, "normalize": 0}
+
+    def features(name, weight=None):
+        x, dx, dw = p[name], t[name], None if weight is None else t["weight"]
+        value = _FEATURES[feature_map](x)
+        moved = None if dx is None else _derivative_of(feature_map, x) * dx
+        if weight is not None:
+            moved = None if moved is None else weight[..., None] * moved
+            if dw is not None:
+                moved = dw[..., None] * value + (0 if moved is None else moved)
+            value = weight[..., None] * value
+        return value, moved
+
+    def attend(q, k, v, initial):
+        z = None if initial is None else initial.new_zeros(initial.shape[:-1])
+        return op.overload(q, k, v, None, None, None, p["cu_seqlens"], initial, z, **form)[:2]
+
+    def moved_by(q, k, v, dv, initial, moved_initial):
+        """Tangents of phi(q) S and of S."""
+        (q, dq), (k, dk), terms = q, k, []
+        if dq is not None:
+            terms.append((attend(dq, k, v, initial)[0], 0))
+        if dk is not None or moved_initial is not None:
+            terms.append(attend(q, torch.zeros_like(k) if dk is None else dk, v, moved_initial))
+        if dv is not None:
+            terms.append(attend(q, k, dv, None))
+        return sum(out for out, _ in terms), sum(state for _, state in terms)
+
+    def column(x):
+        return None if x is None else x[..., None]
+
+    q, k, v, dv = features("q"), features("k", p["weight"]), p["v"], t["v"]
+    ones, V = v.new_ones(*v.shape[:3], 1), v.shape[3]
+    states = p["initial_state"], t["initial_state"]
+    sums = column(p["initial_z"]), column(t["initial_z"])
+    if p["q_den"] is None and p["k_den"] is None and V < 256:
+        zeros = p["initial_state"] if p["initial_state"] is None else torch.zeros_like(p["initial_state"])
+        wide = [x if x is None else torch.cat([x, one], -1) for x, one in ((v, ones), (dv, torch.zeros_like(ones)))]
+        initial = [
+            None
+            if x is None and z is None
+            else torch.cat([zeros if x is None else x, zeros[..., :1] if z is None else z], -1)
+            for x, z in zip(states, sums, strict=True)
+        ]
+        out, state = moved_by(q, k, *wide, *initial)
+        (dnum, dden), (dstate, dz) = ((x, x) if type(x) is int else (x[..., :V], x[..., V:]) for x in (out, state))
+        q_den, k_den = q, k
+    else:
+        dnum, dstate = moved_by(q, k, v, dv, *states)
+        q_den = q if p["q_den"] is None else features("q_den")
+        k_den = k if p["k_den"] is None else features("k_den", p["weight"])
+        dden, dz = moved_by(q_den, k_den, ones, None, *sums)
+    dout = options["scale"] * dnum
+    if normalize != "none":
+        if normalize == "clamp":
+            dden = torch.where(attend(q_den[0], k_den[0], ones, sums[0])[0] < options["clamp_min"], 0, dden)
+        dout = (dout - results[0].float() * dden) * _one_over_denominator(op, p, options)
+    filled = (
+        torch.zeros_like(x) if type(dx) is int else dx.reshape(x.shape).to(x.dtype)
+        for x, dx in zip(results, (dout, dstate, dz), strict=True)
+    )  # fmt: skip
+    return tuple(filled)
+
+
+def _one_over_denominator(op, p, options):
+    """The op on values of 0, and a state whose product with phi(q) is 1."""
+    q, k, v = p["q"], p["k"], p["v"]
+    B, K = (q.shape[0] if p["cu_seqlens"] is None else p["cu_seqlens"].shape[0] - 1), q.shape[3]
+    unit = q.new_zeros(K)
+    unit[0] = 1.0
+    like_one = unit if FEATURE_MAPS[options["feature_map"]] in ("none", "relu") else q.new_zeros(K)
+    state = unit[:, None].expand(B, q.shape[2], K, 1)
+    z = q.new_zeros(B, q.shape[2], K) if p["initial_z"] is None else p["initial_z"]
+    q_den, k_den = (p[d] if p[d] is not None else p[n] for d, n in (("q_den", "q"), ("k_den", "k")))
+    return op.overload(
+        like_one.expand(q.shape), k, v.new_zeros(*v.shape[:3], 1), q_den, k_den, p["weight"], p["cu_seqlens"], state, z,
+        **{**options, "scale": 1.0, "quadratic": False},
+    )[0]  # fmt: skip
+
+
 OP = op(
     "linear_attention",
     """q: B L H K, k: B M H K, v: B M H V, q_den?: B L H K, k_den?: B M H K, weight?: B M H | float strided,
@@ -83,6 +182,7 @@ OP = op(
     shards=("B N", "H"),
     shape_options=("quadratic",),
     flops=_flops,
+    tangent=_tangent,
 )
 
 
@@ -159,7 +259,7 @@ def linear_attention(
 
     Returns:
         ``out`` [B, L, H, V] in the dtype of q; with ``return_state`` also ``state`` [N, H, K, V] and ``z`` [N, H, K],
-        float32. All are differentiable (once) in every tensor argument but cu_seqlens.
+        float32. All are differentiable in every tensor argument but cu_seqlens.
 
     L = 0 gives the state of the keys alone, M = 0 the output of a given state alone. Without ``return_state``,
     cu_seqlens and initial_state, where L*M*(K+V) <= K*V*(L+M), the scores of all pairs are formed instead of S: fewer

@@ -16,6 +16,11 @@ def _backward(grad_out, out):
     return -(vt @ grad_out.float() @ vt)
 
 
+def _tangent(op, primals, tangents, results, options):
+    v = results[0].float()
+    return ((-(v @ tangents["a"].float() @ v)).to(results[0].dtype),)
+
+
 def _flops(dims, options):
     """Two products a step; backward two."""
     product = 2 * dims["B"] * dims["H"] * dims["m"] ** 3
@@ -37,7 +42,7 @@ OP = op(
     shards=("B", "H"),
     autocast=False,  # an inverse keeps the dtype that it is given
     flops=_flops,
-    second_derivative="torch.linalg.inv",
+    tangent=_tangent,
 )
 
 
@@ -63,7 +68,7 @@ def newton_pinv(a: torch.Tensor, *, iterations: int = 20, ridge: float = 0.01, s
     Returns:
         [B, H, m, m] in the dtype of a, contiguous. Computed in float32 and rounded once.
 
-    Differentiable (once) in a by the derivative of the inverse, ``da = -V^T dV V^T``, from V alone: exact where the
+    Differentiable in a by the derivative of the inverse, ``da = -V^T dV V^T``, from V alone: exact where the
     iteration has converged; where it has not, it is the derivative at the inverse's approximation and not that of the
     steps. Deterministic; results do not depend on the number of threads. Autocast leaves it alone: it computes in the
     dtype that it is given.

@@ -54,7 +54,7 @@ def rbf_gram(q: torch.Tensor, k: torch.Tensor, *, gamma: float = 0.5) -> torch.T
         gamma: inverse squared width of the kernel, finite and positive.
 
     Returns:
-        [B, H, L, M] in the dtype of q, contiguous. Differentiable (once) in q and k; the backward reads the result.
+        [B, H, L, M] in the dtype of q, contiguous. Differentiable in q and k; the backward reads the result.
 
     The distance is computed in float32 as ``|q|^2 + |k|^2 - 2 q.k`` and cut at 0, so its error is that of the norms:
     tokens that lie far from the origin and close together should be centred first. Deterministic; results do not depend

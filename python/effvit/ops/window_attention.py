@@ -105,7 +105,7 @@ def window_attention(
 
     Returns:
         ``out`` [B, H, W, h, dv] in the dtype of q, and ``lse`` [B, h, H, W] float32, the natural log-sum-exp of each
-        query's logits. Both are differentiable (once) in every tensor argument.
+        query's logits. Both are differentiable in every tensor argument.
 
     Accumulates in float32. Deterministic; results do not depend on the number of threads. Under autocast q, k, v and
     the pads are cast, the table and the temperature are not.

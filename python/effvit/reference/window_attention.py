@@ -79,8 +79,7 @@ def window_attention(
     if logit_scale is None:
         qw = qw * (d**-0.5 if scale is None else scale)
     else:
-        qw = torch.nn.functional.normalize(qw, dim=-1, eps=1e-12)
-        kw_ = torch.nn.functional.normalize(kw_, dim=-1, eps=1e-12)
+        qw, kw_ = (x * x.square().sum(-1, keepdim=True).clamp(min=1e-24).rsqrt() for x in (qw, kw_))
         qw = qw * logit_scale.clamp(max=LOGIT_SCALE_MAX).exp().to(qw.dtype)[:, None]
     s = torch.einsum("bnihd,bnjhd->bnhij", qw, kw_)  # [B, nW, h, N, M]
 
