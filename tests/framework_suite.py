@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from effvit.testing import assert_bitwise_equal, assert_same_layout
+import effvit
+from effvit.ops._op import OPS
+from effvit.testing import assert_bitwise_equal, assert_same_layout, oracle_of
 from effvit.testing._oracle import random_output_grads
 from effvit.testing._spec import as_tuple, map_tensors, named_tensors, with_grad
 
@@ -256,34 +258,106 @@ class FrameworkSuite:
         sample = next(s for s in self.spec.tagged("framework") if min(s.build()[0][0].shape[d] for d in dims) > 1)
         assert self._check_compiled(sample, "inductor") == 1
 
+    def _exported(self, op, args, kwargs, symbolic=(0, 1, 2, 3)):
+        """(program of {name: tensor}, its symbolic dims)"""
+        spec, declared = self.spec, OPS[op.__name__.split(".")[0]]
+
+        class Module(torch.nn.Module):
+            def forward(self, tensors):
+                return op(*(tensors.get(n) for n in declared.names), **kwargs)
+
+        tensors = {n: t for n, t in declared.given(args).items() if t is not None}
+        shared, shapes = {}, {}
+        for name in tensors:
+            dims = [d for d in spec.dynamic_dims.get(name, ()) if d in symbolic and tensors[name].shape[d] > 1]
+            shapes[name] = {d: shared.setdefault(d, torch.export.Dim(f"dim{d}", min=2, max=4096)) for d in dims}
+        program = torch.export.export(Module(), (tensors,), dynamic_shapes=(shapes,), strict=False)
+        assert any(node.target is op.default for node in program.graph.nodes)
+        return program, tensors, set(shared)
+
+    def _of_both_sizes(self, args, kwargs, dynamic):
+        """The call, and the same call at another size of the symbolic dims."""
+        yield args
+        larger, _ = self.spec.resize(args, kwargs)
+        cut = []
+        for n, a, b in zip(self.spec.tensors, larger, args, strict=False):
+            for d in self.spec.dynamic_dims.get(n, ()) if a is not None else ():
+                a = a if d in dynamic else a.index_select(d, torch.arange(b.shape[d]) % a.shape[d])
+            cut.append(a)
+        yield tuple(cut)
+
     def test_export(self, framework_sample):
         spec = self.spec
         args, kwargs = framework_sample.build()
         args = map_tensors(lambda t: t.contiguous(), args)
-        larger, _ = spec.resize(args, kwargs)
-
-        class Module(torch.nn.Module):
-            def forward(self, tensors):
-                return spec.op()(*(tensors.get(n) for n in spec.tensors), **kwargs)
-
-        tensors = named_tensors(spec, args)
-        shared = {}
-        shapes = {}
-        for name in tensors:
-            dims = [d for d in spec.dynamic_dims.get(name, ()) if tensors[name].shape[d] > 1]
-            shapes[name] = {d: shared.setdefault(d, torch.export.Dim(f"dim{d}", min=2, max=4096)) for d in dims}
-        program = torch.export.export(Module(), (tensors,), dynamic_shapes=(shapes,), strict=False)
-        dynamic = {d for s in shapes.values() for d in s}
-        assert any(node.target is spec.op().default for node in program.graph.nodes)
-        for call_args in (args, larger):
-            call_args = tuple(
-                a[: b.shape[0]] if a is not None and n in spec.dynamic_dims and 0 not in dynamic else a
-                for n, a, b in zip(spec.tensors, call_args, args, strict=False)
-            )
+        program, _, dynamic = self._exported(spec.op(), args, kwargs)
+        for call_args in self._of_both_sizes(args, kwargs, dynamic):
             results = as_tuple(program.module()(named_tensors(spec, call_args)))
             expected = as_tuple(spec.op()(*call_args, **kwargs))
             for name, result, e in zip(spec.outputs, results, expected, strict=True):
                 assert_bitwise_equal(result, e, name=name)
+
+    def test_decompositions(self, framework_sample):
+        """Core ATen operators only, which compute the same, forward and backward, at every batch size."""
+        spec = self.spec
+        args, kwargs = framework_sample.build()
+        args = map_tensors(lambda t: t.contiguous(), args)
+        if any(not t.is_floating_point() for t in named_tensors(spec, args).values()):
+            pytest.skip("lengths that are data do not lower")
+
+        def lowered(program):
+            program = program.run_decompositions(effvit.decompositions())
+            calls = [n.target for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+            assert calls and all(c.namespace == "aten" for c in calls), {str(c) for c in calls}
+            return program.module()
+
+        program, _, dynamic = self._exported(spec.op(), args, kwargs, symbolic=(0,))
+        module = lowered(program)
+        for call_args in self._of_both_sizes(args, kwargs, dynamic):
+            oracle = oracle_of(spec, call_args, kwargs, None)
+            oracle.check_outputs(module(named_tensors(spec, call_args)))
+        if spec.backward_call is None:
+            return
+        with torch.no_grad():
+            outputs = as_tuple(spec.op()(*args, **kwargs))
+            grads = random_output_grads(spec, framework_sample, torch.float32, outputs)
+            bargs, bkwargs = spec.backward_call(args, kwargs, outputs, grads)
+            program, tensors, _ = self._exported(spec.backward_op(), bargs, bkwargs, symbolic=())
+            found = spec.split_gradients(lowered(program)(tensors), args, kwargs)
+        oracle_of(spec, args, kwargs, grads).check_gradients(found)
+
+    def test_jit_trace(self, framework_sample):
+        """A trace holds the operator; sizes, which are tensors while tracing, may be options."""
+        spec = self.spec
+        args, kwargs = framework_sample.build()
+        where = [i for i, a in enumerate(args) if a is not None]
+
+        def call(*tensors):
+            given = [None] * len(args)
+            for i, t in zip(where, tensors, strict=True):
+                given[i] = t
+            return as_tuple(spec.declared(*given, **kwargs))
+
+        traced = torch.jit.trace(call, tuple(args[i] for i in where), check_trace=False)
+        assert f"effvit::{spec.name}" in str(traced.graph)
+        larger, _ = spec.resize(args, kwargs)
+        for call_args in (args, larger):
+            expected = as_tuple(spec.op()(*call_args, **kwargs))
+            for name, t, e in zip(spec.outputs, traced(*(call_args[i] for i in where)), expected, strict=True):
+                assert_bitwise_equal(t, e, name=name)
+
+    def test_flop_counter(self, framework_sample):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        spec = self.spec
+        args, kwargs = framework_sample.build()
+        with FlopCounterMode(display=False) as forward:
+            outputs = as_tuple(spec.op()(*with_grad(args), **kwargs))
+        assert forward.get_total_flops() == spec.cost(args, kwargs).flops > 0
+        if spec.backward_call:
+            with FlopCounterMode(display=False) as backward:
+                torch.autograd.backward(outputs, tuple(torch.ones_like(o) for o in outputs))
+            assert backward.get_total_flops() == spec.cost(args, kwargs, backward=True).flops > 0
 
     def test_checkpoint(self, framework_sample):
         spec = self.spec

@@ -114,6 +114,27 @@ def sequence_parallel_compiled(mesh, name):
         assert_bitwise_equal(result, expected)
 
 
+def sequence_parallel_twice(mesh, name):
+    """A gradient penalty, summed over the ranks: second derivatives are those of one process."""
+    whole, options = tokens(), CASES[name]
+
+    def penalty_gradients(call, tensors, dtype=None):
+        leaves = [t.to(dtype).detach().requires_grad_() for t in tensors]
+        out = call(*leaves, **options)
+        grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    mine = [t.split(SPLITS[mesh.size()], 1)[mesh.get_rank()] for t in whole.values()]
+    found = penalty_gradients(effvit.distributed.sequence_parallel_linear_attention, mine)
+
+    def definition(q, k, v, **options):
+        return effvit.reference.linear_attention(q, k, v, **options)[0]
+
+    truth, plain = (penalty_gradients(definition, whole.values(), t) for t in (torch.float64, torch.float32))
+    for n, f, t, y in zip(whole, found, truth, plain, strict=True):
+        assert_close_to_truth(gathered(f), t, y, magnitude=t.abs().max().expand_as(t), name=f"gradient of {n}")
+
+
 def ranks_agree(mesh, name):
     """Every rank gets the same state, so the same queries give the same bits everywhere, again and again."""
     whole = tokens()
@@ -301,6 +322,7 @@ def run_ranks(ranks, store, *tests):
 
 
 EACH = [f"sequence_parallel:{name}" for name in CASES]
+TWICE = [f"sequence_parallel_twice:{name}" for name in ("sum", "causal")]
 HALF = [
     f"sequence_parallel_{dtype}:{name}"
     for dtype in ("bfloat16", "autocast")
@@ -311,7 +333,7 @@ HALF = [
 def test_sequence_parallel_on_two_ranks(tmp_path):
     """Forward and every gradient equal one process, uneven parts, one collective each way; compiled too."""
     compiled = [f"sequence_parallel_compiled:{name}" for name in ("sum", "causal")]
-    run_ranks(2, tmp_path / "store", *EACH, *HALF, *compiled)
+    run_ranks(2, tmp_path / "store", *EACH, *HALF, *compiled, *TWICE)
 
 
 def test_sequence_parallel_on_four_ranks(tmp_path):

@@ -2,13 +2,15 @@
 
 from . import _load, ops
 from ._explain import explain
+from ._export import decompositions, register_flop_formulas
 from .ops import *  # noqa: F403
 from .patch import patch, unpatch
 
 __version__ = "0.1.0"
-__all__ = ["explain", "ops", "patch", "unpatch"] + ops.__all__
+__all__ = ["decompositions", "explain", "ops", "patch", "unpatch"] + ops.__all__
 
 _load.load()
+register_flop_formulas()
 
 
 def __getattr__(name):

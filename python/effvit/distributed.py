@@ -18,28 +18,29 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        return collectives.wait_tensor(collectives.all_reduce(x, "sum", group))
+        return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
 
     @staticmethod
     def backward(ctx, grad):
-        return collectives.wait_tensor(collectives.all_reduce(grad.contiguous(), "sum", ctx.group)), None
+        return _Sum.apply(grad, ctx.group), None
 
 
 def _of_all_ranks(x, group):  # [ranks, *x.shape]
     return collectives.wait_tensor(collectives.all_gather_tensor(x[None].contiguous(), 0, group))
 
 
-class _SumOfRanksBefore(torch.autograd.Function):
-    """Sum over the lower ranks, in their order; its derivative is the sum over the higher ones."""
+class _SumOfOtherRanks(torch.autograd.Function):
+    """Sum over the lower ranks, in their order, or over the higher ones: each is the other's derivative."""
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _of_all_ranks(x, group)[: dist.get_rank(group)].sum(0)
+    def forward(ctx, x, group, lower):
+        ctx.group, ctx.lower = group, lower
+        every, rank = _of_all_ranks(x, group), dist.get_rank(group)
+        return (every[:rank] if lower else every[rank + 1 :]).sum(0)
 
     @staticmethod
     def backward(ctx, grad):
-        return _of_all_ranks(grad, ctx.group)[dist.get_rank(ctx.group) + 1 :].sum(0), None
+        return _SumOfOtherRanks.apply(grad, ctx.group, not ctx.lower), None, None
 
 
 def _process_group(op, group):
@@ -88,8 +89,8 @@ def sequence_parallel_linear_attention(
         causal: every query sees the keys of lower ranks and its own rank's up to its own. Not with "mean".
 
     Returns:
-        ``out`` [B, L, H, V] of this rank's queries, in the dtype of q; differentiable (once) in every tensor argument.
-        Gradients are those of the sum of all ranks' losses.
+        ``out`` [B, L, H, V] of this rank's queries, in the dtype of q; differentiable in every tensor argument by
+        autograd. Gradients are those of the sum of all ranks' losses.
 
     Works under autocast and torch.compile. Deterministic where the backend's all-reduce is.
 
@@ -118,7 +119,7 @@ def sequence_parallel_linear_attention(
     _, state, z = linear_attention(no_queries, k, v, None, k_den, weight, **options | {"causal": False})
     packed = torch.cat((state.flatten(1), z.flatten(1)), 1)  # [B, H*K*V + H*K]
     if causal:
-        before = _SumOfRanksBefore.apply(packed, group)
+        before = _SumOfOtherRanks.apply(packed, group, True)
     elif normalize == "mean":
         count = packed.new_full((B, 1), k.shape[1])
         before = _Sum.apply(torch.cat((packed, count), 1), group)

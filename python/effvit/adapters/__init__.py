@@ -21,6 +21,12 @@ class Fused:
 
     original: type
 
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            "effvit: torch.jit.script cannot compile a patched model, call effvit.unpatch(model) first, or use "
+            "torch.jit.trace, torch.export or torch.compile"
+        )
+
 
 class Adapter:
     """How one class of one library is replaced."""

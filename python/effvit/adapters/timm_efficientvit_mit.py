@@ -2,11 +2,13 @@
 
 import torch
 from timm.models import efficientvit_mit as timm_efficientvit
+from timm.models import register_notrace_module
 
 from ..layers.efficientvit import LiteMLAForward
 from . import Adapter, Fused
 
 
+@register_notrace_module
 class FusedLiteMLA(LiteMLAForward, Fused, timm_efficientvit.LiteMLA):
     """timm's LiteMLA without the concatenated q, k, v of all scales and their transposed copies."""
 

@@ -1,12 +1,14 @@
 """Swin v1 of timm: the block hands the whole map to the operator instead of rolling, padding and partitioning it."""
 
 import torch
+from timm.models import register_notrace_module
 from timm.models import swin_transformer as timm_swin
 
 from ..layers.window_attention import WindowAttentionForward
 from . import Adapter, Fused
 
 
+@register_notrace_module
 class FusedWindowAttention(WindowAttentionForward, Fused, timm_swin.WindowAttention):
     """timm's WindowAttention that also takes a map [B, H, W, C]."""
 

@@ -1,5 +1,6 @@
 """Drop-in modules built on effvit's operators: constructors and state_dict keys of timm or of the original code."""
 
+from .._when_imported import when_imported
 from .dualtoken import DualTokenAttention, PositionAwareTokenModule, TokenToMapAttention
 from .efficientvit import LiteMLA
 from .flatten import FocusedLinearAttention
@@ -43,3 +44,22 @@ __all__ = [
     "WindowAttention",
     "XNormAttention",
 ]
+
+
+def _refuse_script(self):
+    raise RuntimeError(
+        f"effvit::{type(self).__name__}: torch.jit.script cannot compile this layer, use torch.jit.trace, torch.export "
+        "or torch.compile"
+    )
+
+
+def _register(timm_models):
+    """torch.fx cannot trace through a layer: timm's feature extractors take it as a whole."""
+    for layer in _LAYERS:
+        timm_models.register_notrace_module(layer)
+
+
+_LAYERS = [x for x in map(globals().get, __all__) if isinstance(x, type) and x not in (LinearNorm, RepBN)]
+for _layer in _LAYERS:
+    _layer.__prepare_scriptable__ = _refuse_script
+when_imported("timm.models", _register)

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..ops._dispatcher import in_transform
+
 
 def _views(qkv, num_heads):
     return qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
@@ -52,15 +54,15 @@ class _SplitQKV(torch.autograd.Function):
 def split_qkv(qkv, num_heads):
     """qkv [B, H, W, 3*h*d] -> q, k, v, each a view [B, H, W, h, d].
 
-    Inside a compiler, an export, a functorch transform or a trace, and for tensor subclasses, these are plain views:
-    there the data pointers that the copy-free backward compares do not exist.
+    Inside a compiler, an export, a trace, torch.func or forward-mode AD, and for tensor subclasses, these are plain
+    views: there the data pointers that the copy-free backward compares do not exist.
     """
     if (
         torch.compiler.is_compiling()
         or not (torch.is_grad_enabled() and qkv.requires_grad)
         or type(qkv) not in (torch.Tensor, torch.nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
+        or in_transform()
     ):
         return _views(qkv, num_heads)
     return _SplitQKV.apply(qkv, num_heads)

@@ -142,8 +142,14 @@ def index_of(op: str, name: str, x: object, names: Sequence[str]) -> int:
     return names.index(x)
 
 
+def _traced(x: object) -> object:
+    return x.item() if isinstance(x, torch.Tensor) and x.dim() == 0 else x
+
+
 def as_option(op: str, option, x: object) -> object:
     """What an option of a declaration (ops/_declaration.py) takes -> the type that its schema names."""
+    if torch.jit.is_tracing():  # sizes are tensors there: what is computed from them becomes part of the trace
+        x = [_traced(i) for i in x] if isinstance(x, (tuple, list)) else _traced(x)
     if option.type == "bool":
         return as_bool(op, option.name, x)
     if option.type == "int":

@@ -16,6 +16,7 @@ from torch._functorch.utils import enable_single_level_autograd_function, unwrap
 from torch._functorch.vmap import unwrap_batched, wrap_batched
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.utils._python_dispatch import _disable_current_modes
 
 LIBRARY = torch.library.Library("effvit", "FRAGMENT")
 
@@ -37,10 +38,22 @@ def autograd_below_autograd():
         yield
 
 
+@contextlib.contextmanager
+def outside_of_every_trace():
+    """What runs inside is seen by no mode and no dispatcher in Python, and autograd records it."""
+    with _disable_current_modes(), torch._C._DisablePythonDispatcher(), autograd_below_autograd():
+        yield
+
+
 def without_autocast():
     """What runs inside computes in the dtypes that it is given."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
     return torch._C._ExcludeDispatchKeyGuard(keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA))
+
+
+def in_transform() -> bool:
+    """Whether a level of torch.func or of forward-mode AD is open."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def tangent_of(x: object) -> torch.Tensor | None:

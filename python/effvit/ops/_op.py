@@ -179,6 +179,9 @@ class Op:
         for name in self.pairs:
             if name in options:
                 options[name] = _as_list(options[name])
+        exporting = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if exporting and torch.onnx.is_in_onnx_export():  # ONNX has no operators of effvit's
+            return _returned(self, _transforms.compose(self, tensors, self.complete(options)))
         if torch.compiler.is_compiling():
             return self.overload(*tensors, **options)  # the fake kernel validates
         if not self._takes(options):
@@ -202,16 +205,19 @@ class Op:
         """`make(output, shape, dtype)` for every output; the gradient of an argument that is not given is empty."""
         dims, _ = self.bind(args, options)
         tensors = self.given(args)
-        first = tensors[self.declaration.first.name]
         made = []
         for t in self.declaration.outputs:
-            dtype = first.dtype if not t.dtype else torch.float32 if t.dtype == "float" else getattr(torch, t.dtype)
             source = tensors.get(t.name[1:]) if self.backward_of else None
             size = [0] if t.optional and source is None else join(t.dims, dims)
-            if source is not None:
-                dtype = source.dtype
-            made.append(make(t, size, dtype))
+            made.append(make(t, size, self.dtype_of(t, tensors)))
         return tuple(made)
+
+    def dtype_of(self, output: Tensor, tensors: Mapping) -> torch.dtype:
+        """That of the first tensor, unless declared; of a gradient, that of what it is the gradient of."""
+        source = tensors.get(output.name[1:]) if self.backward_of else None
+        if source is None and output.dtype:
+            return torch.float32 if output.dtype == "float" else getattr(torch, output.dtype)
+        return (tensors[self.declaration.first.name] if source is None else source).dtype
 
     def cost(self, args: Sequence, options: Mapping, backward: bool = False) -> Cost:
         """Every tensor given is read once, every output written once; `backward`: of the op that differentiates this

@@ -30,18 +30,21 @@ def as_declared(t: Tensor, x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def compose(o, args: Sequence, options: Mapping) -> tuple:
-    """The results of an op as its definition computes them, from differentiable PyTorch ops."""
-    args = [as_declared(t, x) for t, x in zip(o.declaration.tensors, args, strict=False)]
-    dims, values = o.bind(args, options)
-    if o.is_empty(dims):
-        return as_tuple(o.overload(*(t if t is None else t.detach() for t in args), **options))
-    values.pop("packed", None)
-    results = as_tuple(o.definition(*map(float_, o.given(args).values()), **values))
-    dtypes = o.outputs(args, values, lambda t, size, dtype: dtype)
+    """The results of an op as its definition computes them, from differentiable PyTorch ops; nothing is checked."""
+    tensors = o.given(args)
+    options = {name: x for name, x in options.items() if name != "packed"}
+    results = as_tuple(o.definition(*map(float_, tensors.values()), **options))
     empty = args[0].new_empty(0)
     return tuple(
-        empty if x is None else x.to(dtype).contiguous() for x, dtype in zip(results, dtypes, strict=True)
+        empty if x is None else x.to(o.dtype_of(t, tensors)).contiguous()
+        for t, x in zip(o.declaration.outputs, results, strict=True)
     )  # fmt: skip
+
+
+def is_empty(o, args: Sequence, options: Mapping) -> bool:
+    """Nothing to compute, which definitions need not bear: whatever the op returns has no derivative."""
+    args = [as_declared(t, x) for t, x in zip(o.declaration.tensors, args, strict=False)]
+    return o.is_empty(o.bind(args, options)[0])
 
 
 def derivative(forward, definition: Callable, *args, **options) -> tuple:
@@ -63,10 +66,19 @@ def derivative(forward, definition: Callable, *args, **options) -> tuple:
         results = as_tuple(definition(*(changed[n] for n in forward.names), **options))
         return tuple(results[i] for i in given)
 
-    results, pull = torch.func.vjp(outputs, *(float_(tensors[n]) for n in wanted))
-    cotangents = (g for g in gradients.values() if g is not None)
-    found = dict(zip(wanted, pull(tuple(g.to(r.dtype) for g, r in zip(cotangents, results, strict=True))), strict=True))
-    return tuple(found.get(t.name) for t in inputs if t.is_float)
+    floats = [float_(tensors[n]) for n in wanted]
+    cotangents = [g for g in gradients.values() if g is not None]
+    if _dispatcher.in_transform():
+        results, pull = torch.func.vjp(outputs, *floats)
+        found = pull(tuple(g.to(r.dtype) for g, r in zip(cotangents, results, strict=True)))
+    else:  # in a kernel, or in a graph that is being traced, which has no levels of torch.func
+        leaves = [t.detach().requires_grad_() for t in floats]
+        results = [(r, g.to(r.dtype)) for r, g in zip(outputs(*leaves), cotangents, strict=True) if r.requires_grad]
+        found = torch.autograd.grad(
+            [r for r, _ in results], leaves, [g for _, g in results], allow_unused=True, materialize_grads=True
+        )
+    named = dict(zip(wanted, found, strict=True))
+    return tuple(named.get(t.name) for t in inputs if t.is_float)
 
 
 # ---- reverse mode --------------------------------------------------------------------------------------------------
@@ -196,10 +208,10 @@ def recorder_of_definition(o) -> type:
                 args = list(tensors)
                 for i, t in zip(wanted, changed, strict=True):
                     args[i] = t
-                composed = compose(o, args, ctx.options)
+                composed = compose(o, args, o.complete(ctx.options))
                 return tuple(composed[i] for i in given)
 
-            if given:
+            if given and not is_empty(o, tensors, ctx.options):
                 with _dispatcher.without_autocast():
                     _, pull = torch.func.vjp(results, *(tensors[i] for i in wanted))
                     gradients = pull(tuple(grads[i] for i in given))
@@ -224,8 +236,10 @@ def forward_mode(o, tangent: Callable | None) -> Callable:
     def rule(args, options):
         primals = tuple(map(_dispatcher.primal_of, args))
         results = as_tuple(o.overload(*primals, **options))
-        if tangent is None:
-            tangents = map(_dispatcher.tangent_of, compose(o, args, options))
+        if is_empty(o, primals, options):
+            tangents = (None,) * len(results)
+        elif tangent is None:
+            tangents = map(_dispatcher.tangent_of, compose(o, args, o.complete(options)))
         else:
             moved = {name: _dispatcher.tangent_of(t) for name, t in o.given(args).items()}
             tangents = tangent(o, o.given(primals), moved, results, o.complete(options))

@@ -189,8 +189,11 @@ OP = op(
 def prefers_quadratic(L: int, M: int, K: int, V: int) -> bool:
     """Whether the scores of all pairs cost no more than the state: L*M*(K+V) <= K*V*(L+M), SLAB's rule.
 
-    Both forms compute the same numbers. Sizes that are symbolic (dynamic shapes under torch.compile) count as large.
+    Both forms compute the same numbers. Sizes that are symbolic (dynamic shapes under torch.compile, torch.jit.trace)
+    count as large.
     """
+    if torch.jit.is_tracing():
+        return False
     quadratic = L * M * (K + V) <= K * V * (L + M)
     if type(quadratic) is bool and not torch.compiler.is_compiling():
         return quadratic

@@ -22,6 +22,10 @@ class _Inverse(torch.autograd.Function):
         (v,) = ctx.saved_tensors
         return -(v.mT @ grad @ v.mT), None
 
+
+class _InverseWithTangent(_Inverse):
+    """Apart, because torch.compile takes no function that has a jvp."""
+
     @staticmethod
     def jvp(ctx, tangent, _):
         (v,) = ctx.saved_tensors
@@ -43,4 +47,5 @@ def newton_pinv(a: torch.Tensor, *, iterations: int = 20, ridge: float = 0.01, s
         v = alpha * fixed
         for _ in range(iterations):
             v = 2 * v - (v @ fixed) @ v
-    return _Inverse.apply(p, v).to(a.dtype)
+    inverse = _Inverse if torch.compiler.is_compiling() else _InverseWithTangent
+    return inverse.apply(p, v).to(a.dtype)

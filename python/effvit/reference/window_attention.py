@@ -22,7 +22,7 @@ def axis_layout(size, window, shift, dilation, halo, roll_before_pad):
     [windows, window + 2*halo]. A position is an index into the map, or -1 for a token outside of it.
     """
     extent = window * dilation
-    padded = -(-size // extent) * extent
+    padded = (size + extent - 1) // extent * extent
 
     def position(i):
         outside = (i < 0) | (i >= padded)
@@ -71,7 +71,7 @@ def window_attention(
     q_lab, k_lab = (label(layouts[0][i], layouts[1][i]) for i in (2, 3))
 
     def gather(x, pos, pad):  # [B, H, W, h, e] -> [B, nW, tokens, h, e]
-        rows = x.reshape(B, H * W, h, x.shape[-1])[:, pos.clamp(min=0)]
+        rows = x.reshape(B, H * W, h, x.shape[-1]).index_select(1, pos.clamp(min=0).flatten()).unflatten(1, pos.shape)
         pad = rows.new_zeros(()) if pad is None else pad.to(rows.dtype)
         return torch.where((pos < 0)[None, :, :, None, None], pad, rows)
 
@@ -88,7 +88,8 @@ def window_attention(
         ky, kx = torch.arange(-hh, wh + hh).repeat_interleave(kw), torch.arange(-hw, ww + hw).repeat(kh)
         iy = (qy[:, None] - ky[None, :] + wh - 1 + hh).to(dev)
         ix = (qx[:, None] - kx[None, :] + ww - 1 + hw).to(dev)
-        s = s + bias_table[:, iy, ix].to(s.dtype)
+        index = iy * bias_table.shape[2] + ix
+        s = s + bias_table.flatten(1).index_select(1, index.flatten()).unflatten(1, index.shape).to(s.dtype)
     s = s + (q_lab[:, :, None] != k_lab[:, None, :])[None, :, None].to(s.dtype) * mask_value
     if pad_k is None:
         s = s.masked_fill((k_pos < 0)[None, :, None, None, :], -math.inf)
@@ -96,9 +97,9 @@ def window_attention(
     lse = torch.logsumexp(s, dim=-1)  # [B, nW, h, N]
     o = torch.einsum("bnhij,bnjhd->bnihd", torch.softmax(s, dim=-1), vw)
 
-    real = q_pos.reshape(-1) >= 0  # every map position is a query exactly once
-    where = torch.empty(H * W, dtype=torch.long, device=dev)
-    where[q_pos.reshape(-1)[real]] = torch.arange(q_pos.numel(), device=dev)[real]
-    out = o.reshape(B, -1, h, dv)[:, where].reshape(B, H, W, h, dv)
-    lse = lse.transpose(2, 3).reshape(B, -1, h)[:, where].permute(0, 2, 1).reshape(B, h, H, W)
+    q_pos = q_pos.reshape(-1)  # every map position is a query exactly once
+    where = torch.zeros(H * W + 1, dtype=torch.long, device=dev)
+    where = where.scatter(0, torch.where(q_pos < 0, H * W, q_pos), torch.arange(q_pos.numel(), device=dev))[:-1]
+    out = o.reshape(B, -1, h, dv).index_select(1, where).reshape(B, H, W, h, dv)
+    lse = lse.transpose(2, 3).reshape(B, -1, h).index_select(1, where).permute(0, 2, 1).reshape(B, h, H, W)
     return out, lse
