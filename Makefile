@@ -91,4 +91,4 @@ spills: build-all  ## rewrite the committed record of registers and spills of th
 	$(PYTHON) tests/test_cuda_build.py
 
 clean:  ## remove what was built (not .venv)
-	rm -rf build dist python/effvit/lib python/effvit/_C.*.so *.egg-info python/*.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist python/effvit/lib *.egg-info python/*.egg-info .pytest_cache .ruff_cache

@@ -1,6 +1,7 @@
 """Builds the native libraries with CMake and places them in the package; metadata is in pyproject.toml.
 
 EFFVIT_NO_NATIVE=1: pure Python. EFFVIT_NO_CUDA=1: no CUDA library. EFFVIT_CMAKE_ARGS: more configure arguments.
+What is built is for this machine; for others: EFFVIT_CMAKE_ARGS="-DEFFVIT_ISAS=real -DEFFVIT_CUDA_ARCHS=all".
 Without a compiler, CMake or torch the package is pure Python (Triton and reference kernels) and the summary says so.
 """
 
@@ -14,11 +15,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-NATIVE = ("effvit_cpu", "effvit_cuda", "_C")
+NATIVE = ("effvit_cpu", "effvit_cuda")
 
 
 def find_torch():
@@ -46,28 +48,54 @@ def find_compiler():
     return next(filter(None, map(shutil.which, [os.environ.get("CXX") or "c++", "g++", "clang++"])), None)
 
 
+def is_set(variable):
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+def obstacle():
+    """Why nothing native can be built; None if it can."""
+    if is_set("EFFVIT_NO_NATIVE"):
+        return "EFFVIT_NO_NATIVE is set"
+    if find_compiler() is None:
+        return "no C++ compiler was found"
+    if find_torch() is None:
+        return "torch >= 2.11 is not installed; install it first, then install effvit again"
+    if find_program("cmake") is None:
+        return "cmake was not found (pip install cmake)"
+    return None
+
+
+class CMakeDistribution(Distribution):
+    def has_ext_modules(self):  # so that build_ext runs, and builds for this platform are kept apart
+        return True
+
+
+class Wheel(bdist_wheel):
+    """For every Python: the libraries are loaded with dlopen and do not touch Python's ABI."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = obstacle() is not None
+
+    def get_tag(self):
+        return ("py3", "none", super().get_tag()[2])
+
+
 class CMakeBuild(build_ext):
     def run(self):
         package = ROOT / "python" / "effvit" if self.inplace else Path(self.build_lib).resolve() / "effvit"
         build = ROOT / "build" / "cmake" if self.inplace else Path(self.build_temp).resolve() / "cmake"
-        cmake, ninja, compiler, torch = find_program("cmake"), find_program("ninja"), find_compiler(), find_torch()
-        missing = None
-        if os.environ.get("EFFVIT_NO_NATIVE", "0") not in ("", "0"):
-            missing = "EFFVIT_NO_NATIVE is set"
-        elif compiler is None:
-            missing = "no C++ compiler was found"
-        elif torch is None:
-            missing = "torch >= 2.11 is not installed; install it first, then install effvit again"
-        elif cmake is None:
-            missing = "cmake was not found (pip install cmake)"
+        missing = obstacle()
         if missing:
             status = dict.fromkeys(NATIVE, f"not built: {missing}")
         else:
-            configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
-            configure += [f"-DEFFVIT_TORCH_DIR={torch}", f"-DEFFVIT_PACKAGE_DIR={package}"]
+            cmake, ninja = find_program("cmake"), find_program("ninja")
+            if not self.inplace:  # options of an earlier build must not stay
+                (build / "CMakeCache.txt").unlink(missing_ok=True)
+            configure = [cmake, "-S", str(ROOT), "-B", str(build)]
+            configure += [f"-DEFFVIT_TORCH_DIR={find_torch()}", f"-DEFFVIT_PACKAGE_DIR={package}"]
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-            no_cuda = os.environ.get("EFFVIT_NO_CUDA", "0") not in ("", "0")
-            configure += [f"-DEFFVIT_BUILD_CUDA={'OFF' if no_cuda else 'ON'}"]
+            configure += [f"-DEFFVIT_BUILD_CUDA={'OFF' if is_set('EFFVIT_NO_CUDA') else 'AUTO'}"]
             configure += shlex.split(os.environ.get("EFFVIT_CMAKE_ARGS", ""))
             make = [cmake, "--build", str(build), "--parallel", str(self.parallel or os.cpu_count())]
             for command in (configure, make + (["--", "-k", "0"] if ninja else [])):
@@ -87,8 +115,7 @@ class CMakeBuild(build_ext):
         (package / "lib").mkdir(parents=True, exist_ok=True)
         for name, how in status.items():
             if how.startswith("not built") and "build failed" not in how:
-                suffix = sysconfig.get_config_var("EXT_SUFFIX")
-                (package / f"_C{suffix}" if name == "_C" else package / "lib" / f"lib{name}.so").unlink(missing_ok=True)
+                (package / "lib" / f"lib{name}.so").unlink(missing_ok=True)
         (package / "lib" / "build.json").write_text(json.dumps(status, indent=1) + "\n")
 
     def get_outputs(self):
@@ -100,6 +127,6 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=[*find_packages("python"), "effvit.triton_kernels"],
-    ext_modules=[Extension("effvit._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    distclass=CMakeDistribution,
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

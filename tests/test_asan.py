@@ -56,7 +56,7 @@ def environment():
     """Environment of a process that loads the sanitized library, which is built here."""
     configure = [
         "cmake", "-S", ROOT, "-B", BUILD, f"-DPython_EXECUTABLE={sys.executable}", f"-DEFFVIT_SANITIZE={SANITIZERS}",
-        f"-DEFFVIT_PACKAGE_DIR={BUILD}/package", "-DEFFVIT_BUILD_CUDA=OFF", "-DEFFVIT_BUILD_PYBIND=OFF",
+        f"-DEFFVIT_PACKAGE_DIR={BUILD}/package", "-DEFFVIT_BUILD_CUDA=OFF",
         "-DEFFVIT_ISAS=all", *(["-G", "Ninja"] if shutil.which("ninja") else []),
     ]  # fmt: skip
     for command in (configure, ["cmake", "--build", BUILD, "--parallel", str(os.cpu_count())]):

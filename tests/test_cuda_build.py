@@ -63,7 +63,7 @@ def test_cuda_library_is_built():
     assert logs("effvit_cuda")
 
 
-@pytest.mark.parametrize("target", ["effvit_cpu", "effvit_cuda", "effvit_emu", "effvit_C"])
+@pytest.mark.parametrize("target", ["effvit_cpu", "effvit_cuda", "effvit_emu"])
 def test_no_warnings(target):
     messages = logs(target)
     if not messages:

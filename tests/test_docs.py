@@ -78,7 +78,7 @@ def libraries(tree):
     if cmake is None or ninja is None or shutil.which("c++") is None:
         pytest.skip("needs cmake, ninja and a C++ compiler")
     options = {"Python_EXECUTABLE": sys.executable, "CMAKE_MAKE_PROGRAM": ninja, "EFFVIT_ISAS": "native"}
-    options |= {"EFFVIT_BUILD_EMU": "ON", "EFFVIT_BUILD_CUDA": "OFF", "EFFVIT_BUILD_PYBIND": "OFF"}
+    options |= {"EFFVIT_BUILD_EMU": "ON", "EFFVIT_BUILD_CUDA": "OFF"}
     # -O1: what is tested is small, and compiled twice as fast.
     options |= {"CMAKE_CXX_FLAGS_RELEASE": "-O1 -Werror"}
     build = tree / "build"

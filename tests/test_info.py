@@ -1,8 +1,10 @@
 """`python -m effvit info`, effvit.explain, and the choice of an implementation, with and without libraries."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import effvit
 from effvit import _backends, _load
 from effvit.ops._op import OPS
 from effvit.testing.window_attention import SPEC
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(code_or_module, **env):
@@ -105,6 +109,7 @@ assert torch._C._dispatch_has_kernel_for_dispatch_key("effvit::window_attention_
         ("13.0", (12040, [(8, 0)]), "the NVIDIA driver is for CUDA 12.4, the library was built with CUDA 13"),
         ("13.0", (13000, [(9, 0), (7, 5)]), "needs compute capability 8.0 of every GPU, found 9.0, 7.5"),
         ("13.0", (13000, [(8, 6)]), ""),
+        ("13.0", (13000, [(8, 9), (9, 0)]), "the library was built for sm_80, a GPU is sm_90"),
         ("13.0", None, ""),
     ],
 )
@@ -139,24 +144,42 @@ def test_forced_isa():
         assert f"ISA           {name} of {_backends.isas()[0]}" in info(EFFVIT_ISA=name)
 
 
-def test_cpu_features_agree_with_the_system():
-    from_module = set(_backends.cpu_features())
-    with open("/proc/cpuinfo") as file:
-        flags = next((set(line.split(":")[1].split()) for line in file if line.startswith("flags")), None)
-    if flags is None:
-        pytest.skip("/proc/cpuinfo names no flags")
-    known = ("avx2", "f16c", "avx512f", "avx512bw", "avx512vl", "amx_tile", "amx_bf16")
-    assert from_module & set(known) == flags & set(known)
+@pytest.mark.parametrize(
+    "status, runs",
+    [
+        ("nvcc 13.0.88, sm_80", [(8, 0), (8, 6), (8, 9)]),
+        ("nvcc 13.0.88, sm_90a", [(9, 0)]),
+        ("nvcc 13.0.88, sm_86, sm_90a", [(8, 6), (8, 9), (9, 0)]),
+        ("nvcc 13.0.88, sm_80 and compute_90 PTX", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
+    ],
+)
+def test_machine_code_runs_on(monkeypatch, status, runs):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_load, "build_status", lambda name: status)
+    found = []
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
+        monkeypatch.setattr(_load, "nvidia_driver", lambda capability=capability: (13000, [capability]))
+        found += [] if _load._cuda_obstacle()[0] else [capability]
+    assert found == runs
 
 
-def test_timing_helpers():
-    _C = pytest.importorskip("effvit._C", reason="optional module, not built")
-    calls = []
-    seconds = _C.time_calls(lambda: calls.append(1), repeats=3, inner=4, warmup=2)
-    assert len(calls) == 2 + 3 * 4 and len(seconds) == 3 and all(s > 0 for s in seconds)
-    assert _C.copy_bandwidth(1 << 22, 3) > 1e8
-    with pytest.raises(ValueError):
-        _C.time_calls(lambda: None, repeats=0)
+def test_cpu_features_agree_with_the_library():
+    """Linux names them in one way, the library asks the CPU."""
+    table = (ROOT / "csrc/cpu/isa/isas.h").read_text()
+    groups = dict(re.findall(r"^// target (\w+): (.*)$", table, re.M))
+    real = dict(re.findall(r'^EFFVIT_ISA\((\w+), .*, -, "(.*)", ".*"\)$', table, re.M))
+    features = {name.replace("_", "") for name in _backends.cpu_features()}
+    usable = [isa for isa in _backends.isas() if real.get(isa)]
+    if not usable:
+        pytest.skip("no instruction set of the CPU library is in use")
+    for isa in usable:
+        names = ",".join(groups[group] for group in real[isa].split())
+        assert {name.replace("-", "") for name in names.split(",")} <= features
+
+
+def test_amx_permission():
+    assert "amx" not in _backends.isas() or _backends.amx_permission()  # asking what is usable asks for it
+    assert "amx_tile" in _backends.cpu_features() or not _backends.amx_permission()
 
 
 # ---- explain -------------------------------------------------------------------------------------------------------

@@ -265,8 +265,8 @@ void register_op(torch::stable::detail::StableLibrary& library) {
 
 }  // namespace effvit
 
-// Registers both directions of an operator for this library's device.
-#define EFFVIT_REGISTER(op, Backend)                                    \
+// Registers both directions of an operator for this library's device, if this machine can run them.
+#define EFFVIT_REGISTER(op, Backend, runs_here)                         \
   STABLE_TORCH_LIBRARY_IMPL(EFFVIT_NAMESPACE, EFFVIT_DISPATCH_KEY, m) { \
-    effvit::register_op<effvit::ops::op, Backend>(m);                   \
+    if (runs_here) effvit::register_op<effvit::ops::op, Backend>(m);    \
   }

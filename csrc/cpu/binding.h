@@ -14,8 +14,6 @@ struct Backend {
   static void run(Binding& binding, bool backward) {
     const auto p = Op::params(binding.call);
     const auto* kernel = cpu::kernel<std::decay_t<decltype(p)>>();
-    check(kernel != nullptr, binding.call.op(), "the CPU library was built for ", built_isas(),
-          ", none of which this machine has: build it here");
     const auto& routine = backward ? kernel->backward : kernel->forward;
     float* const workspace = binding.workspace(routine.floats(p));
     for (const auto& step : routine) {
@@ -26,4 +24,4 @@ struct Backend {
 
 }  // namespace effvit::cpu
 
-#define EFFVIT_CPU_OP(op) EFFVIT_REGISTER(op, effvit::cpu::Backend)
+#define EFFVIT_CPU_OP(op) EFFVIT_REGISTER(op, effvit::cpu::Backend, effvit::cpu::runs_here())

@@ -42,8 +42,7 @@ struct Kernel {
 template <class Params>
 inline const Kernel<Params>* kernels[kIsaCount] = {};
 
-// The current instruction set's kernel, or its base's where the op was not compiled for the former. Null only where the
-// library has no instruction set that this machine has.
+// The current instruction set's kernel, or its base's where the op was not compiled for the former.
 template <class Params>
 const Kernel<Params>* kernel() {
   return select(kernels<Params>);

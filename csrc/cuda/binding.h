@@ -35,4 +35,4 @@ inline void check_launch(const Call& call, cudaError_t error) {
     }                                                                                                           \
   };                                                                                                            \
   }                                                                                                             \
-  EFFVIT_REGISTER(op, op##_backend)
+  EFFVIT_REGISTER(op, op##_backend, true)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import platform
 
 import torch
 
@@ -65,21 +66,22 @@ def _cpu_library() -> ctypes.CDLL | None:
     return _load.load()["effvit_cpu"].handle
 
 
-def _string(symbol) -> str:
-    symbol.restype = ctypes.c_char_p
-    return symbol().decode()
-
-
 def isas() -> list[str]:
     """Instruction sets that the CPU library can use on this machine, best last; empty without the library."""
     library = _cpu_library()
-    return _string(library.effvit_cpu_available_isas).split(",") if library else []
+    return _load.text(library, "effvit_cpu_available_isas").split(",") if library else []
+
+
+def built_isas() -> list[str]:
+    """Instruction sets that the CPU library was compiled for; empty without the library."""
+    library = _cpu_library()
+    return _load.text(library, "effvit_cpu_built_isas").split(",") if library else []
 
 
 def isa() -> str | None:
     """The instruction set in use, or None without the CPU library."""
     library = _cpu_library()
-    return _string(library.effvit_cpu_isa) if library else None
+    return _load.text(library, "effvit_cpu_isa") if library else None
 
 
 def set_isa(name: str) -> None:
@@ -91,48 +93,39 @@ def set_isa(name: str) -> None:
         raise ValueError(f"effvit: isa must be one of {', '.join(isas())}, got {name}")
 
 
-# ---- CPU features --------------------------------------------------------------------------------------------------
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first processor; "" where it says nothing."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.split(":", 1)[1].strip() for line in file if line.split(":")[0].strip() == field), "")
+    except OSError:
+        return ""
 
 
 def cpu_features() -> list[str]:
-    """Usable instruction sets: from effvit._C, or from /proc/cpuinfo where that module was not built."""
+    """Instruction sets that kernels can make use of: the CPU has them, and the system saves their registers."""
     wanted = (
         "avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
         "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8",
     )  # fmt: skip
-    try:
-        from . import _C
-
-        return [name for name in wanted if _C.cpu_features().get(name)]
-    except ImportError:
-        pass
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line.split(":", 1)[1].split() for line in file if line.startswith("flags")), [])
-    except OSError:
-        flags = []
+    flags = _cpuinfo("flags").split()
     return [name for name in wanted if name in flags]
 
 
-def amx_permission() -> bool | None:
-    """Whether this process may use AMX tiles (the kernels ask at their first use); None where that cannot be told."""
-    try:
-        from . import _C
-    except ImportError:
-        return None
-    return _C.amx_permission()
+def amx_permission() -> bool:
+    """Whether this process may use AMX tiles, on x86-64 Linux; the kernels ask for it at their first use."""
+    arch_prctl, get_xcomp_perm, tile_data = 158, 0x1022, 1 << 18
+    mask = ctypes.c_uint64()
+    failed = ctypes.CDLL(None).syscall(
+        ctypes.c_long(arch_prctl), ctypes.c_long(get_xcomp_perm), ctypes.byref(mask)
+    )  # fmt: skip
+    return not failed and bool(mask.value & tile_data)
 
 
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        from . import _C
-
-        if brand := _C.cpu_brand().strip():
-            return brand
-    except ImportError:
-        pass
-    import platform
-
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 
@@ -28,13 +27,18 @@ def _gpu() -> str:
 
 
 def _permission() -> str:
-    has = "amx_tile" in _backends.cpu_features()
-    granted = _backends.amx_permission()
-    if not has:
+    if "amx_tile" not in _backends.cpu_features():
         return "this CPU has no AMX"
-    if granted is None:
-        return "unknown: effvit._C is not built"
-    return "granted" if granted else "not asked for yet (the kernels ask at their first use)"
+    return "granted" if _backends.amx_permission() else "not asked for yet (the kernels ask at their first use)"
+
+
+def _isas() -> str:
+    usable = _backends.isas()
+    if not usable:
+        return "none: the CPU library is not loaded"
+    lacking = [isa for isa in _backends.built_isas() if isa not in usable]
+    lacks = f"; built, but this machine lacks it: {', '.join(lacking)}" if lacking else ""
+    return f"{_backends.isa()} of {', '.join(usable)}{lacks}"
 
 
 def lines() -> list[str]:
@@ -55,9 +59,7 @@ def lines() -> list[str]:
     out.append(f"  {'CPU':14}{_backends.device_name(torch.device('cpu'))}")
     out.append(f"  {'features':14}{' '.join(_backends.cpu_features()) or 'none of AVX2, AVX-512, AMX'}")
     out.append(f"  {'AMX':14}{_permission()}")
-    isas = _backends.isas()
-    isa = f"{_backends.isa()} of {', '.join(isas)}" if isas else "none: the CPU library is not loaded"
-    out.append(f"  {'ISA':14}{isa}")
+    out.append(f"  {'ISA':14}{_isas()}")
     out.append(f"  {'GPU':14}{_gpu()}")
     for variable in ("EFFVIT_BACKEND", "EFFVIT_ISA", "EFFVIT_LIB_DIR"):
         if os.environ.get(variable):
@@ -75,8 +77,6 @@ def lines() -> list[str]:
     out.append(f"  {'triton':14}{f'not used: {reason}' if reason else 'used where there is no CUDA kernel'}")
     if fix:
         fixes["triton"] = fix
-    has_c = importlib.util.find_spec("effvit._C") is not None
-    out.append(f"  {'effvit._C':14}{'there' if has_c else 'optional, ' + _load.build_status('_C')}")
 
     out += ["", "kernels"]
     for op in OPS:

@@ -37,11 +37,15 @@ class Library:
     @functools.cached_property
     def signatures(self) -> dict[str, str]:
         """{op: C++ signature, spelt like a schema} of the kernels in this library."""
-        if self.handle is None:
-            return {}
-        symbol = self.handle.effvit_abi_signatures
-        symbol.restype = ctypes.c_char_p
-        return {line.split("(", 1)[0]: line for line in symbol().decode().splitlines()}
+        lines = text(self.handle, "effvit_abi_signatures").splitlines() if self.handle else ()
+        return {line.split("(", 1)[0]: line for line in lines}
+
+
+def text(handle: ctypes.CDLL, function: str) -> str:
+    """What `const char* function()` of a library returns."""
+    symbol = getattr(handle, function)
+    symbol.restype = ctypes.c_char_p
+    return symbol().decode()
 
 
 LIBRARIES: dict[str, Library] = {}
@@ -82,6 +86,7 @@ def _fix_of_build(status: str) -> str:
         ("cmake", "pip install cmake ninja, then "),
         ("EFFVIT_NO_NATIVE", "unset EFFVIT_NO_NATIVE, then "),
         ("EFFVIT_BUILD_CUDA", "unset EFFVIT_NO_CUDA, then "),
+        ("built for CUDA", "install a CUDA build of torch, then "),
     ):
         if cause in status:
             return fix + REBUILD
@@ -122,7 +127,8 @@ def _cuda_obstacle() -> tuple[str, str]:
     if driver is None:
         return "", ""
     version, capabilities = driver
-    toolkit = re.match(r"nvcc (\d+)\.", build_status("effvit_cuda"))
+    status = build_status("effvit_cuda")
+    toolkit, archs = re.match(r"nvcc (\d+)\.", status), re.findall(r"sm_(\d+a?)", status)
     if toolkit and version // 1000 < int(toolkit[1]):
         supported = f"{version // 1000}.{version % 1000 // 10}"
         reason = f"the NVIDIA driver is for CUDA {supported}, the library was built with CUDA {toolkit[1]}"
@@ -130,7 +136,17 @@ def _cuda_obstacle() -> tuple[str, str]:
     if capabilities and min(capabilities) < MIN_CAPABILITY:
         found = ", ".join("{}.{}".format(*c) for c in capabilities)
         return f"needs compute capability 8.0 of every GPU, found {found}", "hide older GPUs with CUDA_VISIBLE_DEVICES"
+    for capability in capabilities if archs else ():
+        if not any(_runs_on(arch, capability) for arch in archs) and not ("PTX" in status and capability >= (9, 0)):
+            built, found = status.split(", ", 1)[1], "sm_{}{}".format(*capability)
+            return f"the library was built for {built}, a GPU is {found}", REBUILD
     return "", ""
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether machine code runs there: on later minor versions as well, but that of 90a on none but 9.0."""
+    major, minor = divmod(int(arch.rstrip("a")), 10)
+    return (major, minor) == capability or (arch[-1] != "a" and major == capability[0] and minor < capability[1])
 
 
 def _load_library(name: str, backend_name: str) -> Library:
@@ -138,20 +154,30 @@ def _load_library(name: str, backend_name: str) -> Library:
     status = build_status(name)
     if backend() not in (None, backend_name):
         library.reason, library.fix = f"EFFVIT_BACKEND={backend()}", "unset EFFVIT_BACKEND"
+    elif name == "effvit_cuda" and (obstacle := _cuda_obstacle())[0]:
+        library.reason, library.fix = obstacle
     elif library.path is None:
         library.reason = status if status.startswith("not built") else f"lib{name}.so is not in {library_dir()}"
         library.fix = _fix_of_build(status)
     elif tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         library.reason, library.fix = f"torch {torch.__version__} is older than 2.11", "pip install 'torch>=2.11'"
-    elif name == "effvit_cuda" and (obstacle := _cuda_obstacle())[0]:
-        library.reason, library.fix = obstacle
     else:
         try:
             torch.ops.load_library(str(library.path))
             library.handle = ctypes.CDLL(str(library.path))
         except OSError as error:
             library.reason, library.fix = f"the loader refused it: {error}", _fix_of_build(status)
+    if name == "effvit_cpu" and library.handle is not None:
+        _check_isas(library)
     return library
+
+
+def _check_isas(library: Library) -> None:
+    """A library for other machines is none."""
+    if not library.signatures:  # then it has registered nothing
+        built = text(library.handle, "effvit_cpu_built_isas").replace(",", ", ")
+        library.reason = f"this machine has none of the instruction sets that it was built for: {built}"
+        library.handle, library.fix = None, REBUILD
 
 
 def triton_obstacle() -> tuple[str, str]:

@@ -138,7 +138,13 @@ struct Arena {
 
 int base_of(Isa isa) { return find(kIsas[static_cast<int>(isa)].base); }
 
-const char* built_isas() { return EFFVIT_BUILT_ISAS; }
+bool runs_here() {
+  for (int i = 0; i < kIsaCount; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (!is_emulated(isa) && available(isa)) return true;
+  }
+  return false;
+}
 
 Isa current_isa() { return static_cast<Isa>(chosen().load(std::memory_order_relaxed)); }
 
@@ -173,7 +179,10 @@ EFFVIT_EXPORT const char* effvit_cpu_isa() {
   return isa < 0 ? "" : effvit::cpu::kIsas[isa].name;
 }
 
-// Comma separated, in the order of isas.h.
+// Comma separated: what the library was compiled for, wherever it is.
+EFFVIT_EXPORT const char* effvit_cpu_built_isas() { return EFFVIT_BUILT_ISAS; }
+
+// Comma separated, in the order of isas.h: those of them that this machine has.
 EFFVIT_EXPORT const char* effvit_cpu_available_isas() {
   using namespace effvit::cpu;
   static const std::string list = [] {

@@ -20,8 +20,9 @@ inline constexpr int kIsaCount = 0
 
 Isa current_isa();
 
-// Comma separated: what this library was compiled for.
-const char* built_isas();
+// Whether this machine has any instruction set that this library was compiled for. AMX is asked for only where there is
+// nothing else.
+bool runs_here();
 
 // The instruction set that serves an op which has no use for what this one adds, or -1.
 int base_of(Isa isa);
@@ -29,8 +30,7 @@ int base_of(Isa isa);
 // 64-byte aligned scratch of the calling thread, at least `bytes` long. Kept for the next call, contents undefined.
 void* thread_scratch(size_t bytes);
 
-// The current instruction set's entry, or its base's where an op was not compiled for the former. Null only where the
-// library has no instruction set that this machine has.
+// The current instruction set's entry, or its base's where an op was not compiled for the former.
 template <class Kernel>
 const Kernel* select(const Kernel* const (&table)[kIsaCount]) {
   int isa = static_cast<int>(current_isa());
