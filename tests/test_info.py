@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,17 @@ def test_info_with_a_broken_library(tmp_path):
     text = info(EFFVIT_LIB_DIR=str(tmp_path))
     assert "effvit_cpu    not loaded: the loader refused it: " in text
     assert "window_attention on cpu: reference" in text
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_info_says_what_the_loader_said(tmp_path):
+    code = "int effvit_nowhere(void); int effvit_call(void) { return effvit_nowhere(); }"
+    command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", tmp_path / "libeffvit_cpu.so"]
+    subprocess.run(command, input=code, text=True, check=True)
+    text = info(EFFVIT_LIB_DIR=str(tmp_path))
+    refused = f"the loader refused it: {tmp_path}/libeffvit_cpu.so: undefined symbol: effvit_nowhere"
+    assert f"effvit_cpu    not loaded: {refused}\n" in text
+    assert f"window_attention on cpu: reference\n    not cpu: {refused}\n" in text
 
 
 def test_forced_reference():

@@ -165,8 +165,8 @@ def _load_library(name: str, backend_name: str) -> Library:
         try:
             torch.ops.load_library(str(library.path))
             library.handle = ctypes.CDLL(str(library.path))
-        except OSError as error:
-            library.reason, library.fix = f"the loader refused it: {error}", _fix_of_build(status)
+        except OSError as error:  # torch names the file, its cause the reason
+            library.reason, library.fix = f"the loader refused it: {error.__cause__ or error}", _fix_of_build(status)
     if name == "effvit_cpu" and library.handle is not None:
         _check_isas(library)
     return library
