@@ -82,6 +82,20 @@ def test_unknown_backend_is_an_error():
     assert "ValueError: effvit: EFFVIT_BACKEND must be one of reference, cpu, triton, cuda, got gpu" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["sse9", "amx", "generic"])
+def test_isa_that_is_not_here_is_an_error(name):
+    if not _backends.isas():
+        pytest.skip(f"the CPU library is not loaded: {_load.LIBRARIES['effvit_cpu'].reason}")
+    if name in _backends.isas():
+        pytest.skip(f"{name} is here")
+    code = "try: import effvit\nexcept ValueError: pass\nimport effvit"  # the second import fails like the first
+    done = run(["-c", code], EFFVIT_ISA=name)
+    usable = ", ".join(_backends.isas())
+    message = f"ValueError: effvit: EFFVIT_ISA must be one of {usable} (built, and this machine has it), got {name}"
+    assert done.returncode != 0 and message in done.stderr
+    assert "ISA           none: the CPU library is not loaded" in info(EFFVIT_ISA=name, EFFVIT_BACKEND="reference")
+
+
 def test_import_is_silent_and_needs_no_triton():
     code = "import sys; sys.modules['triton'] = None; import effvit; assert 'timm' not in sys.modules"
     done = run(["-W", "error::UserWarning", "-c", code])

@@ -1,7 +1,7 @@
 """Finds and loads the native libraries, registers the Triton kernels; records why something is not there.
 
 EFFVIT_BACKEND=reference|cpu|triton|cuda: only that implementation, and the reference where it does not apply.
-EFFVIT_LIB_DIR: folder of the libraries instead of effvit/lib.
+EFFVIT_ISA: the instruction set of the CPU library. EFFVIT_LIB_DIR: folder of the libraries instead of effvit/lib.
 """
 
 from __future__ import annotations
@@ -173,11 +173,14 @@ def _load_library(name: str, backend_name: str) -> Library:
 
 
 def _check_isas(library: Library) -> None:
-    """A library for other machines is none."""
+    """A library for other machines is none; EFFVIT_ISA must be one that this one can use."""
     if not library.signatures:  # then it has registered nothing
         built = text(library.handle, "effvit_cpu_built_isas").replace(",", ", ")
         library.reason = f"this machine has none of the instruction sets that it was built for: {built}"
         library.handle, library.fix = None, REBUILD
+    elif (forced := os.environ.get("EFFVIT_ISA")) and text(library.handle, "effvit_cpu_isa") != forced:
+        usable = text(library.handle, "effvit_cpu_available_isas").replace(",", ", ")
+        raise ValueError(f"effvit: EFFVIT_ISA must be one of {usable} (built, and this machine has it), got {forced}")
 
 
 def triton_obstacle() -> tuple[str, str]:
