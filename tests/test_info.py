@@ -1,5 +1,6 @@
 """`python -m effvit info`, effvit.explain, and the choice of an implementation, with and without libraries."""
 
+import importlib
 import os
 import re
 import shutil
@@ -240,12 +241,62 @@ def test_explain_backward():
     assert (found.op, found.flops, found.bytes) == ("window_attention_backward", cost.flops, cost.bytes)
 
 
+def cost_of(op, *args, **kwargs):
+    found = effvit.explain(op, *args, rates=RATES, **kwargs)
+    return found.flops, found.bytes
+
+
+@pytest.mark.parametrize("op", effvit.ops.__all__)
+def test_explain_takes_the_arguments_of_the_function_and_of_the_op(op):
+    spec = importlib.import_module(f"effvit.testing.{op}").SPEC
+    for sample in spec.tagged("framework"):
+        args, kwargs = sample.build()
+        expected = spec.cost(args, kwargs)
+        calls = [OPS[op].complete(kwargs)]
+        calls += [] if spec.public_kwargs(kwargs) is None else [spec.public_kwargs(kwargs)]
+        for options in calls:
+            assert cost_of(op, *args, **options) == (expected.flops, expected.bytes), (sample.name, options)
+
+
+def test_explain_is_about_what_the_function_does_with_its_arguments():
+    q, k, v = torch.randn(3, 1, 4, 2, 8).unbind()
+    quadratic, linear = (cost_of("linear_attention", q, k, v, quadratic=x) for x in (True, False))
+    assert quadratic < linear
+    assert cost_of("linear_attention", q, k, v) == quadratic  # the form that it chooses
+    assert cost_of("linear_attention", q, v=v, k=k, feature_map="elu1") == quadratic
+    assert cost_of("linear_attention", q, k, v, return_state=True) == linear
+    packed = cost_of("linear_attention", q, k, v, cu_seqlens=torch.tensor([0, 1, 4]))  # int64 is cut to int32
+    assert packed == cost_of("linear_attention", q, k, v, None, None, None, torch.tensor([0, 1, 4], dtype=torch.int32))
+    maps = torch.randn(3, 1, 4, 6, 2, 8).unbind()
+    assert cost_of("window_attention", *maps, window=(2, 3)) == cost_of("window_attention", *maps, window=[2, 3])
+
+
+def test_explain_runs_nothing():
+    """Results of 2 TiB; in training and under autocast as well, where it is the cast call that is explained."""
+    q = torch.zeros(64, requires_grad=True).expand(1, 1 << 30, 8, 64)
+    found = effvit.explain("linear_attention", q, q, q, rates=RATES)
+    assert found.bytes > 8 << 40
+    half = torch.empty(64, requires_grad=True).expand(2, 3, 64)
+    whole = cost_of("glu", half, act="silu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert 2 * cost_of("glu", half, act="silu")[1] == whole[1]
+
+
 def test_explain_checks_its_arguments():
     args, kwargs = SPEC.samples[0].build()
     with pytest.raises(ValueError, match="effvit::explain: op must be one of .*window_attention"):
         effvit.explain("attention", *args, **kwargs)
     with pytest.raises(ValueError, match="effvit::window_attention: q must be"):
         effvit.explain("window_attention", args[0][0], *args[1:], **kwargs)
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="effvit::linear_attention: feature_map must be one of none, relu, .*'tanh'"):
+        effvit.explain("linear_attention", q, q, q, feature_map="tanh")
+    with pytest.raises(TypeError, match="effvit::linear_attention: k must be a torch.Tensor, got NoneType"):
+        effvit.explain("linear_attention", q, None, q)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'fast'"):
+        effvit.explain("linear_attention", q, q, q, fast=True)
+    with pytest.raises(TypeError, match="effvit::glu_backward: got an unexpected keyword argument 'fast'"):
+        effvit.explain("glu_backward", q, q, fast=True)
 
 
 def test_triton_kernels_are_reached_by_valid_arguments_only():

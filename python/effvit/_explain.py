@@ -7,9 +7,10 @@ import functools
 import time
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _backends
-from .ops._op import OPS
+from . import _backends, ops
+from .ops._op import OPS, Op
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,20 +81,56 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return _measure_rates(device, dtype, torch.get_num_threads())
 
 
-def explain(op: str, *args, rates: Rates | None = None, **kwargs) -> Explanation:
-    """Which kernel `torch.ops.effvit.<op>(*args, **kwargs)` runs, why not the others, and its roofline.
+class _Reached(BaseException):
+    """The arguments of a call of an op, on their way out of the public function. An op explains any Exception."""
 
-    Nothing of the op runs, but its arguments are checked. `rates` replaces the measured rates of the device. Example::
+
+class _StopAt(TorchDispatchMode):
+    """Calls of other ops run."""
+
+    def __init__(self, op: Op):
+        super().__init__()
+        self.op = op
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is self.op.overload:
+            raise _Reached(args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def _call(op: str, args: tuple, options: dict) -> tuple[tuple, dict]:
+    """(tensors, all options) of the call of an op, from its own arguments or from those of its public function."""
+    failure = None
+    if op in ops.__all__:
+        try:
+            with _StopAt(OPS[op]):
+                getattr(ops, op)(*args, **options)
+        except _Reached as reached:
+            args, options = reached.args
+        except (TypeError, ValueError) as error:
+            failure = error
+    try:
+        return args, OPS[op].validate(*args, **options)
+    except (TypeError, ValueError) as error:
+        raise failure or error from None
+
+
+def explain(op: str, *args, rates: Rates | None = None, **kwargs) -> Explanation:
+    """Which kernel `effvit.<op>(*args, **kwargs)` runs, why not the others, and its roofline.
+
+    The arguments are those of the function or, for what it does not take, those of `torch.ops.effvit.<op>`, backward
+    ops included. Nothing of the op runs, but the arguments are checked. `rates` replaces the measured rates of the
+    device. Example::
 
         print(effvit.explain("window_attention", q, k, v, table, window=7, shift=3))
     """
     if op not in OPS:
         raise ValueError(f"effvit::explain: op must be one of {', '.join(OPS)}, got {op}")
-    OPS[op].validate(*args, **kwargs)
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-    device, dtype = tensors[0].device, tensors[0].dtype
+    args, options = _call(op, args, kwargs)
+    first = next(a for a in args if a is not None)
+    device, dtype = first.device, first.dtype
     choices = tuple(_backends.choices(op, device.type))
-    cost = OPS[op].cost(args, OPS[op].complete(kwargs))
+    cost = OPS[op].cost(args, options)
     rates = rates or measure_rates(device, dtype)
     memory, compute = cost.bytes / rates.bytes_per_second, cost.flops / rates.flops_per_second
     seconds, bound = max((memory, "memory"), (compute, "compute"))
