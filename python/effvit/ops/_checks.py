@@ -30,8 +30,8 @@ def shape(t: torch.Tensor) -> str:
 def check_tensor(op: str, name: str, t: object) -> None:
     if not isinstance(t, torch.Tensor):
         raise type_error(op, name, "a torch.Tensor", type(t).__name__)
-    if t.layout != torch.strided:
-        raise type_error(op, name, "a dense (strided) tensor", t.layout)
+    if t.is_nested or t.layout != torch.strided:
+        raise type_error(op, name, "a dense (strided) tensor", "nested" if t.is_nested else t.layout)
 
 
 def check_float(op: str, name: str, t: torch.Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:

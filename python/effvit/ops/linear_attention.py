@@ -279,7 +279,7 @@ def linear_attention(
     (2405.11582), MLLA (2405.16605), VSSD (2407.18559), SANA (2410.10629), L2ViT (2501.16182).
     """
     if isinstance(cu_seqlens, torch.Tensor) and cu_seqlens.dtype == torch.int64:
-        if cu_seqlens.dim() == 1 and cu_seqlens.shape[0] and isinstance(q, torch.Tensor) and q.dim() == 4:
+        if cu_seqlens.dim() == 1 and cu_seqlens.shape[0] and _are_tokens(q):
             _check_offsets(OP.name, cu_seqlens, q.shape[1])  # before they are cut to 32 bits
         cu_seqlens = cu_seqlens.to(torch.int32)
     as_bool(OP.name, "return_state", return_state)
@@ -295,4 +295,4 @@ def linear_attention(
 
 
 def _are_tokens(*tensors):
-    return all(isinstance(t, torch.Tensor) and t.dim() == 4 for t in tensors)
+    return all(isinstance(t, torch.Tensor) and not t.is_nested and t.dim() == 4 for t in tensors)
