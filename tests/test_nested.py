@@ -38,3 +38,12 @@ def test_packed_sequences_are_no_nested_tensor():
     q = nested(torch.strided, torch.ones(2, 3, 2, 4))
     with pytest.raises(TypeError, match=r"effvit::linear_attention: q must be a dense \(strided\) tensor, got nested"):
         effvit.linear_attention(q, q, q, cu_seqlens=torch.tensor([0, 3, 6]))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_direct_calls_refuse(op):
+    """A jagged tensor is a subclass of its own, which refuses what torch does not know before any op is asked."""
+    tensors = [nested(torch.strided, torch.ones(2, 3, 4)) for _ in OPS[op].names]
+    name = OPS[op].declaration.main[0].name
+    with pytest.raises(TypeError, match=rf"effvit::{op}: {name} must be a dense \(strided\) tensor, got nested"):
+        getattr(torch.ops.effvit, op)(*tensors, **call(op)[1])

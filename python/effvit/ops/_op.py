@@ -397,7 +397,8 @@ def _define(o: Op) -> None:
     """
     library = _dispatcher.LIBRARY
     library.define(o.schema, tags=_TAGS)
-    library.impl(o.name, o.reference, "CompositeExplicitAutograd")
+    for key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):  # the former has not the latter
+        library.impl(o.name, o.reference, key)
     torch.library.register_fake(
         f"effvit::{o.name}", lambda *args, **options: fake(o, *map(_as_contiguous, args), **options), lib=library
     )
