@@ -8,7 +8,15 @@ from .hit_sr import SCC, HierarchicalTransformerBlock
 from .l2vit import LCM, LGABlock, LinearGlobalAttention
 from .mlla import MLLABlock, MLLAttention
 from .mpcvit import MPCViTAttention, XNormAttention
-from .sana import LiteLA, SanaLinearAttention
+from .sana import (
+    LiteLA,
+    LiteLAReLURope,
+    PAGCFGSanaLinearAttnProcessor,
+    PAGIdentitySanaLinearAttnProcessor,
+    SanaLinearAttention,
+    SanaLinearAttnProcessor,
+    sana_attn_processors,
+)
 from .slab import LinearNorm, RepBN, SimplifiedLinearAttention, fold_affine, fuse_prepbn
 from .soft import SoftmaxFreeAttention, SoftmaxFreeNormAttention
 from .swin_block import SwinTransformerBlock
@@ -26,14 +34,19 @@ __all__ = [
     "LinearGlobalAttention",
     "LinearNorm",
     "LiteLA",
+    "LiteLAReLURope",
     "LiteMLA",
     "MLLABlock",
     "MLLAttention",
     "MPCViTAttention",
     "NonCausalSSD",
+    "PAGCFGSanaLinearAttnProcessor",
+    "PAGIdentitySanaLinearAttnProcessor",
     "PositionAwareTokenModule",
     "RepBN",
+    "sana_attn_processors",
     "SanaLinearAttention",
+    "SanaLinearAttnProcessor",
     "SCC",
     "SimplifiedLinearAttention",
     "SoftmaxFreeAttention",
