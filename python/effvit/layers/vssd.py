@@ -1,6 +1,7 @@
-"""VSSD's non-causal state space duality: the original's mixer and block, on one linear attention with token weights."""
+"""VSSD's state space duality: the original's mixer and block, non-causal on one linear attention, causal by chunks."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +13,71 @@ from .swin_block import DropPath, Mlp
 from .window_attention import pair
 
 
-class NonCausalSSD(nn.Module):
-    """VSSD's mixer (arXiv:2407.18559), a drop-in for `Mamba2` of its code with `linear_attn_duality=True`.
+def ssd_scan(x, a, B, C, chunk_size, initial_state=None):
+    """y_i = C_i S_i with S_i = exp(a_i) S_(i-1) + B_i^T x_i, in chunks of tokens: matrix products, differentiable.
 
-    Same arguments, same state_dict, same `forward(u[B, L, d_model], H, W)`. Per head, with A = -exp(A_log)::
+    x [batch, L, h, P], a [batch, L, h], B and C [batch, L, g, N], all of one dtype, in which everything is computed;
+    head i belongs to group i // (h / g). initial_state [h, N, P] or None for zeros. Returns y [batch, L, h, P].
+    """
+    L, h = a.shape[1:]
+    g = B.shape[2]
+    size = min(chunk_size, L)
+
+    def chunks(t, groups):  # -> [batch, chunks, size, g, h / g or 1, ..]; padding neither decays a state nor adds to it
+        padding = [0, 0] * (t.dim() - 2) + [0, -L % size]
+        return F.pad(t, padding).unflatten(1, (-1, size)).unflatten(3, groups)
+
+    x = chunks(x, (g, -1)).permute(0, 1, 3, 4, 2, 5)  # [batch, chunks, g, h / g, size, P]
+    a = chunks(a, (g, -1)).permute(0, 1, 3, 4, 2)
+    B, C = (chunks(t, (g, 1)).permute(0, 1, 3, 4, 2, 5) for t in (B, C))
+    # a summed over every (j, i]. Differences of a running sum would cancel where decays are strong.
+    past = torch.ones(size, size, dtype=torch.bool, device=a.device).tril()
+    sums = a.unsqueeze(-1).expand(*a.shape, size).masked_fill(~past.tril(-1), 0).cumsum(-2)
+    decay = sums.masked_fill(~past, -torch.inf).exp()  # [.., i, j]
+    y = (C @ B.mT * decay) @ x
+    added = B.mT @ (decay[..., -1, :].unsqueeze(-1) * x)  # what a chunk adds to the state after it
+    from_start = a.cumsum(-1).exp().unsqueeze(-1)
+    kept = from_start[..., -1:, :]
+    state = torch.zeros_like(added[:, 0])
+    if initial_state is not None:
+        state = state + initial_state.unflatten(0, (g, -1))
+    before = []
+    for i in range(added.shape[1]):
+        before.append(state)
+        state = kept[:, i] * state + added[:, i]
+    y = y + from_start * (C @ torch.stack(before, dim=1))
+    return y.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)[:, :L].flatten(2, 3)
+
+
+class NonCausalSSD(nn.Module):
+    """VSSD's mixer (arXiv:2407.18559), a drop-in for `Mamba2` of its code.
+
+    Same arguments, same state_dict, same `forward(u[B, L, d_model], H, W)`. Per head, with A = -exp(A_log) and
+    dt = softplus(dt + dt_bias)::
 
         y_i = sum_j C_i . (dt_j |A| B_j) x_j + D x_i,    out = out_proj(LayerNorm(y) * z)
 
     The sum runs over all tokens. B and C belong to a group of heads (head i to group i % ngroups, as in the original)
     and are broadcast over them with stride 0. `ssd_positve_dA=False` (the original's spelling) takes A instead of |A|;
-    one version of the original has it as its default, so that version's checkpoints need it passed. `d_conv` must be
-    odd. `chunk_size`, `bidirection`, `use_mem_eff_path`, `layer_idx` and `dt_limit` belong to the causal scan; as in
-    the original's non-causal form they do nothing. What is not covered raises: `linear_attn_duality=False` and
-    `learnable_init_states=True`, which have no non-causal form, and `lepe=True`.
+    one version of the original has it as its default, so that version's checkpoints need it passed.
+
+    `linear_attn_duality=False` is the causal scan of Mamba2, in the order of the tokens (here head i belongs to group
+    i // (nheads / ngroups)), in chunks of `chunk_size` in plain PyTorch, float32 inside::
+
+        y_i = C_i S_i + D x_i,    S_i = exp(dt_i A) S_(i-1) + (dt_i B_i) x_i
+
+    dt is clamped to `dt_limit`; S_0 is the parameter `init_states` with `learnable_init_states=True`, else 0. With
+    `bidirection=True` the second half of heads and groups runs from the last token to the first. In the non-causal
+    form these do nothing, as in the original (where `init_states` is a parameter all the same), nor does `seq_idx`;
+    with the causal scan a `seq_idx` is refused, as is what fails in the original: `bidirection=True` with an odd number
+    of heads or groups or with `learnable_init_states=True`.
+
+    `d_conv` must be odd. `use_mem_eff_path`, `layer_idx` and further keyword arguments (the model passes `attn_type`,
+    `lepe`, `simple_downsample` and so on) are accepted and do nothing, as in the original.
+
+    Compared with YuHengsss/VSSD, classification/models/mamba2.py, commit 87b753b, and state-spaces/mamba,
+    mamba_ssm/ops/triton/ssd_combined.py. Differences: linear_attn_duality is False there by default, though its models
+    pass it; all parameters have the `dtype` given, there norm and D do not; `conv_init`, which fails there, works.
     """
 
     def __init__(
@@ -32,7 +85,7 @@ class NonCausalSSD(nn.Module):
         dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4, dt_limit=(0.0, float("inf")), learnable_init_states=False,
         activation="silu", bias=False, conv_bias=True, chunk_size=256, use_mem_eff_path=False, layer_idx=None,
         device=None, dtype=None, linear_attn_duality=True, d_state=64, ssd_positve_dA=True,
-        bidirection=False, lepe=False,
+        bidirection=False, **kwargs,
     ):  # fmt: skip
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -44,14 +97,20 @@ class NonCausalSSD(nn.Module):
         self.ngroups = self.d_inner // headdim if ngroups == -1 else ngroups
         self.nheads = self.d_inner // headdim
         self.ssd_positve_dA = ssd_positve_dA
+        self.linear_attn_duality = linear_attn_duality
+        self.chunk_size = chunk_size
+        self.dt_limit = dt_limit
+        self.bidirection = bidirection
+        halves = bidirection and not linear_attn_duality
         for name, ok, expected, got in (
             ("headdim", self.d_inner % headdim == 0, f"a divisor of expand * d_model = {self.d_inner}", headdim),
             ("ngroups", self.nheads % self.ngroups == 0, f"a divisor of the {self.nheads} heads", self.ngroups),
             ("d_conv", d_conv % 2 == 1, "odd", d_conv),
             ("activation", activation in ("silu", "swish"), "'silu' or 'swish'", activation),
-            ("linear_attn_duality", linear_attn_duality, "True: the causal scan is another operator", False),
-            ("learnable_init_states", not learnable_init_states, "False: only a scan has initial states", True),
-            ("lepe", not lepe, "False: the mixer has no position encoding of its own", True),
+            ("chunk_size", chunk_size >= 1, ">= 1", chunk_size),
+            ("headdim", not halves or self.nheads % 2 == 0, "such that heads are even with bidirection", headdim),
+            ("ngroups", not halves or self.ngroups % 2 == 0, "even with bidirection", self.ngroups),
+            ("learnable_init_states", not (halves and learnable_init_states), "False with bidirection", True),
         ):
             if not ok:
                 raise ValueError(f"effvit::NonCausalSSD: {name} must be {expected}, got {got}")
@@ -71,26 +130,49 @@ class NonCausalSSD(nn.Module):
         self.dt_bias = nn.Parameter((dt + torch.log(-torch.expm1(-dt))).to(dtype))
         self.A_log = nn.Parameter(torch.empty(self.nheads, device=device).uniform_(*A_init_range).log().to(dtype))
         self.D = nn.Parameter(torch.ones(self.nheads, **factory))
+        self.init_states = None
+        if learnable_init_states:
+            self.init_states = nn.Parameter(torch.zeros(self.nheads, headdim, d_state, **factory))
+            self.init_states._no_weight_decay = True
         for p in (self.dt_bias, self.A_log, self.D):
             p._no_weight_decay = True
         self.norm = nn.LayerNorm(self.d_inner, **factory)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
 
     def forward(self, u, H, W, seq_idx=None):
-        """u [B, H*W, d_model] -> [B, H*W, d_model]; `seq_idx` is accepted and does nothing, as in the original."""
+        """u [B, H*W, d_model] -> [B, H*W, d_model]."""
+        if seq_idx is not None and not self.linear_attn_duality:
+            raise ValueError("effvit::NonCausalSSD: seq_idx must be None with the causal scan, got one")
         bc = self.ngroups * self.d_state
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.d_inner + 2 * bc, self.nheads], dim=-1)
         # A channels-last view, so that neither the convolution nor what follows copies the map
         xBC = self.act(convolve(self.conv2d, as_map(xBC, (H, W))))
         x, B, C = as_tokens(xBC).split([self.d_inner, bc, bc], dim=-1)
         x = x.unflatten(-1, (self.nheads, self.headdim))
+        B, C = (t.unflatten(-1, (self.ngroups, self.d_state)) for t in (B, C))
         wide = torch.promote_types(dt.dtype, torch.float32)
-        weight = F.softplus(dt.to(wide) + self.dt_bias.to(wide)) * self.A_log.to(wide).exp()
-        if not self.ssd_positve_dA:
-            weight = -weight
-        y = self._mix(x, weight, *(t.unflatten(-1, (self.ngroups, self.d_state)) for t in (B, C)))
+        dt, A = F.softplus(dt.to(wide) + self.dt_bias.to(wide)), -self.A_log.to(wide).exp()
+        if self.linear_attn_duality:
+            y = self._mix(x, dt * (-A if self.ssd_positve_dA else A), B, C)
+        else:
+            y = self._scan(x, dt, A, B, C)
         y = y + x * self.D[:, None]
         return self.out_proj(self.norm(y.flatten(2)) * z)
+
+    def _scan(self, x, dt, A, B, C):
+        """x [B, L, h, P], dt [B, L, h], A [h], B and C [B, L, g, N] -> [B, L, h, P] in the dtype of x."""
+        device = x.device.type
+        off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        with off:
+            dt = dt.clamp(*self.dt_limit)
+            inputs = (x.to(dt.dtype) * dt.unsqueeze(-1), dt * A, B.to(dt.dtype), C.to(dt.dtype))
+            if self.bidirection:
+                forth, back = zip(*(t.chunk(2, dim=2) for t in inputs), strict=True)
+                y = ssd_scan(*forth, self.chunk_size)
+                y_back = ssd_scan(*(t.flip(1) for t in back), self.chunk_size).flip(1)
+                return torch.cat([y, y_back], dim=2).to(x.dtype)
+            state = None if self.init_states is None else self.init_states.to(dt.dtype).mT
+            return ssd_scan(*inputs, self.chunk_size, state).to(x.dtype)
 
     def _mix(self, x, weight, B, C):
         """x [B, L, h, P], weight [B, L, h], B and C [B, L, g, N] -> [B, L, h, P]."""
@@ -108,7 +190,10 @@ class NonCausalSSD(nn.Module):
         return torch.stack(groups, dim=3).flatten(2, 3)
 
     def extra_repr(self):
-        return f"d_state={self.d_state}, headdim={self.headdim}, ngroups={self.ngroups}"
+        return (
+            f"d_state={self.d_state}, headdim={self.headdim}, ngroups={self.ngroups}, "
+            f"linear_attn_duality={self.linear_attn_duality}"
+        )
 
 
 class StandardAttention(nn.Module):
@@ -132,8 +217,9 @@ class StandardAttention(nn.Module):
 class VMAMBA2Block(nn.Module):
     """VSSD's block: depthwise position encodings, the mixer and an MLP; arguments and state_dict of the original.
 
-    `input_resolution`, (H, W) or one number, is the map's size where `forward` gets none. `qkv_bias` is accepted and
-    does nothing, as in the original. Further keyword arguments go to `NonCausalSSD`.
+    `input_resolution`, (H, W) or one number, is the map's size where `forward` gets none (there the original fails).
+    `qkv_bias` is accepted and does nothing, as in the original. Further keyword arguments go to `NonCausalSSD`, which
+    see for the version compared with and for defaults.
     """
 
     def __init__(
