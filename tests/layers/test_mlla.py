@@ -1,6 +1,7 @@
 """effvit.layers.MLLAttention and MLLABlock against the paper's formula."""
 
 import cmath
+import functools
 
 import pytest
 import torch
@@ -12,29 +13,31 @@ from effvit.layers.mlla import RoPE
 
 def turn(x, rotations):
     """Channel pairs of x [B, N, C] multiplied by cos + i sin, written out."""
-    cos, sin = (r.flatten(0, 1).to(x.dtype) for r in rotations.unbind(-1))
+    cos, sin = (r.flatten(0, 1).to(x.dtype) for r in rotations.unbind(-1))  # rotations [H, W, C/2, 2]
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
-def plain(m, x, form="pairs"):
+def plain(m, x, form="pairs", size=None):
     """Roped scores over un-roped ones."""
     B, N, C = x.shape
+    size = m.input_resolution if size is None else size
     q, k = (torch.where(t > 0, t + 1, t.clamp(max=0).exp()) for t in m.qk(x).chunk(2, dim=-1))
-    rotations = m.rope.rotations
+    rotations = m.rope.rotations if size == m.input_resolution else RoPE((*size, C)).rotations
     heads = lambda t: t.unflatten(-1, (m.num_heads, -1)).transpose(1, 2).to(x.dtype)
     q_roped, k_roped, q, k = map(heads, (turn(q, rotations), turn(k, rotations) / N, q, k / N))
     out = attend(q_roped, k_roped, heads(x), lambda s: s + 1e-6, q, k, form).transpose(1, 2).flatten(2)
-    maps = x.transpose(1, 2).unflatten(-1, m.input_resolution)
+    maps = x.transpose(1, 2).unflatten(-1, size)
     return out + m.lepe(maps).flatten(2).transpose(1, 2)
 
 
-def plain_block(m, x, form="pairs"):
-    conv = lambda c, t: c(t.transpose(1, 2).unflatten(-1, m.input_resolution)).flatten(2).transpose(1, 2)
+def plain_block(m, x, form="pairs", size=None):
+    size = m.input_resolution if size is None else size
+    conv = lambda c, t: c(t.transpose(1, 2).unflatten(-1, size)).flatten(2).transpose(1, 2)
     x = x + conv(m.cpe1, x)
     y = m.norm1(x)
     gate = m.act(m.act_proj(y))
-    y = plain(m.attn, m.act(conv(m.dwc, m.in_proj(y))), form)
+    y = plain(m.attn, m.act(conv(m.dwc, m.in_proj(y))), form, size)
     x = x + m.out_proj(y * gate)
     x = x + conv(m.cpe2, x)
     return x + m.mlp.fc2(m.mlp.act(m.mlp.fc1(m.norm2(x))))
@@ -59,25 +62,48 @@ def test_autocast(make, formula):
     check_forms(randomise(make(24, (5, 7), 3)), formula, tokens(2, 35, 24), autocast=torch.bfloat16)
 
 
-def test_rotations_by_their_definition():
-    rope = RoPE((3, 5, 8))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(3, 4), (8, 9), (7, 5)], ids=str)
+@pytest.mark.parametrize("make, formula", [(MLLAttention, plain), (MLLABlock, plain_block)], ids=["attention", "block"])
+def test_other_sizes(make, formula, size, dtype):
+    """Their rotations are float32 in a model of any dtype, where the buffer is rounded to that of the model."""
+    m = randomise(make(24, (5, 7), 3)).to(dtype)
+    x = tokens(2, size[0] * size[1], 24, dtype=dtype)
+    check_forms(m, functools.partial(formula, size=size), x, call=lambda m, x: m(x, size))
+    torch.testing.assert_close(m(x.unflatten(1, size)).view(x.shape), m(x, hw_shape=list(size)))
+    assert m.state_dict().keys() == make(24, (5, 7), 3).state_dict().keys()
+
+
+def test_other_sizes_compile():
+    m, x = randomise(MLLAttention(24, (5, 7), 3)), tokens(2, 12, 24)
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, (3, 4)), m(x, (3, 4)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rope", [RoPE((3, 5, 8)), RoPE((9, 2, 8))], ids=["buffer", "another size"])
+def test_rotations_by_their_definition(rope):
+    rotations = rope.rotations_of((3, 5))
     for y in range(3):
         for x in range(5):
             for i in range(4):  # two frequencies of the row, then two of the column
                 angle = (y, x)[i // 2] * 10000.0 ** (-(i % 2) / 2)
-                turned = rope.rotations[y, x, i]
+                turned = rotations[y, x, i]
                 assert complex(*turned.tolist()) == pytest.approx(cmath.exp(1j * angle), abs=1e-6)
     x = tokens(2, 3, 5, 8)
-    torch.testing.assert_close(rope(x).norm(dim=-1), x.norm(dim=-1))
-    torch.testing.assert_close(rope(x)[:, 0, 0], x[:, 0, 0])
-    assert rope(x.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(rope(x, rotations).norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(rope(x, rotations)[:, 0, 0], x[:, 0, 0])
+    assert rope(x.bfloat16(), rotations).dtype == torch.float32
 
 
 def test_maps_and_bad_arguments():
     for m in (MLLAttention(24, (5, 7), 3), MLLABlock(24, (5, 7), 3)):
         x = tokens(2, 35, 24)
-        with pytest.raises(ValueError, match=rf"{type(m).__name__}: x must be \[B, 35, C\] or \[B, 5, 7, C\], got"):
-            m(tokens(2, 7, 5, 24))
+        for wrong in (tokens(2, 36, 24), tokens(2, 24)):
+            with pytest.raises(ValueError, match=rf"{type(m).__name__}: x must be \[B, 35, C\] or \[B, 5, 7, C\], got"):
+                m(wrong)
+        for wrong in (x, tokens(2, 7, 5, 24)):
+            with pytest.raises(ValueError, match=rf"{type(m).__name__}: x must be \[B, 30, C\] or \[B, 5, 6, C\], got"):
+                m(wrong, (5, 6))
         torch.testing.assert_close(m(x.unflatten(1, (5, 7))).view(x.shape), m(x))
     with pytest.raises(ValueError, match=r"RoPE: shape must end in a multiple of 4 channels, got \(5, 7, 6\)"):
         MLLAttention(6, (5, 7), 1)
