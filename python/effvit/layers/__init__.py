@@ -3,7 +3,7 @@
 from .._when_imported import when_imported
 from .dualtoken import DualTokenAttention, PositionAwareTokenModule, TokenToMapAttention
 from .efficientvit import LiteMLA
-from .flatten import FocusedLinearAttention
+from .flatten import FocusedLinearAttention, FocusedLinearAttentionCSWin, FocusedLinearAttentionPVT
 from .hit_sr import SCC, HierarchicalTransformerBlock
 from .l2vit import LCM, LGABlock, LinearGlobalAttention
 from .mlla import MLLABlock, MLLAttention
@@ -26,6 +26,8 @@ from .window_attention import WindowAttention
 __all__ = [
     "DualTokenAttention",
     "FocusedLinearAttention",
+    "FocusedLinearAttentionCSWin",
+    "FocusedLinearAttentionPVT",
     "fold_affine",
     "fuse_prepbn",
     "HierarchicalTransformerBlock",
