@@ -6,7 +6,8 @@ from ..ops._dispatcher import in_transform
 
 
 def _views(qkv, num_heads):
-    return qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
+    # not unflatten: the TorchScript-based ONNX exporter takes its result's sizes for constants
+    return qkv.view(*qkv.shape[:-1], 3, num_heads, qkv.shape[-1] // (3 * num_heads)).unbind(-3)
 
 
 def packed_buffer(grads):

@@ -1,8 +1,12 @@
 """DualToken-ViT: local features by convolution, global ones by few position-aware tokens that attend to the map."""
 
+from contextlib import nullcontext
+
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..ops._dispatcher import in_transform
 from ._ops import linear_attention
 from ._tokens import convolve, head_dim
 from .window_attention import pair
@@ -47,9 +51,11 @@ class TokenToMapAttention(nn.Module):
         if self.feature_map is None:
             p = self.attn_drop if self.training else 0.0
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2)
+            # PyTorch's fused kernels have no forward mode
+            with sdpa_kernel(SDPBackend.MATH) if in_transform() else nullcontext():
+                out = F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2)
         else:
-            k, v = (t.expand(len(x), -1, -1, -1) for t in (k, v))
+            k, v = (t.expand(x.shape[0], -1, -1, -1) for t in (k, v))
             out = linear_attention(q, k, v, feature_map=self.feature_map, normalize="sum", eps=self.eps)
         return self.proj_drop(self.proj(out.flatten(2)))
 

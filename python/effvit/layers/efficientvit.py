@@ -51,13 +51,13 @@ class LiteMLAForward:
     def _attend(self, qkv):
         """qkv [B, h*3*d, H, W] -> [B, H, W, h*d]."""
         tokens = qkv.permute(0, 2, 3, 1).contiguous()  # no copy where the convolution kept channels last
-        H, W = tokens.shape[1:3]
-        q, k, v = tokens.flatten(1, 2).unflatten(-1, (-1, 3, self.dim)).unbind(3)
+        B, H, W, C = tokens.shape
+        q, k, v = tokens.view(B, H * W, C // (3 * self.dim), 3, self.dim).unbind(3)
         feature_map = "relu"
         if type(self.kernel_func) is not nn.ReLU:
             q, k, feature_map = self.kernel_func(q), self.kernel_func(k), "none"
         out = linear_attention(q, k, v, feature_map=feature_map, eps=self.eps)
-        return out.flatten(2).unflatten(1, (H, W))
+        return out.reshape(B, H, W, C // 3)
 
 
 class LiteMLA(LiteMLAForward, nn.Module):
