@@ -1,12 +1,13 @@
 """effvit.layers.SoftmaxFreeAttention and its normalised variant against SOFT's formula in its naive order.
 
 The gradient of the Newton pseudo-inverse is, as in SOFT's own code, that of an inverse, -V^T G V^T with the V that the
-iteration reached. The plain formula here uses the same; where the iteration converges, `torch.linalg.inv` and its own
-gradient are the truth (`test_where_newton_converges_...`). As in SOFT under autocast, the [m, m] kernel and its inverse
-are float32 in every dtype: bfloat16 has no room for a ridge of 0.01.
+iteration reached; in the published normalised variant, that of every step. The plain formula here uses the same; where
+the iteration converges, `torch.linalg.inv` and its own gradient are the truth (`test_where_newton_converges_...`). The
+[m, m] kernel and its inverse are float32 in every dtype: bfloat16 has no room for a ridge of 0.01.
 """
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -18,9 +19,14 @@ import effvit.layers._ops
 import effvit.layers.soft
 from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.layers import SoftmaxFreeAttention, SoftmaxFreeNormAttention
+from effvit.layers.soft import SoftmaxFreeNormAttentionKernel, batch_newton_pinv
 
 H, W = 7, 9
-MODULES = {"plain": SoftmaxFreeAttention, "normalised": SoftmaxFreeNormAttention}
+MODULES = {
+    "plain": SoftmaxFreeAttention,
+    "normalised": SoftmaxFreeNormAttention,
+    "normalised, ridge": functools.partial(SoftmaxFreeNormAttention, inverse="ridge"),
+}
 
 
 class NewtonInverse(torch.autograd.Function):
@@ -37,6 +43,26 @@ class NewtonInverse(torch.autograd.Function):
     def backward(ctx, g):
         (v,) = ctx.saved_tensors
         return -v.mT @ g @ v.mT, None
+
+
+def published_inverse(p, steps):
+    """The normalised variant's own: one step size for the batch, halved until it is small enough; no ridge."""
+    alpha = 2 / p.sum(-1).max() ** 2
+    for _ in range(10):
+        if (torch.eye(p.shape[-1], dtype=p.dtype) - p @ (alpha * p)).abs().sum(-2).max() <= 1.01:
+            break
+        alpha = alpha / 2
+    v = alpha * p
+    for _ in range(steps):
+        v = 2 * v - v @ p @ v
+    return v
+
+
+def inverse_of(k):
+    """What the kernel module k calls its pseudo-inverse."""
+    if isinstance(k, SoftmaxFreeNormAttentionKernel) and k.inverse == "published":
+        return published_inverse
+    return NewtonInverse.apply
 
 
 def gaussian(a, b):
@@ -73,7 +99,7 @@ def formula(m, x, H=H, W=W, inverse=None, sample=0):
         wide = torch.promote_types(t.dtype, torch.float32)
         with torch.autocast("cpu", enabled=False):
             k2 = gaussian(t.to(wide), t.to(wide))
-            pinv = NewtonInverse.apply(k2, k.max_iter) if inverse is None else inverse(k2)
+            pinv = inverse_of(k)(k2, k.max_iter) if inverse is None else inverse(k2)
             if isinstance(m, SoftmaxFreeNormAttention):
                 degree = torch.diag_embed(k2.sum(-1) ** -0.5)
                 pinv = degree @ pinv @ degree
@@ -164,13 +190,17 @@ def test_map_sizes(size):
 
 @pytest.mark.parametrize("kind", MODULES)
 def test_where_newton_converges_the_truth_is_the_inverse(kind):
-    """Landmarks far apart: the kernel is near the identity, 20 steps reach its inverse; autograd knows the gradient."""
-    m = spread_landmarks(randomise(make(kind, ratio=3)), by=3.0)
+    """Landmarks far apart: the kernel is near the identity, 20 steps reach its inverse; autograd knows the gradient.
+
+    Not too far for the published step, which turns the identity into 0."""
+    m = randomise(make(kind, ratio=3))
+    m = spread_landmarks(m, by=1.0 if inverse_of(m.attn) is published_inverse else 3.0)
     inverses = []
 
     def exact(k2):
         eye = torch.eye(k2.shape[-1], dtype=k2.dtype)
-        inverses.append((torch.linalg.inv(k2 + 0.01 * eye), NewtonInverse.apply(k2, 20)))
+        ridge = 0 if inverse_of(m.attn) is published_inverse else 0.01
+        inverses.append((torch.linalg.inv(k2 + ridge * eye), inverse_of(m.attn)(k2, 20)))
         return inverses[-1][0]
 
     check_samples(m, lambda m, x: formula(m, x, inverse=exact), tokens(2, H * W, 16), call=call)
@@ -259,7 +289,7 @@ def test_gradients_of_an_empty_batch():
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.01], ids=str)
-@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("kind", ["plain", "normalised, ridge"])
 def test_landmarks_close_to_each_other(kind, scale):
     """A Gram matrix near a matrix of ones: condition 1200 by the ridge alone, an inverse of entries up to 70.
 
@@ -276,7 +306,7 @@ def test_landmarks_close_to_each_other(kind, scale):
     def absolute_terms(t64, q64, summed):
         k1, k2 = gaussian(q64, t64), gaussian(t64, t64)
         inverse = NewtonInverse.apply(k2, k.max_iter)
-        if kind == "normalised":
+        if kind == "normalised, ridge":
             d = k2.sum(-1, keepdim=True).rsqrt()
             inverse = d * inverse * d.mT
         return k1 @ inverse.abs() @ (k1.mT @ summed.abs()), k1 @ inverse @ k1.mT
@@ -301,12 +331,50 @@ def test_landmarks_close_to_each_other(kind, scale):
             b = rounded(k.landmarks(a.transpose(1, 2), H, W).transpose(1, 2))
             k1, k2 = gaussian(a, b), gaussian(b, b)
             inverse = NewtonInverse.apply(k2, k.max_iter)
-            if kind == "normalised":
+            if kind == "normalised, ridge":
                 d = k2.sum(-1, keepdim=True).rsqrt()
                 inverse = d * inverse * d.mT
             eager.append([x @ (y @ (x.mT @ z)) for x, y, z in ((k1, inverse, v), (k1, inverse.mT, g))])
     assert_close_to_truth(out, matrix @ v.detach().double(), [y for y, _ in eager])
     assert_close_to_truth(gradient, matrix.mT @ g.double(), [y for _, y in eager])
+
+
+@pytest.mark.parametrize("spread, halvings", [(0.01, 8), (0.6, 7), (1.1, 4), (1.8, 0)], ids=str)
+def test_published_inverse(spread, halvings):
+    """As the published loop in float64, outputs and gradients, from landmarks that nearly coincide to distinct ones."""
+    t = (tokens(2, 3, 12, 8).double() * spread).requires_grad_()
+    kernel = gaussian(t, t)
+    halved = batch_newton_pinv(kernel, 0) / kernel * kernel.sum(-1).max() ** 2 / 2
+    torch.testing.assert_close(halved, torch.full_like(halved, 0.5**halvings))
+    ours, theirs = batch_newton_pinv(kernel, 20), published_inverse(gaussian(t, t), 20)
+    g = tokens(*theirs.shape, seed=3).double()
+    gradients = [torch.autograd.grad(inverse, t, g)[0] for inverse in (ours, theirs)]
+    for a, b in ((ours, theirs), gradients):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * b.abs().max().item())
+
+
+def test_published_inverse_is_scaled_by_the_whole_batch():
+    """As published: an image's result depends on the others; with the ridge it does not."""
+    x = tokens(2, H * W, 16)
+    x[1] *= 0.05
+    for kind, depends in (("normalised", True), ("normalised, ridge", False)):
+        m = randomise(make(kind))
+        assert torch.allclose(call(m, x)[:1], call(m, x[:1])) != depends
+
+
+def test_published_inverse_of_the_identity_is_zero():
+    """Also where rounding has left the diagonal below 1, which 20 steps would make 0.3."""
+    kernel = torch.eye(4).expand(2, 3, 4, 4) * (1 - 2**-23)
+    assert not batch_newton_pinv(kernel, 20).any() and not published_inverse(kernel.round(), 20).any()
+
+
+def test_which_inverse():
+    kernel = SoftmaxFreeNormAttention(16, 2, 2, 3).attn
+    assert kernel.inverse == "published" and "inverse=published" in repr(kernel)
+    with pytest.raises(ValueError, match="inverse must be 'published' or 'ridge', got 'exact'"):
+        SoftmaxFreeNormAttention(16, 2, 2, 3, inverse="exact")
+    with pytest.raises(TypeError, match="inverse"):
+        SoftmaxFreeAttention(16, 2, 2, 3, inverse="ridge")
 
 
 def test_steps(monkeypatch):

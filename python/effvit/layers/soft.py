@@ -98,6 +98,9 @@ class SoftmaxFreeAttentionKernel(nn.Module):
     `ratio=1`: out = k(t, t) V + conv, t from a linear layer; the tokens may start with a class token, whose value is
     added in the place of the convolution. A map that `ratio` does not divide gives floor(H/ratio) x floor(W/ratio)
     landmarks. `kernel_method` is accepted and does nothing.
+
+    Compared with fudan-zvg/SOFT, models/softmax_free_transformer.py and SOFT/kernel/inverse.py at d3febc3. There the
+    kernel matrices are also of the input's dtype, and `ratio=1` fails (it reads an attribute that is never set).
     """
 
     def __init__(self, dim, num_heads, ratio, use_conv, max_iter=20, kernel_method="cuda", device=None, dtype=None):
@@ -134,7 +137,7 @@ class SoftmaxFreeAttentionKernel(nn.Module):
             out = kernel.to(V.dtype) @ V
         else:
             kernel = rbf_gram(q, t.to(q.dtype))
-            inverse = self.inverse(t)
+            inverse = self.pseudo_inverse(t)
             # autocast off: it would round the inverse to the low precision that it was computed above
             with torch.autocast(q.device.type, enabled=False):
                 summary = kernel.mT @ V.to(kernel.dtype)
@@ -157,11 +160,14 @@ class SoftmaxFreeAttentionKernel(nn.Module):
         weight = self.Qlandmark_op.weight.permute(0, 2, 3, 1).flatten(1)
         return self.Qnorm_act(F.linear(patches, weight)).flatten(1, 2)
 
-    def inverse(self, t):
+    def pseudo_inverse(self, t):
         """t [B, m, h, d] -> [B, h, m, m], float32 (float64 for float64)."""
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         with torch.autocast(t.device.type, enabled=False):
-            return newton_pinv(rbf_gram(t, t), iterations=self.max_iter)
+            return self.invert(rbf_gram(t, t))
+
+    def invert(self, kernel):
+        return newton_pinv(kernel, iterations=self.max_iter)
 
     def convolve(self, V, H, W):
         """V [B, h, N, d] -> the same: one filter per head, on maps in the layout of V, channels first or last."""
@@ -181,23 +187,73 @@ class SoftmaxFreeAttentionKernel(nn.Module):
         return f"heads={self.num_head}, ratio={self.ratio}, max_iter={self.max_iter}"
 
 
+def batch_newton_pinv(kernel, iterations):
+    """The normalised variant's pseudo-inverse: kernel [B, h, m, m] -> the same, by V <- 2V - V K V from V = alpha K.
+
+    alpha is one for the whole batch, 2 / (largest row sum)^2, and is halved, at most 10 times, while any column of
+    |I - K V| sums up to more than 1.01. No ridge; the gradient is that of all steps, alpha included. kernel is a
+    symmetric matrix of no negative entries; its diagonal is taken to be 1.
+    """
+    # A diagonal off by a rounding error is as bad as another matrix: where K is nearly I, every step doubles it
+    kernel = kernel.diagonal_scatter(torch.ones_like(kernel[..., 0]), 0, -2, -1)
+    shape, sums = kernel.shape, kernel.sum(-1)
+    largest = torch.cat([sums.flatten(), sums.new_ones(1)]).max()  # no sum is below 1, and an empty batch has none
+    alpha = 2 / largest.square()
+    with torch.no_grad():
+        # Columns of |I - alpha K K| from the column sums and the diagonal of K K: neither the product nor a value on
+        # the host is needed
+        columns, diagonal = (kernel @ sums.unsqueeze(-1)).flatten(), kernel.square().sum(-1).flatten()
+        tried = alpha * 0.5 ** torch.arange(10, device=kernel.device, dtype=kernel.dtype).unsqueeze(-1)
+        norms = tried * (columns - diagonal) + (1 - tried * diagonal).abs()
+        norms = torch.cat([norms, norms.new_zeros(10, 1)], dim=1).amax(-1)
+        halvings = (norms > 1.01).cumprod(0).sum()
+    kernel = kernel.flatten(0, 1)
+    inverse = alpha * 0.5**halvings * kernel
+    for _ in range(iterations):
+        inverse = torch.baddbmm(inverse, inverse @ kernel, inverse, beta=2, alpha=-1)
+    return inverse.view(shape)
+
+
 class SoftmaxFreeNormAttentionKernel(SoftmaxFreeAttentionKernel):
     """The normalised variant (arXiv:2207.03341): D^-1/2 pinv(K) D^-1/2 in place of pinv(K), D the row sums of K.
 
-    K = k(t, t). The pseudo-inverse is SOFT's own (ridge 0.01, step 1.8 per matrix, closed-form gradient); the
-    original's code for this variant takes no ridge, one step for the whole batch, and the gradient of every iteration.
+    K = k(t, t). `inverse` chooses its pseudo-inverse:
+
+    - "published": what the code of this variant computes and its checkpoints were trained with
+      (`batch_newton_pinv`): `max_iter` steps on K itself, without a ridge, their first one scaled by the largest row
+      sum of the *whole batch*, so that an image's result depends on the others in its batch. The gradient goes through
+      every step, which keeps 2 `max_iter` matrices [B, h, m, m]. It amplifies rounding errors where K is nearly
+      singular, and is far from an inverse where the landmarks are far apart: it turns the identity into 0.
+    - "ridge": the pseudo-inverse of `SoftmaxFreeAttentionKernel`, of K + 0.01 I, scaled per matrix, with the
+      closed-form gradient. Better conditioned, one fused operator, and another function: outputs differ by percents.
+
+    Compared with fudan-zvg/SOFT, models/softmax_free_transformer.py at d3febc3, whose class cannot be constructed
+    as it is there (it calls super() by a name that does not exist) and inverts in the dtype of autocast.
     """
 
-    def inverse(self, t):
-        t = t.to(torch.promote_types(t.dtype, torch.float32))
-        with torch.autocast(t.device.type, enabled=False):
-            kernel = rbf_gram(t, t)
-            d = kernel.sum(-1, keepdim=True).rsqrt()
-            return d * newton_pinv(kernel, iterations=self.max_iter) * d.mT
+    def __init__(
+        self, dim, num_heads, ratio, use_conv, max_iter=20, kernel_method="cuda", inverse="published", device=None,
+        dtype=None,
+    ):  # fmt: skip
+        super().__init__(dim, num_heads, ratio, use_conv, max_iter, kernel_method, device, dtype)
+        if inverse not in ("published", "ridge"):
+            raise ValueError(f"effvit::{type(self).__name__}: inverse must be 'published' or 'ridge', got {inverse!r}")
+        self.inverse = inverse
+
+    def invert(self, kernel):
+        d = kernel.sum(-1, keepdim=True).rsqrt()
+        pinv = batch_newton_pinv(kernel, self.max_iter) if self.inverse == "published" else super().invert(kernel)
+        return d * pinv * d.mT
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, inverse={self.inverse}"
 
 
 class SoftmaxFreeAttention(nn.Module):
     """SOFT's attention module, a drop-in for the original: same arguments, state_dict and `forward(X, H, W)`.
+
+    Compared with fudan-zvg/SOFT, models/softmax_free_transformer.py at d3febc3; `SoftmaxFreeAttentionKernel` says where
+    it differs. `options` are further arguments of the kernel.
 
     Under torch.compile with dynamic H and W, inference compiles; training fails in inductor up to PyTorch 2.13 ("cannot
     determine truth value of Relational", pytorch/pytorch#185510), as it does for every convolution of a map that is a
@@ -206,7 +262,9 @@ class SoftmaxFreeAttention(nn.Module):
 
     kernel = SoftmaxFreeAttentionKernel
 
-    def __init__(self, dim, num_heads, ratio, conv_size, max_iter=20, kernel_method="cuda", device=None, dtype=None):
+    def __init__(
+        self, dim, num_heads, ratio, conv_size, max_iter=20, kernel_method="cuda", device=None, dtype=None, **options
+    ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.dim = dim
@@ -215,7 +273,7 @@ class SoftmaxFreeAttention(nn.Module):
         inner = self.head_dim * num_heads
         self.W_q = nn.Linear(dim, inner, **factory)
         self.W_v = nn.Linear(dim, inner, **factory)
-        self.attn = self.kernel(dim, num_heads, ratio, conv_size, max_iter, kernel_method, **factory)
+        self.attn = self.kernel(dim, num_heads, ratio, conv_size, max_iter, kernel_method, **options, **factory)
         self.ff = nn.Linear(inner, dim, **factory)
 
     def forward(self, X, H, W):
@@ -230,6 +288,15 @@ class SoftmaxFreeAttention(nn.Module):
 
 
 class SoftmaxFreeNormAttention(SoftmaxFreeAttention):
-    """SoftmaxFreeAttention with the normalised kernel (`SoftmaxFreeNormAttentionKernel`)."""
+    """SoftmaxFreeAttention with the normalised kernel, the published function unless `inverse="ridge"`.
+
+    See `SoftmaxFreeNormAttentionKernel` for both, and for the code that it was compared with.
+    """
 
     kernel = SoftmaxFreeNormAttentionKernel
+
+    def __init__(
+        self, dim, num_heads, ratio, conv_size, max_iter=20, kernel_method="cuda", inverse="published", device=None,
+        dtype=None,
+    ):  # fmt: skip
+        super().__init__(dim, num_heads, ratio, conv_size, max_iter, kernel_method, device, dtype, inverse=inverse)
