@@ -16,10 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import effvit.layers._ops
-import effvit.layers.soft
 from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.layers import SoftmaxFreeAttention, SoftmaxFreeNormAttention
-from effvit.layers.soft import SoftmaxFreeNormAttentionKernel, batch_newton_pinv
+from effvit.layers.soft import SoftmaxFreeNormAttentionKernel, batch_newton_pinv, shared_depthwise_conv
 
 H, W = 7, 9
 MODULES = {
@@ -258,7 +257,7 @@ def test_filter_gradient_of_a_large_map(size, heads, conv, dtype):
 @pytest.mark.parametrize("conv", [1, 3, 5, 9])
 def test_convolution_of_shared_filters(conv, size):
     """In float64, maps smaller than a filter and such as no number of tiles fills, both layouts."""
-    convolve = effvit.layers.soft.SharedDepthwiseConv.apply
+    convolve = shared_depthwise_conv
     for layout in (torch.contiguous_format, torch.channels_last):
         x = tokens(2, 6, *size).double().contiguous(memory_format=layout).requires_grad_()
         weight = tokens(3, 1, conv, conv).double().requires_grad_()
@@ -269,17 +268,77 @@ def test_convolution_of_shared_filters(conv, size):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_second_derivatives_of_the_convolution():
-    x, weight = (tokens(*shape).double().requires_grad_() for shape in ((2, 4, 4, 3), (2, 1, 3, 3)))
-    assert torch.autograd.gradgradcheck(effvit.layers.soft.SharedDepthwiseConv.apply, (x, weight))
-
-
 @pytest.mark.parametrize("frozen", ["x", "weight"])
 def test_convolution_with_one_gradient(frozen):
     x, weight = tokens(2, 4, 5, 6), tokens(2, 1, 3, 3)
     wanted = weight.requires_grad_() if frozen == "x" else x.requires_grad_()
-    ours, plain = (f(x, weight).square().sum() for f in (effvit.layers.soft.SharedDepthwiseConv.apply, shared_filters))
+    ours, plain = (f(x, weight).square().sum() for f in (shared_depthwise_conv, shared_filters))
     torch.testing.assert_close(torch.autograd.grad(ours, wanted), torch.autograd.grad(plain, wanted))
+
+
+MAPPED = {"x": (0, None), "weight": (None, 2), "both": (4, 0)}
+
+
+@pytest.mark.parametrize("in_dims", MAPPED.values(), ids=MAPPED.keys())
+def test_vmap_of_the_convolution(in_dims):
+    """Values, gradients of every mapped example, and gradients of the whole: one convolution, no loop."""
+    x, weight = tokens(5, 2, 6, 7, 4).double(), tokens(5, 3, 1, 3, 3, seed=2).double()
+    x, weight = (t[0] if dim is None else t.movedim(0, dim) for t, dim in zip((x, weight), in_dims, strict=True))
+
+    def loss(convolve, x, weight):
+        return convolve(x, weight).sin().sum()
+
+    for transform in (lambda f: f, lambda f: torch.func.grad(functools.partial(loss, f), argnums=(0, 1))):
+        ours, plain = (
+            torch.vmap(transform(f), in_dims, randomness="error")(x, weight)
+            for f in (shared_depthwise_conv, shared_filters)
+        )
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    ours, plain = (
+        torch.func.grad(lambda *args, f=f: torch.vmap(f, in_dims)(*args).sin().sum(), argnums=(0, 1))(x, weight)
+        for f in (shared_depthwise_conv, shared_filters)
+    )
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_vmap_is_one_convolution(monkeypatch):
+    calls, right = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args, **kwargs: calls.append(args[0].shape) or right(*args, **kwargs))
+    x, weight = tokens(5, 2, 6, 7, 4), tokens(5, 3, 1, 3, 3)
+    torch.vmap(shared_depthwise_conv, (0, None))(x, weight[0])
+    torch.vmap(shared_depthwise_conv)(x, weight)
+    assert [tuple(shape) for shape in calls] == [(10, 6, 7, 4), (2, 30, 7, 4)]
+
+
+@pytest.mark.parametrize("tangents", [(True, False), (False, True), (True, True)], ids=["x", "weight", "both"])
+def test_forward_mode_of_the_convolution(tangents):
+    x, weight = tokens(2, 6, 7, 4).double().requires_grad_(), tokens(3, 1, 3, 3, seed=2).double().requires_grad_()
+    with torch.autograd.forward_ad.dual_level():
+        dual = [
+            torch.autograd.forward_ad.make_dual(t, tokens(*t.shape, seed=5).double()) if wanted else t
+            for t, wanted in zip((x, weight), tangents, strict=True)
+        ]
+        ours, plain = (torch.autograd.forward_ad.unpack_dual(f(*dual)) for f in (shared_depthwise_conv, shared_filters))
+        assert plain.tangent.any()
+        torch.testing.assert_close(ours.tangent, plain.tangent, rtol=1e-12, atol=1e-12)
+        gradients = [torch.autograd.grad(y.tangent.sin().sum(), (x, weight), allow_unused=True) for y in (ours, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_every_derivative_of_the_convolution():
+    x, weight = (tokens(*shape).double().requires_grad_() for shape in ((2, 4, 4, 3), (2, 1, 3, 3)))
+    assert torch.autograd.gradcheck(shared_depthwise_conv, (x, weight), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(shared_depthwise_conv, (x, weight), check_fwd_over_rev=True)
+
+
+def test_vmap_of_the_layer():
+    """Values, and per-sample gradients by autograd outside."""
+    m, x = spread_landmarks(randomise(make())), tokens(3, 2, H * W, 16)
+    weight = m.attn.conv.weight
+    mapped, looped = torch.vmap(lambda x: call(m, x))(x), torch.stack([call(m, t) for t in x])
+    torch.testing.assert_close(mapped, looped)
+    gradients = [torch.autograd.grad(y.sin().sum(), weight)[0] for y in (mapped, looped)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_gradients_of_an_empty_batch():

@@ -57,6 +57,42 @@ class SharedDepthwiseConv(torch.autograd.Function):
         return grad_x, grad_weight
 
 
+class TransformableDepthwiseConv(SharedDepthwiseConv):
+    """`SharedDepthwiseConv` with rules for vmap and forward-mode AD. torch.compile traces no Function that has them."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, x_tangent, weight_tangent):
+        x, weight = ctx.saved_tensors
+        terms = []
+        if x_tangent is not None:
+            terms.append(shared_depthwise_conv(x_tangent, weight))
+        if weight_tangent is not None:
+            terms.append(shared_depthwise_conv(x, weight_tangent))
+        return sum(terms)
+
+    @staticmethod
+    def vmap(info, in_dims, x, weight):
+        """The mapped dim joins the batch; where it has filters of its own, the channels."""
+        x_dim, weight_dim = in_dims
+        if weight_dim is None:
+            x = x.movedim(x_dim, 0)
+            return shared_depthwise_conv(x.flatten(0, 1), weight).unflatten(0, x.shape[:2]), 0
+        x = x.unsqueeze(1).expand(-1, info.batch_size, -1, -1, -1) if x_dim is None else x.movedim(x_dim, 1)
+        weight = weight.movedim(weight_dim, 0).flatten(0, 1)
+        return shared_depthwise_conv(x.flatten(1, 2), weight).unflatten(1, x.shape[1:3]), 1
+
+
+def shared_depthwise_conv(x, weight):
+    """`SharedDepthwiseConv` of x [B, C, H, W] and weight [h, 1, k, k]."""
+    function = SharedDepthwiseConv if torch.compiler.is_compiling() else TransformableDepthwiseConv
+    return function.apply(x, weight)
+
+
 def shared_filter_gradient(x, grad, filters, size):
     """The filters' gradient in `SharedDepthwiseConv`, [filters, 1, size, size], as products of matrices.
 
@@ -176,7 +212,7 @@ class SoftmaxFreeAttentionKernel(nn.Module):
         dtype = _dtype_of_convolution(maps)
         in_float32 = maps.device.type == "cpu" and (dtype == torch.float32 or is_slow(maps))
         if in_float32 and torch.is_grad_enabled():
-            out = SharedDepthwiseConv.apply(maps.float(), self.conv.weight.float()).to(dtype)
+            out = shared_depthwise_conv(maps.float(), self.conv.weight.float()).to(dtype)
         else:
             weight = self.conv.weight.repeat_interleave(self.head_dim, dim=0)
             out = conv2d(maps, weight, None, padding=self.use_conv // 2, groups=weight.shape[0])
