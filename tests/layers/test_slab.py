@@ -4,9 +4,20 @@ import copy
 
 import pytest
 import torch
-from layer_suite import DTYPES, attend, check, check_everything_else, check_forms, randomise, spread, tokens
+from layer_suite import (
+    DTYPES,
+    attend,
+    check,
+    check_everything_else,
+    check_forms,
+    randomise,
+    spread,
+    tokens,
+    with_gradients,
+)
 from torch import nn
 
+import effvit.layers.slab
 from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.layers import LinearNorm, RepBN, SimplifiedLinearAttention, fold_affine, fuse_prepbn
 
@@ -147,6 +158,71 @@ def test_linear_norm_continues_from_a_checkpoint():
             assert_bitwise_equal(other(x), m(x))
 
 
+def filled(m):
+    m.warm.fill_(2)
+
+
+def copied(m):
+    m.warm.copy_(torch.tensor(2))
+
+
+def replaced(m):
+    m.warm = torch.tensor(2)
+
+
+def loaded(m):
+    m.load_state_dict({**m.state_dict(), "warm": torch.tensor(2)})
+
+
+def averaged(m):
+    """As an EMA of the model updates its buffers, through the tensors of its state_dict."""
+    m.state_dict()["warm"].mul_(0).add_(2)
+
+
+@pytest.mark.parametrize("free", [True, False], ids=["on the host", "on a device"])
+@pytest.mark.parametrize("set_warm", [filled, copied, replaced, loaded, averaged])
+def test_linear_norm_follows_its_buffer(set_warm, free, monkeypatch):
+    monkeypatch.setattr(effvit.layers.slab, "is_free_to_read", lambda t: free)
+    m, x = randomise(LinearNorm(4, step=4)), tokens(3, 5, 4)
+    m(x)
+    set_warm(m)
+    for warm in (1, 0):
+        assert_bitwise_equal(m(x), m.norm1(x))
+        assert (m.warm.item(), m.iter.item(), m.norm2.bn.num_batches_tracked.item()) == (warm, 3, 1)
+    assert not torch.equal(m(x), m.norm1(x)) and (m.warm.item(), m.iter.item()) == (0, 2)
+    m.warm.fill_(5)
+    assert_bitwise_equal(copy.deepcopy(m)(x), m.norm1(x))
+    m.warm.fill_(0)
+    assert not torch.equal(m(x), m.norm1(x)) and m.iter.item() == 1
+
+
+def test_linear_norm_does_not_read_from_its_device(monkeypatch):
+    monkeypatch.setattr(effvit.layers.slab, "is_free_to_read", lambda t: False)
+    m, x, reads = LinearNorm(4, step=4, warm=1), tokens(3, 5, 4), []
+    right = torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda t: reads.append(m.iter.item()) or right(t))
+    for _ in range(5):
+        m(x)
+    assert reads == [4, 4]  # the warm call, and the one after it
+    m.warm.fill_(0)
+    m(x)
+    assert len(reads) == 3
+
+
+def test_compiled_linear_norm_is_one_graph_at_every_stage():
+    m, x = randomise(LinearNorm(4, step=4, warm=2)), tokens(3, 5, 4)
+    other = copy.deepcopy(m)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for call_number in range(7):
+        if call_number == 5:
+            m.warm.fill_(1), other.warm.fill_(1)
+        expected, got = with_gradients(m, x, lambda m, x: m(x)), with_gradients(other, x, lambda m, x: compiled(x))
+        for name, value in got.items():
+            torch.testing.assert_close(value, expected.get(name, torch.zeros_like(value)), msg=name)
+        for name, value in m.named_buffers():
+            torch.testing.assert_close(other.get_buffer(name), value, msg=name)
+
+
 def test_linear_norm_takes_other_norms():
     class Double(nn.Module):
         def __init__(self, dim):
@@ -225,6 +301,47 @@ def test_a_norm_under_two_names_is_replaced_under_both():
     model = nn.ModuleDict({"a": norm, "b": nn.ModuleDict({"c": norm}), "d": norm}).eval()
     assert fuse_prepbn(model) == ["a", "d", "b.c"]
     assert model["a"] is model["d"] is model["b"]["c"] and not model["a"].training
+
+
+class Theirs:
+    """SLAB's own classes: the same names and attributes, another forward."""
+
+    class RepBN(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.alpha = nn.Parameter(torch.ones(1))
+            self.bn = nn.BatchNorm1d(channels)
+
+        def forward(self, x):
+            x = x.transpose(1, 2)
+            return (self.bn(x) + self.alpha * x).transpose(1, 2)
+
+    class LinearNorm(nn.Module):
+        def __init__(self, dim, norm1, norm2):
+            super().__init__()
+            self.norm1, self.norm2 = norm1(dim), norm2(dim)
+
+        def forward(self, x):
+            return self.norm2(x)
+
+
+def test_a_model_of_the_originals_classes_is_fused():
+    norms = [Theirs.LinearNorm(24, nn.LayerNorm, Theirs.RepBN), Theirs.RepBN(24)]
+    model, x = randomise(nn.Sequential(*norms, Theirs.LinearNorm(24, nn.LayerNorm, nn.LayerNorm))), tokens(3, 35, 24)
+    before, truth = model.eval()(x), copy.deepcopy(model).double()(x.double())
+    assert fuse_prepbn(model) == ["0", "1"]
+    assert_close_to_truth(model(x), truth, before)
+    with pytest.raises(ValueError, match="module must contain LinearNorm or RepBN, got one itself"):
+        fuse_prepbn(norms[1])
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}], ids=str)
+def test_a_batch_norm_that_cannot_be_fused_says_why(options):
+    model = nn.Sequential(RepBN(24), Theirs.RepBN(24)).eval()
+    model[1].bn = nn.BatchNorm1d(24, **options).eval()
+    with pytest.raises(ValueError, match="RepBN must have alpha .* with weight, bias and running statistics, got"):
+        fuse_prepbn(model)
+    assert isinstance(model[0], RepBN)
 
 
 def test_what_cannot_be_fused_raises():

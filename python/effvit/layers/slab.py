@@ -16,7 +16,8 @@ class SimplifiedLinearAttention(nn.Module):
     takes windows to be square; here the convolution sees the window as it is. `mask`, `qk_scale`, `attn_drop` and
     `focusing_factor` are accepted and unused, as in the original.
 
-    Sources: SLAB (arXiv:2405.11582).
+    Compared with SLAB (arXiv:2405.11582): xinghaochen/SLAB, classification/models/slab_swin.py at f58db00. Differs in
+    float16 and bfloat16, where the original's attention is returned in float32.
     """
 
     def __init__(
@@ -63,8 +64,29 @@ class Affine(nn.Module):
         return f"{self.weight.shape[0]}"
 
 
+def affine_of(rep_bn):
+    """The `Affine` that a RepBN, this file's or SLAB's own, is in evaluation: computed in float64, rounded once."""
+    bn, alpha = getattr(rep_bn, "bn", None), getattr(rep_bn, "alpha", None)
+    is_bn = isinstance(bn, nn.modules.batchnorm._BatchNorm) and bn.affine and bn.running_mean is not None
+    if not is_bn or not isinstance(alpha, torch.Tensor) or alpha.numel() != 1:
+        raise ValueError(
+            "effvit::fuse_prepbn: RepBN must have alpha [1] and bn, a BatchNorm with weight, bias and running "
+            f"statistics, got alpha {alpha} and bn {bn}"
+        )
+    with torch.no_grad():
+        mean, var, gamma, beta, alpha = (
+            t.detach().cpu().double() for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias, alpha)
+        )
+        scale = gamma / (var + bn.eps).sqrt()
+        return Affine(*(t.to(bn.weight) for t in (scale + alpha, beta - mean * scale)))
+
+
 class RepBN(nn.Module):
-    """Re-parameterised BatchNorm over the last dimension: BN(x) + alpha * x."""
+    """Re-parameterised BatchNorm over the last dimension: BN(x) + alpha * x.
+
+    Compared with SLAB (arXiv:2405.11582): xinghaochen/SLAB, classification/models/prepbn.py at f58db00, which takes
+    [B, N, C] alone.
+    """
 
     def __init__(self, channels, device=None, dtype=None):
         super().__init__()
@@ -75,24 +97,27 @@ class RepBN(nn.Module):
         tokens = x.flatten(0, -2)
         return (self.bn(tokens) + self.alpha * tokens).view(x.shape)
 
-    @torch.no_grad()
     def fuse(self):
         """The `Affine` that this module is in evaluation, computed in float64 and rounded once."""
-        bn = self.bn
-        mean, var, gamma, beta, alpha = (
-            t.detach().cpu().double() for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias, self.alpha)
-        )
-        scale = gamma / (var + bn.eps).sqrt()
-        return Affine(*(t.to(bn.weight) for t in (scale + alpha, beta - mean * scale)))
+        return affine_of(self)
+
+
+def is_free_to_read(t):
+    """Whether the value of a tensor is there without a wait for its device."""
+    return t.is_cpu
 
 
 class LinearNorm(nn.Module):
     """PRepBN: in training lambda * norm1(x) + (1 - lambda) * norm2(x), lambda falling linearly from r0 to 0 in `step`
     calls after `warm` calls of norm1 alone; in evaluation norm2(x).
 
-    With the defaults LayerNorm gives way to RepBN. Constructor, state_dict and counters (buffers `warm`, `iter`,
-    `total_step`) are the original's. Unlike the original, a call reads no counter back from the device, except during
-    the `warm` calls, which torch.compile therefore does not take as one graph.
+    With the defaults LayerNorm gives way to RepBN. Compared with SLAB (arXiv:2405.11582): xinghaochen/SLAB,
+    classification/models/prepbn.py at f58db00. Constructor, state_dict and counters (buffers `warm`, `iter`,
+    `total_step`) are the original's, but a call reads no counter back from its device, except `warm` during the `warm`
+    calls and in the call after something wrote to it (on a device, a write through `.data` goes unnoticed).
+
+    torch.compile takes it as one graph at every stage. There norm2 takes part in the `warm` calls with weight 0: its
+    buffers stay as they are, its parameters get gradients of zero instead of None.
     """
 
     def __init__(
@@ -103,7 +128,7 @@ class LinearNorm(nn.Module):
         self.register_buffer("warm", torch.tensor(warm, device=device))
         self.register_buffer("iter", torch.tensor(step, device=device))
         self.register_buffer("total_step", torch.tensor(step, device=device))
-        self.warming = warm > 0  # whether the buffer `warm` may be positive
+        self.done = None  # the buffer `warm` and its version when it was last read, if it was 0
         self.r0 = r0
         self.norm1 = norm1(dim, **factory)
         self.norm2 = norm2(dim, **factory)
@@ -111,23 +136,38 @@ class LinearNorm(nn.Module):
     def forward(self, x):
         if not self.training:
             return self.norm2(x)
-        if self.warming:
-            if self.warm > 0:
-                self.warm.sub_(1)
-                return self.norm1(x)
-            self.warming = False
+        if torch.compiler.is_compiling() or self.warm.is_meta or type(self.warm) is not torch.Tensor:
+            return self.without_reading(x)
+        if self.is_warming():
+            self.warm.sub_(1)
+            return self.norm1(x)
         weight = self.r0 * self.iter / self.total_step.clamp(min=1)
-        # The sum of one number: torch.compile recomputes cheap operations in the backward, there from an `iter` that
-        # has moved on; it keeps the result of this one.
-        weight = weight.reshape(1).cumsum(0).squeeze(0)
-        self.iter.copy_((self.iter - 1).clamp(min=0))
+        self.iter.sub_(1).clamp_(min=0)
         return weight * self.norm1(x) + (1 - weight) * self.norm2(x)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        warm = state_dict.get(prefix + "warm")
-        if warm is not None and not warm.is_meta:
-            self.warming = bool(warm > 0)
+    def is_warming(self):
+        warm = self.warm
+        if is_free_to_read(warm):
+            return bool(warm > 0)
+        if self.done is None or self.done[0] is not warm or self.done[1] != warm._version:
+            self.done = None if warm > 0 else (warm, warm._version)
+        return self.done is None
+
+    def without_reading(self, x):
+        warming = self.warm > 0
+        weight = torch.where(warming, 1.0, self.r0 * self.iter / self.total_step.clamp(min=1))
+        # The sum of one number: torch.compile recomputes cheap operations in the backward, there from counters that
+        # have moved on; it keeps the result of this one.
+        weight = weight.reshape(1).cumsum(0).squeeze(0)
+        # norm2 writes to copies: autograd saves the buffers that it sees, which must not change any more
+        buffers = dict(self.norm2.named_buffers())
+        written = {name: buffer.clone() for name, buffer in buffers.items()}
+        out = weight * self.norm1(x) + (1 - weight) * torch.func.functional_call(self.norm2, written, (x,))
+        for name, buffer in buffers.items():
+            buffer.copy_(torch.where(warming, buffer, written[name]))
+        self.iter.copy_(torch.where(warming, self.iter, (self.iter - 1).clamp(min=0)))
+        self.warm.copy_((self.warm - 1).clamp(min=0))
+        return out
 
     def fuse(self):
         """The `Affine` that this module is in evaluation; norm2 must be a `RepBN`."""
@@ -136,26 +176,38 @@ class LinearNorm(nn.Module):
         return self.norm2.fuse()
 
 
+def rep_bn_of(module):
+    """The RepBN that `module` is in evaluation, itself or as norm2 of a LinearNorm; None where it is none.
+
+    SLAB's own classes are known by their names, for its repository has a copy of them per task.
+    """
+    if isinstance(module, LinearNorm) or type(module).__name__ == "LinearNorm":
+        module = getattr(module, "norm2", None)
+    return module if isinstance(module, RepBN) or type(module).__name__ == "RepBN" else None
+
+
 def fuse_prepbn(module):
     """Replace, in place, every `LinearNorm` and `RepBN` inside `module` by its `Affine`; returns their names.
 
-    For inference: the module and all inside it must be in evaluation. A norm under two names stays one module.
+    Those of this package and those of SLAB's own code. For inference: the module and all inside it must be in
+    evaluation. A norm under two names stays one module, a LinearNorm whose norm2 is no RepBN stays. ValueError where a
+    RepBN has no affine BatchNorm with running statistics; then nothing was replaced.
     """
-    if isinstance(module, (LinearNorm, RepBN)):
+    if rep_bn_of(module) is not None:
         raise ValueError(
-            "effvit::fuse_prepbn: module must contain LinearNorm or RepBN, got one itself: call its fuse()"
+            "effvit::fuse_prepbn: module must contain LinearNorm or RepBN, got one itself: there is no parent in which "
+            "to replace it"
         )
     if any(m.training for m in module.modules()):
         raise ValueError("effvit::fuse_prepbn: module must be in evaluation, got training=True")
-    fused, names = {}, []
+    affines = {m: affine_of(rep_bn).eval() for m in module.modules() if (rep_bn := rep_bn_of(m)) is not None}
+    names = []
     for name, parent in list(module.named_modules()):
-        if parent in fused:  # a LinearNorm that is gone: its RepBN is not in the model any more
+        if parent in affines:  # a LinearNorm that is gone: its RepBN is not in the model any more
             continue
         for key, child in list(parent._modules.items()):
-            if isinstance(child, RepBN) or (isinstance(child, LinearNorm) and isinstance(child.norm2, RepBN)):
-                if child not in fused:
-                    fused[child] = child.fuse().eval()
-                setattr(parent, key, fused[child])
+            if child in affines:
+                setattr(parent, key, affines[child])
                 names.append(f"{name}.{key}" if name else key)
     return names
 
