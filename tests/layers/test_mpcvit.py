@@ -7,6 +7,7 @@ import pytest
 import torch
 from layer_suite import DTYPES, check, check_everything_else, randomise, tokens
 
+import effvit.layers._written
 from effvit.layers import MPCViTAttention, XNormAttention
 
 N, DIM, HEADS = 37, 24, 4
@@ -97,6 +98,99 @@ def test_loading_drops_the_selection():
     torch.testing.assert_close(m(x), other.select_heads()(x))
 
 
+def test_selected_alpha_is_frozen():
+    m = with_alpha(SELECTIONS["mixed"])
+    m(tokens(2, N, DIM)).sum().backward()
+    assert m.alpha.grad is not None
+    optimizer = torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.5)
+    m.select_heads()
+    before = {name: p.detach().clone() for name, p in m.named_parameters()}
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        m(tokens(2, N, DIM)).square().sum().backward()
+        optimizer.step()
+    moved = {name for name, p in m.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"qkv.weight", "proj.weight", "proj.bias"}
+    m.requires_grad_(True)
+    m.attn_drop.p = 0.5  # the other path through alpha
+    m(tokens(2, N, DIM)).sum().backward()
+    assert m.alpha.grad is None
+
+
+def averaged(m):
+    """As an EMA does: rounding alone takes 1 away from 1."""
+    m.alpha.lerp_(torch.ones_like(m.alpha) * 0.99, 0.3)
+
+
+def decayed(m):
+    m.alpha.data.mul_(0.9)
+
+
+def grown(m):
+    m.alpha.add_(1.5)
+
+
+@pytest.mark.parametrize("move", [averaged, decayed, grown])
+@pytest.mark.parametrize("when", ["called", "saved"])
+def test_selected_alpha_is_held(when, move):
+    m = with_alpha(SELECTIONS["ReLU-softmax"]).select_heads()
+    with torch.no_grad():
+        move(m)
+    assert (m.alpha != 1).all()
+    m(tokens(2, N, DIM)) if when == "called" else m.state_dict()
+    assert (m.alpha == 1).all()
+
+
+@pytest.mark.parametrize("free", [True, False], ids=["on the host", "on a device"])
+def test_another_selection_is_not_ignored(free, monkeypatch):
+    monkeypatch.setattr(effvit.layers._written, "is_free_to_read", lambda t: free)
+    m, x = with_alpha(SELECTIONS["mixed"]).select_heads(), tokens(2, N, DIM)
+    m(x)
+    with torch.no_grad():
+        m.alpha.copy_(with_alpha(SELECTIONS["scaling"]).alpha)
+    for use in (lambda: m(x), m.state_dict):
+        with pytest.raises(
+            ValueError, match=r"alpha must be \[1.0, 0.0, 0.0, 1.0\], as when select_heads\(\) was called"
+        ):
+            use()
+    assert m.select_heads().selected == (False,) * HEADS
+    m.alpha.requires_grad_(True)
+    check(m, plain, x)
+
+
+def test_alpha_is_not_read_from_its_device(monkeypatch):
+    monkeypatch.setattr(effvit.layers._written, "is_free_to_read", lambda t: False)
+    m, x, reads = with_alpha(SELECTIONS["mixed"]).select_heads(), tokens(2, N, DIM), []
+    right = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t) or right(t))
+    for _ in range(3):
+        m(x)
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_deselecting(learned):
+    m, x = with_alpha(SELECTIONS["mixed"]), tokens(2, N, DIM)
+    m.alpha.requires_grad_(learned)
+    m.select_heads().select_heads()
+    assert not m.alpha.requires_grad
+    assert m.deselect_heads() is m and m.selected is None and m.alpha.requires_grad == learned
+    with torch.no_grad():
+        m.alpha.mul_(0.3)
+    check(m, plain, x)
+    m.alpha.detach().round_()
+    m.select_heads().load_state_dict(m.state_dict())
+    assert m.alpha.requires_grad == learned
+
+
+def test_selected_heads_under_functorch():
+    m, x = with_alpha(SELECTIONS["mixed"]).select_heads(), tokens(3, 2, N, DIM)
+    torch.testing.assert_close(torch.vmap(m)(x), torch.stack([m(t) for t in x]))
+    parameters = {name: torch.stack([p.detach()] * 3) for name, p in m.named_parameters()}
+    mapped = torch.vmap(lambda p, x: torch.func.functional_call(m, p, (x,)))(parameters, x)
+    torch.testing.assert_close(mapped, torch.stack([m(t) for t in x]))
+
+
 def test_attention_dropout_acts_on_the_scores():
     m = MPCViTAttention(DIM, HEADS, attention_dropout=0.4, projection_dropout=0.0)
     m.load_state_dict(with_alpha((0.3, 1.0, 0.0, 0.6)).state_dict())
@@ -177,9 +271,7 @@ def test_the_rest(kind):
 
     def make_one(**factory):
         m = make(**factory)
-        if kind == "selected":
-            m.selected = (True, False, False, True)
-        return m
+        return m.select_heads() if kind == "selected" and not m.alpha.is_meta else m
 
     def call(m, x):
         if kind == "selected" and m.selected is None:  # dropped by load_state_dict

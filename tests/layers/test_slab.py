@@ -17,7 +17,7 @@ from layer_suite import (
 )
 from torch import nn
 
-import effvit.layers.slab
+import effvit.layers._written
 from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.layers import LinearNorm, RepBN, SimplifiedLinearAttention, fold_affine, fuse_prepbn
 
@@ -182,7 +182,7 @@ def averaged(m):
 @pytest.mark.parametrize("free", [True, False], ids=["on the host", "on a device"])
 @pytest.mark.parametrize("set_warm", [filled, copied, replaced, loaded, averaged])
 def test_linear_norm_follows_its_buffer(set_warm, free, monkeypatch):
-    monkeypatch.setattr(effvit.layers.slab, "is_free_to_read", lambda t: free)
+    monkeypatch.setattr(effvit.layers._written, "is_free_to_read", lambda t: free)
     m, x = randomise(LinearNorm(4, step=4)), tokens(3, 5, 4)
     m(x)
     set_warm(m)
@@ -197,7 +197,7 @@ def test_linear_norm_follows_its_buffer(set_warm, free, monkeypatch):
 
 
 def test_linear_norm_does_not_read_from_its_device(monkeypatch):
-    monkeypatch.setattr(effvit.layers.slab, "is_free_to_read", lambda t: False)
+    monkeypatch.setattr(effvit.layers._written, "is_free_to_read", lambda t: False)
     m, x, reads = LinearNorm(4, step=4, warm=1), tokens(3, 5, 4), []
     right = torch.Tensor.__bool__
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda t: reads.append(m.iter.item()) or right(t))

@@ -5,6 +5,7 @@ from torch import nn
 
 from ._ops import linear_attention
 from ._tokens import depthwise_over_heads, head_dim, same_padding, split_tokens, tokens_of
+from ._written import LastRead
 from .window_attention import pair
 
 
@@ -102,11 +103,6 @@ class RepBN(nn.Module):
         return affine_of(self)
 
 
-def is_free_to_read(t):
-    """Whether the value of a tensor is there without a wait for its device."""
-    return t.is_cpu
-
-
 class LinearNorm(nn.Module):
     """PRepBN: in training lambda * norm1(x) + (1 - lambda) * norm2(x), lambda falling linearly from r0 to 0 in `step`
     calls after `warm` calls of norm1 alone; in evaluation norm2(x).
@@ -128,7 +124,7 @@ class LinearNorm(nn.Module):
         self.register_buffer("warm", torch.tensor(warm, device=device))
         self.register_buffer("iter", torch.tensor(step, device=device))
         self.register_buffer("total_step", torch.tensor(step, device=device))
-        self.done = None  # the buffer `warm` and its version when it was last read, if it was 0
+        self.zero = LastRead()  # of the buffer `warm`
         self.r0 = r0
         self.norm1 = norm1(dim, **factory)
         self.norm2 = norm2(dim, **factory)
@@ -146,12 +142,12 @@ class LinearNorm(nn.Module):
         return weight * self.norm1(x) + (1 - weight) * self.norm2(x)
 
     def is_warming(self):
-        warm = self.warm
-        if is_free_to_read(warm):
-            return bool(warm > 0)
-        if self.done is None or self.done[0] is not warm or self.done[1] != warm._version:
-            self.done = None if warm > 0 else (warm, warm._version)
-        return self.done is None
+        if self.zero.is_current(self.warm):
+            return False
+        warming = bool(self.warm > 0)
+        if not warming:
+            self.zero.remember(self.warm)
+        return warming
 
     def without_reading(self, x):
         warming = self.warm > 0
