@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm.models.swin_transformer as timm_swin
 import torch
+from layer_suite import check, tokens
 
 from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.layers import SwinTransformerBlock, WindowAttention
@@ -314,3 +315,95 @@ def test_checkpoint_of_a_model_loads_into_our_blocks():
     ours.load_state_dict(model.state_dict(), strict=True)
     x = torch.randn(2, 3, 64, 64)
     assert_close_to_truth(ours(x), copy.deepcopy(model).double()(x.double()), model(x))
+
+
+# ---- Microsoft's Swin --------------------------------------------------------------------------------------------
+
+
+def microsofts(theirs):
+    """The state_dict of Microsoft's block: with the buffers that timm's block computes and does not save."""
+    buffers = {"attn.relative_position_index": theirs.attn.relative_position_index}
+    if theirs.attn_mask is not None:
+        buffers["attn_mask"] = theirs.attn_mask
+    return {**theirs.state_dict(), **buffers}
+
+
+SHIFTED = {"dim": 24, "input_resolution": (8, 12), "num_heads": 3, "window_size": 4, "shift_size": 2}
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_checkpoints_of_microsoft_load_strictly(shift):
+    theirs = randomise(timm_swin.SwinTransformerBlock(**{**SHIFTED, "shift_size": shift}))
+    ours = SwinTransformerBlock(**{**SHIFTED, "shift_size": shift}, fused_window_process=True)
+    state = microsofts(theirs)
+    assert ("attn_mask" in state) == bool(shift)
+    keys = set(state)
+    ours.load_state_dict(state, strict=True)
+    assert set(state) == keys and not keys & {"attn_mask"} & set(ours.state_dict())
+    check_against_timm(ours, theirs, torch.randn(2, 8, 12, 24, generator=torch.Generator().manual_seed(4)))
+    model = torch.nn.Sequential(torch.nn.Identity(), ours)
+    model.load_state_dict({f"1.{name}": t for name, t in state.items()}, strict=True)
+    with torch.device("meta"):
+        meta = SwinTransformerBlock(**{**SHIFTED, "shift_size": shift})
+    meta.load_state_dict(state, strict=True, assign=True)
+    meta.load_state_dict({name: t.to("meta") for name, t in state.items()}, strict=True, assign=True)
+    larger = SwinTransformerBlock(**{**SHIFTED, "shift_size": shift, "input_resolution": (16, 16)})
+    larger.load_state_dict(state, strict=True)  # the mask of another resolution
+
+
+def test_checkpoints_of_another_window_or_shift_do_not_load():
+    state = microsofts(randomise(timm_swin.SwinTransformerBlock(**SHIFTED)))
+    other = {**state, "attn_mask": state["attn_mask"].flip(0), "attn.relative_position_index": torch.zeros(16, 16)}
+    for kwargs, state_dict, message in (
+        ({"shift_size": 0}, state, r"attn_mask must be that of window \[4, 4\] and shift \[0, 0\], got another one"),
+        ({"shift_size": 1}, state, r"attn_mask must be that of window \[4, 4\] and shift \[1, 1\], got another one"),
+        ({"window_size": 6}, state, r"attn.relative_position_index must be that of window \[6, 6\], \[36, 36\], got"),
+        ({"window_size": 6}, state, r"attn_mask must be that of window \[6, 6\] and shift \[2, 2\], got another one"),
+        ({}, other, "attn_mask must be that of window"),
+        ({}, other, "attn.relative_position_index must be that of window"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            SwinTransformerBlock(**{**SHIFTED, **kwargs}).load_state_dict(state_dict, strict=True)
+
+
+def test_block_takes_tokens():
+    ours, theirs = pair_of_blocks(**SHIFTED)
+    x = torch.randn(2, 96, 24, generator=torch.Generator().manual_seed(4))
+    as_map = lambda m, x: m(x.unflatten(1, (8, 12))).flatten(1, 2)
+    check_against_timm(ours, theirs, x, None, as_map)
+    with pytest.raises(
+        ValueError, match=r"x must be \[B, H, W, C\], or \[B, 96, C\] for input_resolution \[8, 12\], got"
+    ):
+        ours(x[:, :95])
+
+
+def softmax_attention(m, x):
+    """The formula, with Microsoft's scale of the scores."""
+    q, k, v = m.qkv(x).unflatten(-1, (3, m.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    places = torch.cartesian_prod(*(torch.arange(w) for w in m.window_size))
+    dy, dx = (places[:, None] - places[None] + torch.tensor(m.window_size) - 1).unbind(-1)
+    bias = m.relative_position_bias_table[dy * (2 * m.window_size[1] - 1) + dx].permute(2, 0, 1)
+    return m.proj(((0.3 * q @ k.mT + bias).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_qk_scale(dtype):
+    m = randomise(WindowAttention(24, num_heads=3, window_size=(3, 5), qk_scale=0.3)).to(dtype)
+    check(m, softmax_attention, tokens(4, 15, 24, dtype=dtype))
+    assert WindowAttention(24, 3).scale == 8**-0.5
+    assert SwinTransformerBlock(24, (8, 8), 3, qk_scale=0.3).attn.scale == 0.3
+
+
+def test_arguments_of_microsoft():
+    block = SwinTransformerBlock(24, (8, 8), 3, drop=0.25)
+    assert {m.p for m in block.modules() if isinstance(m, torch.nn.Dropout)} == {0.25, 0.0}
+    assert (block.attn.proj_drop.p, block.attn.attn_drop.p, block.mlp.drop1.p, block.mlp.drop2.p) == (
+        0.25,
+        0,
+        0.25,
+        0.25,
+    )
+    with pytest.raises(ValueError, match="proj_drop must be 0 where drop is given, got 0.1"):
+        SwinTransformerBlock(24, (8, 8), 3, drop=0.25, proj_drop=0.1)
+    with pytest.raises(TypeError, match=r"num_heads must be an int, got \(7, 7\): the arguments are in timm's order"):
+        WindowAttention(24, (7, 7), 3)

@@ -137,20 +137,30 @@ class WindowAttention(WindowAttentionForward, nn.Module):
     Same constructor, same state_dict, same `forward(x, mask)`. The gain needs the block's roll, padding and partition
     gone too: call it with the map itself, `forward(x[B, H, W, C], shift=...)`, or use `SwinTransformerBlock`.
     See `WindowAttentionForward` for the cases that run as plain PyTorch.
+
+    Compared with timm 1.0.31, models/swin_transformer.py, and with microsoft/Swin-Transformer,
+    models/swin_transformer.py at f82860b. The arguments are in timm's order: pass Microsoft's by name, `qk_scale` among
+    them. A state_dict of Microsoft's loads strictly: its `relative_position_index` must be that of this window (an
+    error of load_state_dict otherwise) and is dropped. None is saved, as in timm.
     """
 
     def __init__(
         self, dim, num_heads, head_dim=None, window_size=7, qkv_bias=True, attn_drop=0.0, proj_drop=0.0,
-        device=None, dtype=None,
+        qk_scale=None, device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
+        if isinstance(num_heads, (tuple, list)):
+            raise TypeError(
+                f"effvit::WindowAttention: num_heads must be an int, got {num_heads}: the arguments are in timm's "
+                "order, pass Microsoft's by name"
+            )
         factory = {"device": device, "dtype": dtype}
         self.dim = dim
         self.num_heads = num_heads
         self.window_size = pair(window_size)
         self.window_area = self.window_size[0] * self.window_size[1]
         head_dim = head_dim or dim // num_heads
-        self.scale = head_dim**-0.5
+        self.scale = qk_scale or head_dim**-0.5
         wh, ww = self.window_size
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * wh - 1) * (2 * ww - 1), num_heads, **factory))
         self.qkv = nn.Linear(dim, 3 * head_dim * num_heads, bias=qkv_bias, **factory)
@@ -162,6 +172,21 @@ class WindowAttention(WindowAttentionForward, nn.Module):
 
     def reset_parameters(self):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):  # fmt: skip
+        index = state_dict.pop(prefix + "relative_position_index", None)
+        if index is not None and not index.is_meta:
+            own = relative_position_index(self.window_size, index.device)
+            if not torch.equal(index, own):
+                error_msgs.append(
+                    f"effvit::WindowAttention: {prefix}relative_position_index must be that of window "
+                    f"{list(self.window_size)}, {list(own.shape)}, got another one, {list(index.shape)}"
+                )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )  # fmt: skip
 
     def set_window_size(self, window_size):
         """Resizes the bias table to another window as timm does (a geometric-grid interpolation; needs timm)."""
