@@ -6,12 +6,13 @@ import pytest
 import timm
 import timm.models.efficientvit_mit as timm_efficientvit
 import torch
-from layer_suite import DTYPES, absolute_terms, check, check_everything_else, randomise, tokens, with_gradients
+from layer_suite import DTYPES, absolute_terms, check, check_everything_else, randomise, spread, tokens, with_gradients
 from torch import nn
 
 import effvit
 from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.layers import LiteMLA
+from effvit.layers.efficientvit import LayerNorm2d, RMSNorm2d
 from effvit.patch import VerificationError
 
 
@@ -190,6 +191,86 @@ def test_an_instance_that_cannot_be_replaced_says_why():
 def test_vmap():
     m, x = randomise(LiteMLA(16, 12)).eval(), tokens(3, 2, 16, 5, 7)
     torch.testing.assert_close(torch.vmap(m)(x), torch.stack([m(t) for t in x]))
+
+
+# ---- MIT's own code ----------------------------------------------------------------------------------------------
+
+MITS = {
+    "defaults": {"norm": (None, "bn2d")},
+    "names": {"norm": "bn2d", "act_func": ("hswish", "relu6"), "kernel_func": "relu6", "use_bias": (True, False)},
+    "layer norm, gelu": {"norm": (None, "ln2d"), "act_func": (None, "gelu"), "kernel_func": "silu", "eps": 0.5},
+    "rms norm, silu": {"norm": ("trms2d", None), "act_func": ("silu", None), "use_bias": True},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kwargs", MITS.values(), ids=MITS.keys())
+def test_like_mit(kwargs, dtype):
+    m = randomise(LiteMLA(24, 20, **kwargs)).to(dtype)
+    assert m.eps == kwargs.get("eps", 1e-15)
+    check(m.eval(), plain, tokens(3, 24, 5, 7, dtype=dtype), is_map=True)
+
+
+def test_names_of_mit_are_the_classes_of_timm():
+    """In whatever argument they come: positions are the same in both constructors."""
+    bias = (True, False)
+    named = randomise(LiteMLA(24, 20, 2, 1.0, 5, bias, (None, "bn2d"), ("relu", "hswish"), "relu6", (3, 5), 1e-15))
+    others = (
+        LiteMLA(24, 20, 2, 1.0, 5, bias, (None, nn.BatchNorm2d), (nn.ReLU, nn.Hardswish), nn.ReLU6, (3, 5), 1e-15),
+        LiteMLA(
+            24, 20, 2, dim=5, use_bias=bias, norm=(None, "bn2d"), act_func=("relu", "hswish"), kernel_func="relu6",
+            scales=(3, 5),
+        ),
+    )  # fmt: skip
+    x = tokens(2, 24, 5, 7)
+    for other in others:
+        other.load_state_dict(named.state_dict(), strict=True)
+        assert_bitwise_equal(other.eval()(x), named.eval()(x))
+
+
+def test_state_dict_of_mit():
+    names = ["qkv.conv.weight", "qkv.conv.bias", "aggreg.0.0.weight", "aggreg.0.0.bias", "aggreg.0.1.weight"]
+    names += ["aggreg.0.1.bias", "proj.conv.weight", "proj.norm.weight", "proj.norm.bias"]
+    statistics = [f"proj.norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")]
+    for norm, expected in (("bn2d", names + statistics), ("ln2d", names), ("trms2d", names), (None, names[:-2])):
+        assert list(LiteMLA(24, 20, use_bias=(True, False), norm=(None, norm)).state_dict()) == expected
+
+
+def test_which_eps():
+    assert LiteMLA(24, 20).eps == timm_efficientvit.LiteMLA(24, 20).eps == 1e-5
+    for kwargs in ({"norm": None}, {"act_func": None}, {"kernel_func": "relu"}, {"norm_layer": (None, "bn2d")}):
+        assert LiteMLA(24, 20, **kwargs).eps == 1e-15
+        assert LiteMLA(24, 20, **kwargs, eps=1e-5).eps == 1e-5
+    assert isinstance(LiteMLA(24, 20, norm=None).proj.norm, nn.Identity)
+    # Queries of nearly no weight: what eps is decides what they get
+    mits, timms = (randomise(LiteMLA(24, 20, norm=None, eps=eps)) for eps in (1e-15, 1e-5))
+    x = tokens(2, 24, 5, 7) * 1e-5
+    assert timms(x).norm() < 0.1 * mits(x).norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [LayerNorm2d, RMSNorm2d])
+def test_norms_of_channels(kind, dtype):
+    def formula(m, x):
+        centred = x - x.mean(1, keepdim=True) if kind is LayerNorm2d else x
+        normalised = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+        weight, bias = (spread(m, name, (3, 5, 7, 24)).permute(0, 3, 1, 2) for name in ("weight", "bias"))
+        return normalised * weight + bias
+
+    check(randomise(kind(24)).to(dtype), formula, tokens(3, 24, 5, 7, dtype=dtype) + 1, is_map=True)
+
+
+def test_bad_names():
+    with pytest.raises(
+        ValueError, match=r"LiteMLA: norm must be None, a class or one of \['bn2d', 'ln2d', 'trms2d'\], got 'ln'"
+    ):
+        LiteMLA(24, 20, norm="ln")
+    with pytest.raises(ValueError, match="LiteMLA: act_func must be None, a class or one of .* got 'swish'"):
+        LiteMLA(24, 20, act_layer=(None, "swish"))
+    with pytest.raises(ValueError, match="LiteMLA: kernel_func must be .* got 'exp'"):
+        LiteMLA(24, 20, kernel_func="exp")
+    with pytest.raises(ValueError, match="LiteMLA: scales must be odd, got 4"):
+        LiteMLA(24, 20, scales=(3, 4))
 
 
 def test_no_heads():

@@ -54,10 +54,10 @@ class SwinTransformerBlock(nn.Module):
 
     Compared with timm 1.0.31, models/swin_transformer.py, and with microsoft/Swin-Transformer,
     models/swin_transformer.py at f82860b. The arguments are in timm's order; pass Microsoft's by name: `qk_scale`,
-    `drop` (timm's `proj_drop`) and `fused_window_process`, which does nothing. A map that is smaller than the window on
-    one axis alone shrinks the window there, as in timm; Microsoft's block makes the window square and drops the shift
-    of both axes. A state_dict of Microsoft's loads strictly: `attn_mask` must be that of this window and shift (an
-    error of load_state_dict otherwise; masks of other resolutions pass) and is dropped.
+    `drop` (timm's `proj_drop`) and `fused_window_process`, which does nothing. A map no larger than the window on
+    one axis alone limits window and shift there, as in timm; Microsoft's block makes the window square and drops the
+    shift of both axes. A state_dict of Microsoft's loads strictly: `attn_mask` must be that of this window and shift
+    (an error of load_state_dict otherwise; masks of other resolutions pass) and is dropped.
     """
 
     def __init__(
