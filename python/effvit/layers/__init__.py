@@ -4,7 +4,16 @@ from .._when_imported import when_imported
 from .dualtoken import DualTokenAttention, PositionAwareTokenModule, TokenToMapAttention
 from .efficientvit import LiteMLA
 from .flatten import FocusedLinearAttention, FocusedLinearAttentionCSWin, FocusedLinearAttentionPVT
-from .hit_sr import SCC, HierarchicalTransformerBlock
+from .hit_sr import (
+    SCC,
+    ConvFFN,
+    ConvHierarchicalTransformerBlock,
+    HierarchicalTransformerBlock,
+    NGramContext,
+    NGramHierarchicalTransformerBlock,
+    NGramSCC,
+    NGramWindowPartition,
+)
 from .l2vit import LCM, LGABlock, LinearGlobalAttention
 from .mlla import MLLABlock, MLLAttention
 from .mpcvit import MPCViTAttention, XNormAttention
@@ -24,6 +33,8 @@ from .vssd import NonCausalSSD, VMAMBA2Block
 from .window_attention import WindowAttention
 
 __all__ = [
+    "ConvFFN",
+    "ConvHierarchicalTransformerBlock",
     "DualTokenAttention",
     "FocusedLinearAttention",
     "FocusedLinearAttentionCSWin",
@@ -41,6 +52,10 @@ __all__ = [
     "MLLABlock",
     "MLLAttention",
     "MPCViTAttention",
+    "NGramContext",
+    "NGramHierarchicalTransformerBlock",
+    "NGramSCC",
+    "NGramWindowPartition",
     "NonCausalSSD",
     "PAGCFGSanaLinearAttnProcessor",
     "PAGIdentitySanaLinearAttnProcessor",

@@ -176,7 +176,9 @@ class WindowAttention(WindowAttentionForward, nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):  # fmt: skip
-        index = state_dict.pop(prefix + "relative_position_index", None)
+        index = state_dict.get(prefix + "relative_position_index")
+        if "relative_position_index" not in self._buffers:
+            state_dict.pop(prefix + "relative_position_index", None)
         if index is not None and not index.is_meta:
             own = relative_position_index(self.window_size, index.device)
             if not torch.equal(index, own):
