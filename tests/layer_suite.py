@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import warnings
 
 import torch
 from torch import nn
@@ -193,3 +194,28 @@ def check_everything_else(module, make, x, call=None):
     assert expected.keys() == got.keys()
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def quantised(module):
+    """A copy in evaluation, its linear layers dynamically quantised: their weights and biases are methods there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao.quantization is, as long as it is there
+        module = torch.ao.quantization.quantize_dynamic(copy.deepcopy(module).eval(), {nn.Linear}, torch.qint8)
+    assert not any(type(m) is nn.Linear for m in module.modules())
+    return module
+
+
+@torch.no_grad()
+def check_quantised(module, plain, x, *, last="proj", call=None):
+    """The layer with quantised projections runs, and equals its formula with the same ones.
+
+    What enters the last projection is compared: there a difference of one rounding may become one of a whole step.
+    """
+    call = call or (lambda m, x: m(x))
+    other, seen = quantised(module), []
+    handle = other.get_submodule(last).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    y, expected = call(other, x), plain(other, x)
+    handle.remove()
+    assert y.shape == expected.shape
+    torch.testing.assert_close(seen[0].reshape(seen[1].shape), seen[1])
+    assert not torch.equal(y, call(copy.deepcopy(module).eval(), x))

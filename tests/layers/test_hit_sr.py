@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from layer_suite import DTYPES, check, check_everything_else, randomise, tokens
+from layer_suite import DTYPES, check, check_everything_else, check_quantised, quantised, randomise, tokens
 
 from effvit._accuracy import assert_bitwise_equal
 from effvit.layers import (
@@ -271,6 +271,23 @@ def test_conv_ffn(dtype):
 def test_the_rest_of_the_blocks(kind):
     make_one = lambda **factory: kind(DIM, (8, 8), HEADS, BASE, (4, 4), **factory)
     check_everything_else(randomise(make_one(), scale=0.1), make_one, tokens(2, 63, DIM), lambda m, x: m(x, (7, 9)))
+
+
+@pytest.mark.parametrize("kind", [SCC, NGramSCC])
+def test_quantised_projections(kind, monkeypatch):
+    # The context by the module: it has projections of its own, in which a rounding may become a step
+    monkeypatch.setitem(globals(), "ngram_context", lambda m, x: m(x)[:, :, :, 0, 0])
+    check_quantised(randomise(kind(DIM, BASE, (4, 4), HEADS), scale=0.1), scc, tokens(2, 8, 12, DIM))
+
+
+@pytest.mark.parametrize("kind", BLOCKS.values(), ids=BLOCKS.keys())
+def test_quantised_blocks(kind):
+    m = quantised(randomise(kind(DIM, (8, 8), HEADS, BASE, (8, 8), mlp_ratio=2), scale=0.1))
+    x = tokens(2, 63, DIM)
+    with torch.no_grad():
+        attended = x + m.norm1(m.correlate(x.unflatten(1, (7, 9))).flatten(1, 2))
+        expected = attended + m.norm2(m.feed_forward(attended, (7, 9)))
+        assert_bitwise_equal(m(x, (7, 9)), expected)
 
 
 def test_drop_path():

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from layer_suite import DTYPES, check, check_everything_else, randomise, tokens
+from layer_suite import DTYPES, check, check_everything_else, check_quantised, randomise, tokens
 
 import effvit.layers._written
 from effvit.layers import MPCViTAttention, XNormAttention
@@ -261,6 +261,15 @@ def test_dim_must_be_a_multiple_of_the_heads():
     for module in (MPCViTAttention, XNormAttention):
         with pytest.raises(ValueError, match="dim must be a multiple of num_heads 5, got 24"):
             module(24, 5)
+
+
+@pytest.mark.parametrize("kind", ["search", "selected", "xnorm"])
+def test_quantised_projections(kind):
+    m = with_alpha((0.3, 1.0, 0.0, 0.6) if kind == "search" else SELECTIONS["mixed"])
+    if kind == "selected":
+        m.select_heads()
+    m, formula = (randomise(make_xnorm()), xnorm) if kind == "xnorm" else (m, plain)
+    check_quantised(m, formula, tokens(2, N, DIM))
 
 
 @pytest.mark.parametrize("kind", ["search", "selected", "xnorm"])

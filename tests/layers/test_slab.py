@@ -10,6 +10,7 @@ from layer_suite import (
     check,
     check_everything_else,
     check_forms,
+    check_quantised,
     randomise,
     spread,
     tokens,
@@ -48,6 +49,10 @@ def test_simplified_linear_attention(kwargs, window, dtype):
 def test_autocast():
     m = randomise(SimplifiedLinearAttention(24, (5, 7), 3))
     check_forms(m, plain, tokens(2, 35, 24), autocast=torch.bfloat16)
+
+
+def test_quantised_projections():
+    check_quantised(randomise(SimplifiedLinearAttention(24, (5, 7), 3)), plain, tokens(2, 35, 24))
 
 
 def test_small_sums_are_not_normalised_to_one():

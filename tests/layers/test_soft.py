@@ -11,7 +11,7 @@ import functools
 
 import pytest
 import torch
-from layer_suite import DTYPES, check, check_everything_else, randomise, tokens
+from layer_suite import DTYPES, check, check_everything_else, check_quantised, quantised, randomise, tokens
 from torch import nn
 from torch.nn import functional as F
 
@@ -498,6 +498,20 @@ def test_no_gradients_under_torch_compile():
     with torch.no_grad():
         compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x, H, W), call(m, x))
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_quantised_projections(kind):
+    m = spread_landmarks(randomise(make(kind)))
+    check_quantised(m, formula, tokens(2, H * W, 16), last="ff", call=call)
+
+
+def test_quantised_landmarks():
+    """With ratio 1 they are a linear layer in the middle, where a rounding may become a step: compared by parts."""
+    m, x = quantised(randomise(make(ratio=1))), tokens(2, H * W, 16)
+    with torch.no_grad():
+        q, v = (w(x).unflatten(-1, (2, 8)).transpose(1, 2) for w in (m.W_q, m.W_v))
+        assert_bitwise_equal(call(m, x), m.ff(m.attn(q, v, H, W).transpose(1, 2).flatten(2)))
 
 
 def test_layouts_of_q_and_v():

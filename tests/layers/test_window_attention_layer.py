@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm.models.swin_transformer as timm_swin
 import torch
-from layer_suite import check, tokens
+from layer_suite import check, check_quantised, quantised, tokens
 
 from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.layers import SwinTransformerBlock, WindowAttention
@@ -407,3 +407,20 @@ def test_arguments_of_microsoft():
         SwinTransformerBlock(24, (8, 8), 3, drop=0.25, proj_drop=0.1)
     with pytest.raises(TypeError, match=r"num_heads must be an int, got \(7, 7\): the arguments are in timm's order"):
         WindowAttention(24, (7, 7), 3)
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (2, 1)], ids=str)
+def test_quantised_projections(shift):
+    """Also on a padded map: what padded tokens contain is what the quantised projection makes of zeros."""
+    check_quantised(
+        randomise(WindowAttention(24, num_heads=3, window_size=(3, 5), qk_scale=0.3)),
+        softmax_attention,
+        tokens(4, 15, 24),
+    )
+    m, x, seen = quantised(randomise(WindowAttention(24, 3, window_size=4))), tokens(2, 9, 7, 24), []
+    m.proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        m(x, shift=shift)
+        m._forward_map_eager(x, shift, True)
+    windows = seen[1].unflatten(0, (2, 3, 2)).unflatten(3, (4, 4)).transpose(2, 3)
+    torch.testing.assert_close(seen[0], windows.flatten(3, 4).flatten(1, 2)[:, :9, :7].roll(shift, (1, 2)))
