@@ -24,6 +24,10 @@ TOKENS, MAP = (2, H * W, C), (2, H, W, C)
 
 # name: (module, shape of its input, call). Every exported module is here: see test_every_layer_is_here.
 LAYERS = {
+    "ConvFFN": (lambda: layers.ConvFFN(C, 2 * C), TOKENS, lambda m, x: m(x, (H, W))),
+    "ConvHierarchicalTransformerBlock": (
+        lambda: layers.ConvHierarchicalTransformerBlock(C, (H, W), 2, (2, 2), (2, 2)), TOKENS, lambda m, x: m(x, (H, W))
+    ),
     "DualTokenAttention": (
         lambda: layers.DualTokenAttention(C, 2, token_size=(2, 3), num_downsamples=1, feature_map="relu"),
         MAP, lambda m, x: m(x, x[:, :2, :3].flatten(1, 2)),
@@ -53,6 +57,15 @@ LAYERS = {
     "MLLABlock": (lambda: layers.MLLABlock(C, (H, W), 2), TOKENS, None),
     "MLLAttention": (lambda: layers.MLLAttention(C, (H, W), 2), TOKENS, None),
     "MPCViTAttention": (lambda: layers.MPCViTAttention(C, 2), TOKENS, None),
+    "NGramContext": (lambda: layers.NGramContext(C, (2, 2), 2, 2), MAP, None),
+    "NGramHierarchicalTransformerBlock": (
+        lambda: layers.NGramHierarchicalTransformerBlock(C, (H, W), 2, (2, 2), (2, 2)), TOKENS,
+        lambda m, x: m(x, (H, W)),
+    ),
+    "NGramSCC": (lambda: layers.NGramSCC(C, (2, 2), (2, 2), 2), MAP, None),
+    "NGramWindowPartition": (
+        lambda: layers.NGramWindowPartition(C, 2, 2, 2), MAP, lambda m, x: m(x).unflatten(0, (x.shape[0], -1))
+    ),
     "NonCausalSSD": (lambda: layers.NonCausalSSD(C, headdim=8, d_state=4), TOKENS, lambda m, x: m(x, H, W)),
     "PositionAwareTokenModule": (
         lambda: layers.PositionAwareTokenModule(C, 2, token_size=(2, 3), num_downsamples=1),

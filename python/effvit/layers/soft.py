@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops._dispatcher import in_forward_mode
 from ._ops import newton_pinv, rbf_gram
 from ._tokens import _dtype_of_convolution, conv2d, is_slow, same_padding
 
@@ -56,25 +57,6 @@ class SharedDepthwiseConv(torch.autograd.Function):
                 grad_weight = shared_filter_gradient(x, grad, *weight.shape[::3])
         return grad_x, grad_weight
 
-
-class TransformableDepthwiseConv(SharedDepthwiseConv):
-    """`SharedDepthwiseConv` with rules for vmap and forward-mode AD. torch.compile traces no Function that has them."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx, x_tangent, weight_tangent):
-        x, weight = ctx.saved_tensors
-        terms = []
-        if x_tangent is not None:
-            terms.append(shared_depthwise_conv(x_tangent, weight))
-        if weight_tangent is not None:
-            terms.append(shared_depthwise_conv(x, weight_tangent))
-        return sum(terms)
-
     @staticmethod
     def vmap(info, in_dims, x, weight):
         """The mapped dim joins the batch; where it has filters of its own, the channels."""
@@ -88,9 +70,10 @@ class TransformableDepthwiseConv(SharedDepthwiseConv):
 
 
 def shared_depthwise_conv(x, weight):
-    """`SharedDepthwiseConv` of x [B, C, H, W] and weight [h, 1, k, k]."""
-    function = SharedDepthwiseConv if torch.compiler.is_compiling() else TransformableDepthwiseConv
-    return function.apply(x, weight)
+    """`SharedDepthwiseConv` of x [B, C, H, W] and weight [h, 1, k, k]; in forward mode, PyTorch's convolution."""
+    if in_forward_mode():
+        return SharedDepthwiseConv.forward(x, weight)
+    return SharedDepthwiseConv.apply(x, weight)
 
 
 def shared_filter_gradient(x, grad, filters, size):
@@ -211,7 +194,7 @@ class SoftmaxFreeAttentionKernel(nn.Module):
         maps = V[:, :, first:].mT.flatten(1, 2).unflatten(2, (H, W))
         dtype = _dtype_of_convolution(maps)
         in_float32 = maps.device.type == "cpu" and (dtype == torch.float32 or is_slow(maps))
-        if in_float32 and torch.is_grad_enabled():
+        if in_float32 and torch.is_grad_enabled() and not torch.jit.is_tracing():
             out = shared_depthwise_conv(maps.float(), self.conv.weight.float()).to(dtype)
         else:
             weight = self.conv.weight.repeat_interleave(self.head_dim, dim=0)

@@ -51,9 +51,14 @@ def without_autocast():
     return torch._C._ExcludeDispatchKeyGuard(keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA))
 
 
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode AD is open, by torch.func or by torch.autograd.forward_ad."""
+    return forward_ad._current_level >= 0
+
+
 def in_transform() -> bool:
     """Whether a level of torch.func or of forward-mode AD is open."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or in_forward_mode()
 
 
 def tangent_of(x: object) -> torch.Tensor | None:
@@ -101,7 +106,7 @@ def register_transforms(
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *tensors, **options)
 
     def autograd(keyset, *tensors, **options):
-        if forward_ad._current_level >= 0 and has_tangents(tensors):
+        if in_forward_mode() and has_tangents(tensors):
             return forward_mode(tensors, options)
         if is_recorded(tensors):
             return function.apply(functools.partial(below_autograd, keyset), options, *tensors)

@@ -29,7 +29,7 @@ class _InverseWithTangent(_Inverse):
     @staticmethod
     def jvp(ctx, tangent, _):
         (v,) = ctx.saved_tensors
-        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):  # off in here: outer levels lost their tangents
             return -(v @ tangent @ v)
 
 
