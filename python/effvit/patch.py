@@ -107,7 +107,23 @@ def _clone(module):
         for name, value in vars(m).items():
             if "hook" in name and isinstance(value, dict):
                 memo[id(value)] = collections.OrderedDict()
-    return copy.deepcopy(module, memo).eval()
+    copied = copy.deepcopy(module, memo)
+    for m in list(copied.modules()):
+        for name, child in m.named_children():
+            if hasattr(child, "_weight_bias"):
+                setattr(m, name, _dequantised(child))
+    return copied.eval()
+
+
+def _dequantised(linear):
+    """A quantised linear layer with the same weights in floating point: what is verified also runs in float64."""
+    weight, bias = linear._weight_bias()
+    plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
+    with torch.no_grad():
+        plain.weight.copy_(weight.dequantize())
+        if bias is not None:
+            plain.bias.copy_(bias)
+    return plain
 
 
 def _float_parameter(module):
@@ -122,8 +138,9 @@ def _verify(module, adapter, generator):
     like = _float_parameter(module)
     original, fused = _clone(module), _clone(module)
     adapter.swap(fused)
-    inputs = [x.to(like.device, like.dtype) for x in adapter.sample(module, generator)]
-    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+    with torch.device("cpu"):  # whatever the default is, the generator is there
+        inputs = [x.to(like.device, like.dtype) for x in adapter.sample(module, generator)]
+    with torch.no_grad(), torch.device(like.device), torch.autocast(like.device.type, enabled=False):
         before, after = adapter.run(original, *inputs), adapter.run(fused, *inputs)
         exact = adapter.run(original.double(), *(x.double() for x in inputs))
     return (str(like.dtype).removeprefix("torch."), *compare(before, after, exact))
@@ -250,6 +267,15 @@ def patch(model: torch.nn.Module, verify: bool = True, example=None, verbose: bo
     return report
 
 
+def _unfused(cls):
+    """The class that `patch` found, below what was put on it since: parametrisations and fully_shard derive classes."""
+    if "original" in vars(cls):
+        return cls.original
+    bases = tuple(_unfused(b) if issubclass(b, Fused) else b for b in cls.__bases__)
+    body = {name: x for name, x in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__.replace("Fused", "", 1), bases, body)
+
+
 def unpatch(model: torch.nn.Module, verbose: bool = True) -> list[str]:
     """Undo `effvit.patch` exactly, in place. Returns the names of the restored modules; none if there were none."""
     if not isinstance(model, torch.nn.Module):
@@ -257,7 +283,7 @@ def unpatch(model: torch.nn.Module, verbose: bool = True) -> list[str]:
     restored = []
     for name, module in model.named_modules():
         if isinstance(module, Fused):
-            module.__class__ = type(module).original
+            module.__class__ = _unfused(type(module))
             restored.append(name)
     if verbose and not restored:
         print(f"effvit.unpatch: nothing to undo, {_class_name(model)} is not patched")

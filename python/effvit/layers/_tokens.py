@@ -39,10 +39,16 @@ def conv2d(x, weight, bias, **geometry):
         return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), **geometry).to(dtype)
 
 
+def is_hooked(module):
+    """Whether calling the module does more than its class's forward: then it has to be called."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
+
+
 def convolve(conv, x):
     """conv(x); where that is slow and conv is a plain Conv2d without hooks, computed in float32 and rounded once."""
-    plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and "forward" not in conv.__dict__
-    if not plain or conv._forward_hooks or conv._forward_pre_hooks or not is_slow(x):
+    plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not is_hooked(conv)
+    if not plain or not is_slow(x):
         return conv(x)
     return conv2d(
         x, conv.weight, conv.bias, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._ops import linear_attention
-from ._tokens import convolve, convolve_all, same_padding
+from ._tokens import convolve, convolve_all, is_hooked, same_padding
 
 
 def _pair(x):
@@ -99,7 +99,7 @@ class LiteMLAForward:
         B, H, W, C = tokens.shape
         q, k, v = tokens.view(B, H * W, C // (3 * self.dim), 3, self.dim).unbind(3)
         feature_map = "relu"
-        if type(self.kernel_func) is not nn.ReLU:
+        if type(self.kernel_func) is not nn.ReLU or is_hooked(self.kernel_func):
             q, k, feature_map = self.kernel_func(q), self.kernel_func(k), "none"
         out = linear_attention(q, k, v, feature_map=feature_map, eps=self.eps)
         return out.reshape(B, H, W, C // 3)

@@ -6,13 +6,12 @@ from torch import nn
 
 from ..ops._dispatcher import in_forward_mode
 from ._ops import newton_pinv, rbf_gram
-from ._tokens import _dtype_of_convolution, conv2d, is_slow, same_padding
+from ._tokens import _dtype_of_convolution, conv2d, is_hooked, is_slow, same_padding
 
 
 def is_plain(linear):
     """Whether a projection is its weight and bias and nothing more: no adapter, no hook."""
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
-    return type(linear) is nn.Linear and not hooked
+    return type(linear) is nn.Linear and not is_hooked(linear)
 
 
 def linear_per_image(x, linear, channels):

@@ -7,6 +7,7 @@ from torch import nn
 import effvit.ops
 
 from ._qkv import split_qkv
+from ._tokens import is_hooked
 
 
 def pair(x):
@@ -51,7 +52,8 @@ class WindowAttentionForward:
     """The forward of a module that has timm's Swin v1 attributes: shared by `WindowAttention` and `effvit.patch`.
 
     Where the operator does not apply, the same function is computed by plain PyTorch (`forward_eager`):
-    an explicit mask, active attention dropout (`attn_drop` > 0 in training), and float64.
+    an explicit mask, active attention dropout (`attn_drop` > 0 in training), float64, and hooks on `softmax` or
+    `attn_drop`, which fire there.
     """
 
     def forward(self, x, mask=None, shift=(0, 0), roll_before_pad=True):
@@ -76,8 +78,16 @@ class WindowAttentionForward:
         wh, ww = self.window_size
         # A compiler gets the padded form at any size: a branch on H would be a guard on every dynamic shape.
         padded = torch.compiler.is_compiling() or H % wh or W % ww
-        token = self._project_padding(x) if padded else None
-        qkv = self.qkv(x)
+        token = None
+        if type(self.qkv) is nn.Linear and not is_hooked(self.qkv):
+            qkv = self.qkv(x)
+            token = self.qkv.bias
+        elif padded:  # an adapter, a quantised projection, one with hooks: called once, on what it sees in timm
+            qkv = self.qkv(F.pad(x, (0, 0, 0, -W % ww, 0, -H % wh)))
+            token = qkv[:, -1, -1][:1].sum(0)  # not outside of the map where nothing is padded: nobody reads it there
+            qkv = qkv[:, :H, :W]
+        else:
+            qkv = self.qkv(x)
         q, k, v = split_qkv(qkv, self.num_heads)
         pad_k = pad_v = None
         if padded:
@@ -115,20 +125,7 @@ class WindowAttentionForward:
     def _needs_eager(self, x):
         drop = self.attn_drop
         inactive = not drop.training or isinstance(drop, nn.Identity) or (type(drop) is nn.Dropout and drop.p == 0)
-        return not inactive or x.dtype == torch.float64
-
-    def _project_padding(self, x):
-        """qkv of a token that is zero before the projection, [3*h*d]; None for zeros.
-
-        A projection that is no plain Linear (an adapter, a quantised or a hooked one) is asked, before it sees the map:
-        a hook that keeps the last output keeps the map's.
-        """
-        qkv = self.qkv
-        if type(qkv) is nn.Linear and not qkv._forward_hooks and not qkv._forward_pre_hooks and (
-            "forward" not in qkv.__dict__
-        ):  # fmt: skip
-            return qkv.bias
-        return qkv(x.new_zeros(1, x.shape[-1]))[0]
+        return not inactive or x.dtype == torch.float64 or is_hooked(self.softmax) or is_hooked(drop)
 
 
 class WindowAttention(WindowAttentionForward, nn.Module):
