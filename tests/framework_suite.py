@@ -126,7 +126,11 @@ class FrameworkSuite:
             for (name, leaf), g, w in zip(inputs.items(), grads, within, strict=True):
                 assert g.dtype == leaf.dtype and torch.isfinite(g).all(), name
                 assert_bitwise_equal(w, g, name=f"gradient of {name}, within autocast")
-        # float64 is not a dtype that autocast touches, so it must still be refused, and float16 autocast still works.
+        # float64 is not a dtype that autocast touches, so it is refused as it is without; float16 autocast works.
+        double = map_tensors(lambda t: t.double() if t.is_floating_point() else t, args)
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled), pytest.raises(TypeError, match="float64"):
+                spec.declared(*double, **kwargs)
         with torch.autocast("cpu", torch.float16), torch.no_grad():
             result = as_tuple(spec.op()(*args, **kwargs))[0]
         assert result.dtype == (torch.float16 if spec.autocast_tensors else args[0].dtype)
@@ -170,6 +174,16 @@ class FrameworkSuite:
         self._check_vmap(args, kwargs, given)
         for name in given - set(leading):
             self._check_vmap(args, kwargs, {name})
+
+    def test_vmap_over_nothing(self, framework_sample):
+        """A mapped dim of size 0 gives results of that size."""
+        args, kwargs = framework_sample.build()
+        expected = as_tuple(self.spec.op()(*args, **kwargs))
+        none = map_tensors(lambda t: t.new_empty(0, *t.shape), args)
+        in_dims = tuple(None if a is None else 0 for a in args)
+        found = torch.vmap(lambda *a: as_tuple(self.spec.op()(*a, **kwargs)), in_dims)(*none)
+        for f, e in zip(found, expected, strict=True):
+            assert f.dtype == e.dtype and f.shape == (0, *e.shape)
 
     def test_nested_vmap(self, framework_sample):
         args, kwargs = framework_sample.build()
