@@ -14,7 +14,7 @@ class LinearGlobalAttention(nn.Module):
     tau_h relu(q) (relu(k)^T v) / max(relu(q) . sum relu(k), 100) per head h; x [B, N, C] -> [B, N, C]. `attn_drop` is
     accepted and unused, as in the original.
 
-    Sources: L2ViT (arXiv:2501.16182).
+    Sources: L2ViT (arXiv:2501.16182); compared with ChuanyangZheng/L2ViT, classification/models/l2vit.py at fad0341.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class CPE(nn.Module):
 
 
 class LGABlock(nn.Module):
-    """L2ViT's linear global attention block, with the original's constructor and state_dict.
+    """L2ViT's linear global attention block, with the original's constructor and state_dict (compared at fad0341).
 
     x [B, H*W, C], size (H, W) -> (the same shape, size). `enhanced` adds the local concentration module after the
     attention. `window_size` is accepted and unused, as in the original.
