@@ -209,9 +209,24 @@ class TransformSuite:
             self._check(tiny_sample, of(ORDERS[order], j), scalar=True, also=also)
 
     def test_third_derivative(self, tiny_sample):
-        def transform(loss, tensors):
-            (direction,) = self._directions(tensors[:1])
-            along = lambda f: lambda x: jvp(f, (x,), (direction,))[1]
-            return grad(along(along(lambda x: loss(x, *tensors[1:]))))(tensors[0])
+        """Along a direction twice, then the gradient, in every order."""
 
-        self._check(tiny_sample, transform, scalar=True)
+        def in_order(*steps):
+            def transform(loss, tensors):
+                (direction,) = self._directions(tensors[:1])
+
+                def along(f):
+                    return lambda x: jvp(f, (x,), (direction,))[1]
+
+                f = lambda x: loss(x, *tensors[1:])
+                for step in steps:
+                    f = grad(f) if step == "grad" else along(f)
+                return f(tensors[0])
+
+            return transform
+
+        orders = [
+            in_order(*steps) for steps in (("jvp", "jvp", "grad"), ("jvp", "grad", "jvp"), ("grad", "jvp", "jvp"))
+        ]
+        for i, transform in enumerate(orders):
+            self._check(tiny_sample, transform, scalar=True, also=orders[:i] + orders[i + 1 :])

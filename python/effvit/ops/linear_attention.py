@@ -67,99 +67,155 @@ def _flops(dims, options):
     return heads * K * V * (L + M), 2 * heads * K * V * (L + M)
 
 
-def _derivative_of(feature_map, x):
-    if feature_map == "relu":
-        return (x > 0).to(x.dtype)
-    if feature_map == "elu1":
-        return x.clamp(max=0).exp()
-    return x.exp() if feature_map == "exp" else torch.ones_like(x)
+# ---- forward mode ----------------------------------------------------------------------------------------------------
+
+
+def _moved_features(options, x, dx, weight=None, dweight=None):
+    """The tangent of w phi(x); None where nothing moves."""
+    name, moved = FEATURE_MAPS[options["feature_map"]], dx
+    if dx is not None and name == "relu":
+        moved = torch.ops.aten.threshold_backward(dx, x, 0)  # dx where x > 0, in one pass
+    elif dx is not None and name != "none":
+        moved = dx * (x if name == "exp" else x.clamp(max=0)).exp()
+    if weight is not None and moved is not None:
+        moved = weight[..., None] * moved
+    if dweight is not None:
+        moved = dweight[..., None] * _features(options, x) + (0.0 if moved is None else moved)
+    return moved
+
+
+def _features(options, x, weight=None):
+    value = _FEATURES[FEATURE_MAPS[options["feature_map"]]](x)
+    return value if weight is None else weight[..., None] * value
 
 
 def _tangent(op, primals, tangents, results, options):
-    """Forward mode by the op's own kernels: the product rule of out * d = scale * phi(q) S.
-
-    With features in the place of q and k, the tangent of phi(q) S is three calls without a normaliser, each with one
-    factor's tangent. d and its tangent are likewise, of values of one: a column beside v where q_den and k_den are not
-    given.
-    """
-    feature_map, normalize = FEATURE_MAPS[options["feature_map"]], NORMALIZERS[options["normalize"]]
+    """Forward mode by the op's own kernels: the product rule of out * d = scale * phi(q) S."""
     p, t = ({n: None if x is None else float_(x) for n, x in given.items()} for given in (primals, tangents))
-    form = {"causal": options["causal"], "quadratic": options["quadratic"], "feature_map": 0, "normalize": 0}
+    by_states = not options["causal"] and p["cu_seqlens"] is None
+    rule = _quotients_by_states if by_states else _quotients_by_pairs
+    dnum, dden, dstate, dz = rule(op, p, t, results, options)
+    dout = dnum if options["scale"] == 1.0 else options["scale"] * dnum
+    dout = dout if dden is None else torch.addcmul(dout, results[0].float(), dden, value=-1)
+    return tuple(
+        torch.zeros_like(x) if dx is None or not x.numel() else dx.reshape(x.shape).to(x.dtype)
+        for x, dx in zip(results, (dout, dstate, dz), strict=True)
+    )
 
-    def features(name, weight=None):
-        x, dx, dw = p[name], t[name], None if weight is None else t["weight"]
-        value = _FEATURES[feature_map](x)
-        moved = None if dx is None else _derivative_of(feature_map, x) * dx
-        if weight is not None:
-            moved = None if moved is None else weight[..., None] * moved
-            if dw is not None:
-                moved = dw[..., None] * value + (0 if moved is None else moved)
-            value = weight[..., None] * value
-        return value, moved
+
+def _quotients_by_states(op, p, t, results, options):
+    """Tangents of phi(q) S over d, of d over d (None without one), of S and of z.
+
+    States move by calls without queries; queries meet them, and those of before, in calls without keys. z is a column
+    beside S where the denominator has the numerator's features.
+    """
+    q, k, v, weight = (p[n] for n in ("q", "k", "v", "weight"))
+    normalize, V = NORMALIZERS[options["normalize"]], v.shape[3]
+
+    def states(k, v, k_den=None, weight=None, feature_map=0):
+        return op.overload(q[:, :0], k, v, None, k_den, weight, feature_map=feature_map)[1:]
+
+    own = options["feature_map"]
+    state, z = states(k, v, p["k_den"], weight, own) if options["quadratic"] else results[1:]
+    dstate, dz = torch.zeros_like(state), torch.zeros_like(z)
+    dk = _moved_features(options, k, t["k"], weight, t["weight"])
+    if dk is not None:
+        dstate, dz_of_k = states(dk, v)
+        dz = dz_of_k if p["k_den"] is None else dz
+    if t["v"] is not None:
+        dstate = dstate + states(k, t["v"], None, weight, own)[0]
+    if p["k_den"] is not None:
+        dk_den = _moved_features(options, p["k_den"], t["k_den"], weight, t["weight"])
+        dz = dz if dk_den is None else states(dk_den, v[..., :1])[1]
+    dstate = dstate if t["initial_state"] is None else dstate + t["initial_state"]
+    dz = dz if t["initial_z"] is None else dz + t["initial_z"]
+
+    form = {n: options[n] for n in ("normalize", "eps", "clamp_min")}
+    if normalize == "mean":
+        form |= {"normalize": NORMALIZERS.index("sum"), "eps": options["eps"] * k.shape[1]}
+
+    def quotient(q, q_den, state, feature_map, form=form):
+        no_values = state.new_empty(q.shape[0], 0, q.shape[2], state.shape[3])
+        return op.overload(
+            q, k[:, :0], no_values, q_den, None, None, None, state, z, feature_map=feature_map, **form
+        )[0]  # fmt: skip
+
+    q_den = q if p["q_den"] is None else p["q_den"]
+    value = None if normalize == "none" else _features(options, q_den)
+
+    def moved(q, dq, state, dstate):
+        """Of phi(q) state over d."""
+        total = quotient(q, None if value is None or q is q_den else q_den, dstate, own)
+        return total if dq is None else total + quotient(dq, value, state, 0)
+
+    column, dcolumn = z[..., None], dz[..., None]
+    dq = _moved_features(options, q, t["q"])
+    if normalize == "none":
+        return moved(q, dq, state, dstate), None, dstate, dz
+    if q_den is q and V < 256:
+        wide = moved(q, dq, torch.cat([state, column], -1), torch.cat([dstate, dcolumn], -1))
+        dnum, dden = wide[..., :V], wide[..., V:]
+    else:
+        dnum = moved(q, dq, state, dstate)
+        dden = moved(q_den, dq if q_den is q else _moved_features(options, q_den, t["q_den"]), column, dcolumn)
+    if normalize == "clamp":
+        dden = torch.where(quotient(q_den, None, column, own, {"normalize": 0}) < options["clamp_min"], 0.0, dden)
+    return dnum, dden, dstate, dz
+
+
+def _quotients_by_pairs(op, p, t, results, options):
+    """The same where every query has a sum of its own: three calls without a normaliser, each with one factor moved."""
+    form = {"causal": options["causal"], "quadratic": options["quadratic"], "feature_map": 0, "normalize": 0}
+    weight = p["weight"], t["weight"]
 
     def attend(q, k, v, initial):
         z = None if initial is None else initial.new_zeros(initial.shape[:-1])
         return op.overload(q, k, v, None, None, None, p["cu_seqlens"], initial, z, **form)[:2]
 
-    def moved_by(q, k, v, dv, initial, moved_initial):
-        """Tangents of phi(q) S and of S."""
+    def moved(q, k, v, dv, initial, dinitial):
         (q, dq), (k, dk), terms = q, k, []
         if dq is not None:
-            terms.append((attend(dq, k, v, initial)[0], 0))
-        if dk is not None or moved_initial is not None:
-            terms.append(attend(q, torch.zeros_like(k) if dk is None else dk, v, moved_initial))
+            terms.append((attend(dq, k, v, initial)[0], 0.0))
+        if dk is not None or dinitial is not None:
+            terms.append(attend(q, torch.zeros_like(k) if dk is None else dk, v, dinitial))
         if dv is not None:
             terms.append(attend(q, k, dv, None))
-        return sum(out for out, _ in terms), sum(state for _, state in terms)
+        out, state = (sum(column) for column in zip(*terms, strict=True)) if terms else (0.0, 0.0)
+        return out, None if isinstance(state, float) else state
 
     def column(x):
         return None if x is None else x[..., None]
 
-    q, k, v, dv = features("q"), features("k", p["weight"]), p["v"], t["v"]
-    ones, V = v.new_ones(*v.shape[:3], 1), v.shape[3]
-    states = p["initial_state"], t["initial_state"]
-    sums = column(p["initial_z"]), column(t["initial_z"])
-    if p["q_den"] is None and p["k_den"] is None and V < 256:
-        zeros = p["initial_state"] if p["initial_state"] is None else torch.zeros_like(p["initial_state"])
-        wide = [x if x is None else torch.cat([x, one], -1) for x, one in ((v, ones), (dv, torch.zeros_like(ones)))]
-        initial = [
-            None
-            if x is None and z is None
-            else torch.cat([zeros if x is None else x, zeros[..., :1] if z is None else z], -1)
-            for x, z in zip(states, sums, strict=True)
-        ]
-        out, state = moved_by(q, k, *wide, *initial)
-        (dnum, dden), (dstate, dz) = ((x, x) if type(x) is int else (x[..., :V], x[..., V:]) for x in (out, state))
-        q_den, k_den = q, k
-    else:
-        dnum, dstate = moved_by(q, k, v, dv, *states)
-        q_den = q if p["q_den"] is None else features("q_den")
-        k_den = k if p["k_den"] is None else features("k_den", p["weight"])
-        dden, dz = moved_by(q_den, k_den, ones, None, *sums)
-    dout = options["scale"] * dnum
-    if normalize != "none":
-        if normalize == "clamp":
-            dden = torch.where(attend(q_den[0], k_den[0], ones, sums[0])[0] < options["clamp_min"], 0, dden)
-        dout = (dout - results[0].float() * dden) * _one_over_denominator(op, p, options)
-    filled = (
-        torch.zeros_like(x) if type(dx) is int else dx.reshape(x.shape).to(x.dtype)
-        for x, dx in zip(results, (dout, dstate, dz), strict=True)
-    )  # fmt: skip
-    return tuple(filled)
+    def both(name, weight=(None, None)):
+        return _features(options, p[name], weight[0]), _moved_features(options, p[name], t[name], *weight)
+
+    q, k = both("q"), both("k", weight)
+    dnum, dstate = moved(q, k, p["v"], t["v"], p["initial_state"], t["initial_state"])
+    q_den = q if p["q_den"] is None else both("q_den")
+    k_den = k if p["k_den"] is None else both("k_den", weight)
+    ones, sums = torch.ones_like(p["v"][..., :1]), column(p["initial_z"])
+    dden, dz = moved(q_den, k_den, ones, None, sums, column(t["initial_z"]))
+    normalize = NORMALIZERS[options["normalize"]]
+    if normalize == "none":
+        return dnum, None, dstate, dz
+    if normalize == "clamp":
+        dden = torch.where(attend(q_den[0], k_den[0], ones, sums)[0] < options["clamp_min"], 0.0, dden)
+    inverse = _one_over_denominator(op, p, options)
+    return dnum * inverse, dden * inverse, dstate, dz
 
 
 def _one_over_denominator(op, p, options):
     """The op on values of 0, and a state whose product with phi(q) is 1."""
     q, k, v = p["q"], p["k"], p["v"]
-    B, K = (q.shape[0] if p["cu_seqlens"] is None else p["cu_seqlens"].shape[0] - 1), q.shape[3]
+    N, K = (q.shape[0] if p["cu_seqlens"] is None else p["cu_seqlens"].shape[0] - 1), q.shape[3]
     unit = q.new_zeros(K)
     unit[0] = 1.0
     like_one = unit if FEATURE_MAPS[options["feature_map"]] in ("none", "relu") else q.new_zeros(K)
-    state = unit[:, None].expand(B, q.shape[2], K, 1)
-    z = q.new_zeros(B, q.shape[2], K) if p["initial_z"] is None else p["initial_z"]
+    state = unit[:, None].expand(N, q.shape[2], K, 1)
+    z = q.new_zeros(N, q.shape[2], K) if p["initial_z"] is None else p["initial_z"]
     q_den, k_den = (p[d] if p[d] is not None else p[n] for d, n in (("q_den", "q"), ("k_den", "k")))
     return op.overload(
-        like_one.expand(q.shape), k, v.new_zeros(*v.shape[:3], 1), q_den, k_den, p["weight"], p["cu_seqlens"], state, z,
+        like_one.expand(q.shape), k, torch.zeros_like(v[..., :1]), q_den, k_den, p["weight"], p["cu_seqlens"], state, z,
         **{**options, "scale": 1.0, "quadratic": False},
     )[0]  # fmt: skip
 
