@@ -4,6 +4,7 @@ from ._common import _loop_bound, tl, triton
 from ._linear_attention_tiles import (
     _NONE,
     SIZES,
+    _add_compensated,
     _contiguous_rows,
     _dot,
     _load_den_features,
@@ -79,9 +80,11 @@ def linear_attention_bwd_dq_kernel(
     s_operand = _operand(s, DTYPE)
     if NORMALIZE != _NONE:
         z_row = tl.load(z + slot * K + column_k, mask=column_k < K, other=0.0)
+        z_low = tl.zeros([BLOCK_K], tl.float32)
     if partial_dstate is not None:
         ds = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
         dz = tl.zeros([BLOCK_K], tl.float32)
+        dz_low = tl.zeros([BLOCK_K], tl.float32)
     row_offset = (b * heads + head) * L
     tokens = L * heads.to(tl.int64)  # of all batches, times heads
     if cu_seqlens is None:
@@ -119,7 +122,7 @@ def linear_attention_bwd_dq_kernel(
                 phi_kd = _load_den_features(phi_k, k_den, row, ok, column_k, K, FEATURE)
                 ws = _operand(tl.where(keep, w[None, :], 0.0), DTYPE)
                 zs = zs + _dot(ws, _operand(phi_kd, DTYPE), None, DTYPE)
-                z_row += tl.sum(phi_kd * w[:, None], axis=0)
+                z_row, z_low = _add_compensated(z_row, z_low, tl.sum(phi_kd * w[:, None], axis=0))
 
         inverse = tl.where(ok, scale, 0.0)
         r = inverse
@@ -150,7 +153,7 @@ def linear_attention_bwd_dq_kernel(
                 u = _operand(do * inverse[:, None], DTYPE)
                 ds = _dot(tl.trans(_operand(phi_q, DTYPE)), u, ds, DTYPE)
                 if NORMALIZE != _NONE:
-                    dz += tl.sum(phi_qd * r[:, None], axis=0)
+                    dz, dz_low = _add_compensated(dz, dz_low, tl.sum(phi_qd * r[:, None], axis=0))
 
     if partial_dstate is not None:
         slot = (part.split * sequences + part.sequence) * heads + head
@@ -225,6 +228,7 @@ def linear_attention_bwd_dkv_kernel(
     ds_operand = _operand(ds, DTYPE)
     if dz is not None:
         dz_row = tl.load(dz + slot * K + column_k, mask=column_k < K, other=0.0)
+        dz_low = tl.zeros([BLOCK_K], tl.float32)
 
     for step in range(0, _loop_bound(part.blocks)):
         if CAUSAL:
@@ -270,7 +274,7 @@ def linear_attention_bwd_dkv_kernel(
                     phi_qd = _load_den_features(phi_q, q_den, row, ok, column_k, K, FEATURE)
                     rs = _operand(tl.where(keep, r[None, :], 0.0), DTYPE)
                     g_den = g_den + _dot(rs, _operand(phi_qd, DTYPE), None, DTYPE)
-                    dz_row += tl.sum(phi_qd * r[:, None], axis=0)
+                    dz_row, dz_low = _add_compensated(dz_row, dz_low, tl.sum(phi_qd * r[:, None], axis=0))
             _store_key_gradients(dk_rows, dk_den_rows, dweight_rows, k_den, w, row, ok, column_k, g, g_den, phi_k, K,
                                  FEATURE)  # fmt: skip
         if CAUSAL:

@@ -8,6 +8,7 @@ from ._common import _loop_bound, tl, triton
 from ._linear_attention_tiles import (
     _NONE,
     SIZES,
+    _add_compensated,
     _contiguous_rows,
     _dot,
     _load_den_features,
@@ -57,6 +58,7 @@ def linear_attention_quadratic_fwd_kernel(
         qd_operand = _operand(_load_features(q_den, row, ok, column_k, K, FEATURE), DTYPE)
     o = tl.zeros([BLOCK, BLOCK_V], tl.float32)
     d = tl.zeros([BLOCK], tl.float32)
+    d_low = tl.zeros([BLOCK], tl.float32)
     steps = (M + (BLOCK - 1)) // BLOCK
     keys = M
     if CAUSAL:
@@ -83,7 +85,7 @@ def linear_attention_quadratic_fwd_kernel(
                     a = tl.where(row[:, None] >= key[None, :], a, 0.0)
                 if weight is not None:
                     a = a * w[None, :]
-            d += tl.sum(a, axis=1)
+            d, d_low = _add_compensated(d, d_low, tl.sum(a, axis=1))
     out_rows = _contiguous_rows(out, b, L, heads, head, V)
     _store_out(out_rows, row, ok, column_v, o, d, keys, eps, clamp_min, scale, V, NORMALIZE)
 
@@ -121,7 +123,10 @@ def linear_attention_quadratic_bwd_dq_kernel(
     g = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     zs = None
     if NORMALIZE != _NONE:
-        zs = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+        z = tl.zeros([BLOCK_K], tl.float32)  # of the keys before
+        z_low = tl.zeros([BLOCK_K], tl.float32)
+        if CAUSAL:
+            zs = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     steps = (M + (BLOCK - 1)) // BLOCK
     keys = M
     if CAUSAL:
@@ -144,9 +149,8 @@ def linear_attention_quadratic_bwd_dq_kernel(
             phi_k = _load_den_features(phi_k, k_den, key, key_ok, column_k, K, FEATURE)
             if CAUSAL:
                 ws = _operand(tl.where(row[:, None] >= key[None, :], w[None, :], 0.0), DTYPE)
-                zs = _dot(ws, _operand(phi_k, DTYPE), zs, DTYPE)
-            else:
-                zs += tl.sum(phi_k * w[:, None], axis=0)[None, :]
+                zs = z[None, :] + _dot(ws, _operand(phi_k, DTYPE), None, DTYPE)
+            z, z_low = _add_compensated(z, z_low, tl.sum(phi_k * w[:, None], axis=0))
 
     phi_q = _load_features(q, row, ok, column_k, K, FEATURE)
     row_offset = (b * heads + head) * L + row
@@ -155,6 +159,8 @@ def linear_attention_quadratic_bwd_dq_kernel(
     phi_qd = phi_q
     if NORMALIZE != _NONE:
         phi_qd = _load_den_features(phi_q, q_den, row, ok, column_k, K, FEATURE)
+        if not CAUSAL:
+            zs = z[None, :]
         d = tl.sum(phi_qd * zs, axis=1)
         t = tl.sum(phi_q * g, axis=1)
         inverse, r = _row_gradients(d, t, keys, ok, eps, clamp_min, scale, NORMALIZE)
@@ -203,7 +209,10 @@ def linear_attention_quadratic_bwd_dkv_kernel(
     g_v = tl.zeros([BLOCK, BLOCK_V], tl.float32)
     g_den = None
     if NORMALIZE != _NONE:
-        g_den = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+        dz = tl.zeros([BLOCK_K], tl.float32)
+        dz_low = tl.zeros([BLOCK_K], tl.float32)
+        if CAUSAL:
+            g_den = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     start = tile * 0
     if CAUSAL:
         start = tile
@@ -230,8 +239,10 @@ def linear_attention_quadratic_bwd_dkv_kernel(
                 rs = _operand(tl.where(keep, r[None, :], 0.0), DTYPE)
                 g_den = _dot(rs, _operand(phi_q, DTYPE), g_den, DTYPE)
             else:
-                g_den += tl.sum(phi_q * r[:, None], axis=0)[None, :]
+                dz, dz_low = _add_compensated(dz, dz_low, tl.sum(phi_q * r[:, None], axis=0))
 
+    if NORMALIZE != _NONE and not CAUSAL:
+        g_den = dz[None, :]
     w = None
     if weight is not None:
         w = _load_numbers(weight, key, key_ok)

@@ -177,6 +177,16 @@ else:
 
 
 @device_function
+def _add_compensated(total, low, x):
+    """(total + x, what rounding takes off): however many terms, the sum is off by the rounding of one. An infinite
+    total stays."""
+    y = x + low
+    after = total + y
+    lost = y - (after - total)
+    return after, tl.where(lost - lost == 0.0, lost, 0.0)
+
+
+@device_function
 def _load_features(x, row, ok, column, D: tl.constexpr, FEATURE: tl.constexpr):
     """phi(x), 0 outside of the tile. NaN stays NaN."""
     ACCURATE: tl.constexpr = x.pointer.dtype.element_ty == tl.float32

@@ -47,6 +47,7 @@ from ._linear_attention_quadratic import (
 from ._linear_attention_tiles import (
     _NONE,
     SIZES,
+    _add_compensated,
     _contiguous_rows,
     _dot,
     _load_den_features,
@@ -111,6 +112,7 @@ def linear_attention_state_kernel(
 
     state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     z = tl.zeros([BLOCK_K], tl.float32)
+    z_low = tl.zeros([BLOCK_K], tl.float32)
     for step in range(0, _loop_bound(part.blocks)):
         row = first + step * BLOCK + tl.arange(0, BLOCK)
         ok = row < stop
@@ -123,7 +125,7 @@ def linear_attention_state_kernel(
             phi = _load_den_features(phi, x_den, row, ok, column_k, K, FEATURE)
             if z_weight is not None:
                 phi = phi * _load_numbers(z_weight, row, ok)[:, None]
-            z += tl.sum(phi, axis=0)
+            z, z_low = _add_compensated(z, z_low, tl.sum(phi, axis=0))
 
     slot = (part.split * sequences + part.sequence) * heads + head
     _store_state(partial_state, slot, column_k, column_v, state, K, V)
@@ -233,6 +235,7 @@ def linear_attention_fwd_kernel(
     s_operand = _operand(s, DTYPE)
     if NORMALIZE != _NONE:
         z_row = tl.load(z + slot * K + column_k, mask=column_k < K, other=0.0)
+        z_low = tl.zeros([BLOCK_K], tl.float32)
 
     for step in range(0, _loop_bound(part.blocks)):
         row = first + step * BLOCK + tl.arange(0, BLOCK)
@@ -267,7 +270,7 @@ def linear_attention_fwd_kernel(
                 d += tl.sum(a, axis=1)
                 if weight is not None:
                     phi_kd = phi_kd * w[:, None]
-                z_row += tl.sum(phi_kd, axis=0)
+                z_row, z_low = _add_compensated(z_row, z_low, tl.sum(phi_kd, axis=0))
             if weight is not None:
                 v_tile = v_tile * w[:, None]
             s = _dot(tl.trans(k_operand), _operand(v_tile, DTYPE), s, DTYPE)

@@ -18,7 +18,8 @@ struct Backward {
   float *qf, *kf, *den, *u, *v, *scores, *transposed, *product, *value_product, *z_rows;
   float *dots, *factor, *slope, *r, *weights;
   // Of the unit: per head S^T [V, Kp] in pass A and dS^T in pass B, and a whole state.
-  float *state_t, *total, *row;
+  float *state_t, *total;
+  float* chunk_dz;
   Ahead ahead;
   Forward<T> forward;  // sums of the causal form's prefixes; and the rows of the operands
 
@@ -42,9 +43,9 @@ struct Backward {
     slope = s.take<float>(n);
     r = s.take<float>(n);
     weights = s.take<float>(n);
-    state_t = s.take<float>(heads * plan.slot_t());
+    state_t = s.take<float>(heads * plan.slot);
     total = s.take<float>(heads * plan.slot);
-    row = s.take<float>(plan.Vp);
+    chunk_dz = s.take<float>(plan.Kp);
   }
 
   Rows<const T> grad_rows(int64_t b) const {
@@ -58,7 +59,7 @@ struct Backward {
 
   // dst = S^T of a padded state, z behind it. bfloat16 operands have it in a form of their own, with S itself.
   void transpose_state(float* dst, const float* state, [[maybe_unused]] int64_t index) {
-    std::memcpy(plan.z_of(dst), state + int64_t{plan.Kp} * plan.Vp, static_cast<size_t>(plan.Kp) * sizeof(float));
+    std::memcpy(plan.z_of(dst), state + int64_t{plan.Kp} * plan.Vp, static_cast<size_t>(2 * plan.Kp) * sizeof(float));
     if constexpr (kBf16Products<T>) {
       if (forward.bf16_products) return forward.operands.load_state(state, index, true, true);
     }
@@ -114,6 +115,11 @@ struct Backward {
     });
   }
 
+  void add_to_dz(const float* features, int n, float* dz) {
+    gemm(1, plan.Kp, n, r, n, features, plan.Kp, nullptr, chunk_dz, plan.Kp);
+    for (int c = 0; c < plan.Kp; c += kLanes) add_compensated(dz + c, dz + plan.Kp + c, load(chunk_dz + c));
+  }
+
   // Adds a chunk's u and r to dS and dz.
   EFFVIT_INLINE void add_queries(const float* features, int n, float* slot) {
     if (forward.bf16_products) {
@@ -123,7 +129,7 @@ struct Backward {
                 ahead.spread());
     }
     if (p.normalize != Normalize::kNone) {
-      gemm(1, plan.Kp, n, r, n, features, plan.Kp, plan.z_of(slot), plan.z_of(slot), plan.Kp);
+      add_to_dz(features, n, plan.z_of(slot));
     }
   }
 
@@ -201,14 +207,17 @@ struct Backward {
     }
   }
 
-  // z_rows[i] = z + the features up to i (they may lie in z_rows themselves); z goes on to the end of the chunk.
+  // z_rows[i] = z + the features up to i (they may lie in z_rows themselves); z goes on to the end of the chunk. The
+  // chunk's terms are added to each other first, as in running_dots.
   void running_z(const float* features, int n, float* z) {
-    for (int i = 0; i < n; ++i) {
-      for (int c = 0; c < plan.Kp; c += kLanes) {
-        const vf here = load(z + c) + load(features + i * plan.Kp + c);
-        store(z + c, here);
-        store(z_rows + i * plan.Kp + c, here);
+    for (int c = 0; c < plan.Kp; c += kLanes) {
+      const vf before = load(z + c);
+      vf own{};
+      for (int i = 0; i < n; ++i) {
+        own = own + load(features + i * plan.Kp + c);
+        store(z_rows + i * plan.Kp + c, before + own);
       }
+      add_compensated(z + c, z + plan.Kp + c, own);
     }
   }
 
@@ -313,7 +322,7 @@ struct Backward {
     if (streamed) stream_fence();
   }
 
-  States transposed_states(const Unit& unit) const { return {state_t, unit.h0, plan.slot_t()}; }
+  States transposed_states(const Unit& unit) const { return {state_t, unit.h0, plan.slot}; }
 
   // Within a pair of chunks, m keys by n queries: product += (v u^T) phi(q), value_product += (phi(k) phi(q)^T) u.
   void add_own_queries(int m, int n, Triangle triangle) {
@@ -325,8 +334,7 @@ struct Backward {
                        value_product, plan.Vp);
   }
 
-  // z_rows[j] = dz + r_i features[i] over i >= j; dz goes on to the start of the chunk. The chunk's terms are added to
-  // each other first: one by one to a large dz they would each be rounded at its size.
+  // z_rows[j] = dz + r_i features[i] over i >= j; dz goes on to the start of the chunk.
   void running_dz(const float* features, int n, float* dz) {
     const bool adds = p.normalize != Normalize::kNone;
     for (int c = 0; c < plan.Kp; c += kLanes) {
@@ -336,7 +344,7 @@ struct Backward {
         if (adds) own = fma(set1(r[i]), load(features + i * plan.Kp + c), own);
         store(z_rows + i * plan.Kp + c, before + own);
       }
-      store(dz + c, before + own);
+      add_compensated(dz + c, dz + plan.Kp + c, own);
     }
   }
 
@@ -354,8 +362,8 @@ struct Backward {
     const bool normalized = p.normalize != Normalize::kNone;
     const auto size_of = [&](int64_t at, int64_t all) { return static_cast<int>(std::min<int64_t>(chunk, all - at)); };
     float *const z = state_t, *const dz = total;
-    zero(z, plan.Kp);
-    zero(dz, plan.Kp);
+    zero(z, 2 * plan.Kp);
+    zero(dz, 2 * plan.Kp);
     if (!p.causal && normalized) {
       for (int64_t j = 0; j < p.M; j += chunk) {
         const int n = size_of(j, p.M);
@@ -390,7 +398,7 @@ struct Backward {
       }
       finish_queries(features, at, n, head, z, dq, dq_den);
       if (!p.causal && normalized) {
-        gemm(1, plan.Kp, n, r, n, features, plan.Kp, dz, dz, plan.Kp);
+        add_to_dz(features, n, dz);
       }
       save_factors(workspace, b, at, n, head);
     }

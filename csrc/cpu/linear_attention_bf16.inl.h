@@ -11,11 +11,11 @@ struct NoBf16Operands {
 
 #if defined(EFFVIT_HAS_BF16_PRODUCTS)
 // phi(src[i]) * weight[i] in bfloat16 with the rows in pairs, of 2 round_up(width, kLanes) elements with zeros behind
-// the width, and rows of zeros up to the depth of a product. Null weight: 1. sum, where given, takes the sum of the
-// rows, not rounded, in addition to what it holds.
+// the width, and rows of zeros up to the depth of a product. Null weight: 1. z, where given, takes the sum of the rows,
+// not rounded.
 template <FeatureMap F>
 void pack_feature_pairs(BFloat16* dst, const BFloat16* src, int64_t stride, int n, int width, const float* weight,
-                        float* sum) {
+                        float* z) {
   const int padded = round_up(width, kLanes);
   for (int c = 0; c < width; c += kLanes) {
     const int left = width - c;
@@ -28,7 +28,7 @@ void pack_feature_pairs(BFloat16* dst, const BFloat16* src, int64_t stride, int 
     vf total{};
     BFloat16* to = dst + 2 * c;
     const auto put = [&](vf even, vf odd) __attribute__((always_inline)) {
-      if (sum) total = kBf16Tiles<BFloat16> ? total + even + odd : total + (even + odd);
+      if (z) total = kBf16Tiles<BFloat16> ? total + even + odd : total + (even + odd);
       const bool exact = !weight && (F == FeatureMap::kNone || F == FeatureMap::kRelu);
       store(reinterpret_cast<Word*>(to), (vf)(exact ? join_pairs(even, odd) : round_pairs(even, odd)));
       to += 2 * padded;
@@ -37,12 +37,12 @@ void pack_feature_pairs(BFloat16* dst, const BFloat16* src, int64_t stride, int 
     for (; i + 2 <= n; i += 2) put(at(i), at(i + 1));
     if (i < n) put(at(i), vf{}), i += 2;
     for (; i < round_up(n, kBf16Depth); i += 2) put(vf{}, vf{});
-    if (sum) store(sum + c, load(sum + c) + total);
+    if (z) add_compensated(z + c, z + padded + c, total);
   }
 }
 EFFVIT_INLINE void pack_feature_pairs(FeatureMap map, BFloat16* dst, const BFloat16* src, int64_t stride, int n,
-                                      int width, const float* weight = nullptr, float* sum = nullptr) {
-  dispatch_map(map, [&](auto f) { pack_feature_pairs<decltype(f)::value>(dst, src, stride, n, width, weight, sum); });
+                                      int width, const float* weight = nullptr, float* z = nullptr) {
+  dispatch_map(map, [&](auto f) { pack_feature_pairs<decltype(f)::value>(dst, src, stride, n, width, weight, z); });
 }
 
 struct Bf16Operands {

@@ -36,18 +36,19 @@ EFFVIT_INLINE void dispatch_map(FeatureMap map, const F& f) {
   }
 }
 
+constexpr int kSums = 4;  // rows are added up in turn, kSums each: short sums lose little, and none waits for the last
+
 // dst[i] = phi(src[i]) * weight[i], rows of round_up(width, kLanes) floats with zeros behind the width. Null weight: 1.
-// sum, where given, takes the sum of the rows in addition to what it holds.
+// z, where given, takes the sum of the rows.
 template <FeatureMap F, class T>
-void pack_features(float* dst, const T* src, int64_t stride, int n, int width, const float* weight, float* sum) {
+void pack_features(float* dst, const T* src, int64_t stride, int n, int width, const float* weight, float* z) {
   const int padded = round_up(width, kLanes);
   const auto columns = [&](int c, auto vectors, auto partial) {
     constexpr int kVectors = decltype(vectors)::value;
-    vf total[kVectors] = {};
-    for (int i = 0; i < n; ++i) {
+    const auto row = [&](int i, vf(&to_sum)[kVectors]) __attribute__((always_inline)) {
       const T* from = src + i * stride + c;
       float* to = dst + i * padded + c;
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) {
         vf x;
         if constexpr (decltype(partial)::value) {
@@ -57,24 +58,35 @@ void pack_features(float* dst, const T* src, int64_t stride, int n, int width, c
         }
         if (weight) x = x * set1(weight[i]);
         store(to + j * kLanes, x);
-        total[j] = total[j] + x;
+        to_sum[j] = to_sum[j] + x;
       }
-    }
-    if (sum) {
+    };
+    for (int i = 0; i < n;) {
+      vf sum[kSums][kVectors] = {};
+      const int end = std::min(n, i + kSums * kSums);
+      for (; i + kSums <= end; i += kSums) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) store(sum + c + j * kLanes, load(sum + c + j * kLanes) + total[j]);
+        for (int s = 0; s < kSums; ++s) row(i + s, sum[s]);
+      }
+      for (; i < end; ++i) row(i, sum[0]);
+      if (!z) continue;
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) {
+        const vf total = (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]);
+        add_compensated(z + c + j * kLanes, z + padded + c + j * kLanes, total);
+      }
     }
   };
   int c = 0;
-  for (; c + 4 * kLanes <= width; c += 4 * kLanes) columns(c, std::integral_constant<int, 4>{}, std::false_type{});
+  for (; c + 2 * kLanes <= width; c += 2 * kLanes) columns(c, std::integral_constant<int, 2>{}, std::false_type{});
   for (; c + kLanes <= width; c += kLanes) columns(c, std::integral_constant<int, 1>{}, std::false_type{});
   if (c < width) columns(c, std::integral_constant<int, 1>{}, std::true_type{});
 }
 
 template <class T>
 EFFVIT_INLINE void pack_features(FeatureMap map, float* dst, const T* src, int64_t stride, int n, int width,
-                                 const float* weight = nullptr, float* sum = nullptr) {
-  dispatch_map(map, [&](auto f) { pack_features<decltype(f)::value>(dst, src, stride, n, width, weight, sum); });
+                                 const float* weight = nullptr, float* z = nullptr) {
+  dispatch_map(map, [&](auto f) { pack_features<decltype(f)::value>(dst, src, stride, n, width, weight, z); });
 }
 
 // dst[i] = phi(src[i]) * factor[i], in float32 or rounded, rows of `ld` elements with zeros behind the width. Null

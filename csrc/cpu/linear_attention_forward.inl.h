@@ -118,17 +118,20 @@ struct Forward {
     if (streamed) stream_fence();
   }
 
-  // dots[i] = phi(q_den_i) . z_i, where z_i runs over the keys up to i; z goes on to the end of the chunk.
+  // dots[i] = phi(q_den_i) . z_i, where z_i runs over the keys up to i; z goes on to the end of the chunk. The chunk's
+  // keys are added to each other first: one by one to a large z they would each be rounded at its size.
   EFFVIT_INLINE void running_dots(const float* features_q, const float* features_k, int n, float* z) {
-    for (int i = 0; i < n; ++i) {
-      vf sum{};
-      for (int c = 0; c < plan.Kp; c += kLanes) {
-        const vf here = load(z + c) + load(features_k + i * plan.Kp + c);
-        store(z + c, here);
-        sum = fma(here, load(features_q + i * plan.Kp + c), sum);
+    vf sums[kChunk];
+    for (int c = 0; c < plan.Kp; c += kLanes) {
+      const vf before = load(z + c);
+      vf own{};
+      for (int i = 0; i < n; ++i) {
+        own = own + load(features_k + i * plan.Kp + c);
+        sums[i] = fma(before + own, load(features_q + i * plan.Kp + c), c == 0 ? vf{} : sums[i]);
       }
-      dots[i] = reduce_add(sum);
+      add_compensated(z + c, z + plan.Kp + c, own);
     }
+    for (int i = 0; i < n; ++i) dots[i] = reduce_add(sums[i]);
   }
 
   // The unit's rows of out, each from the keys up to its own; the states, of the keys before the unit, run along.
@@ -178,7 +181,7 @@ struct Forward {
     const auto out = contiguous_rows<T>(p.out, b, p.L, p.H, p.V);
     const auto keys_of = [&](int64_t at) { return static_cast<int>(std::min<int64_t>(plan.chunk, p.M - at)); };
     float* const z = total;
-    zero(z, plan.Kp);
+    zero(z, 2 * plan.Kp);
     if (!p.causal && p.normalize != Normalize::kNone) {
       for (int64_t j = 0; j < p.M; j += plan.chunk) {
         const int n = keys_of(j);

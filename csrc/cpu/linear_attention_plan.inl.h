@@ -39,7 +39,7 @@ LinearAttentionRange tokens_of(const Params& p, int64_t sequence, int64_t size) 
 struct Plan {
   Limits limits;
   int K, V, Kp, Vp;  // head dims, and rounded up to whole vectors
-  int64_t slot;  // floats of one partial state: [Kp, Vp], then z [Kp]
+  int64_t slot;  // floats of one partial state: [Kp, Vp], then z [Kp] and what its additions lost [Kp]
   int64_t splits, groups;  // ranges of tokens in a sequence, groups of heads
   int chunk;
   bool whole;  // a unit does all phases of its sequence and heads
@@ -49,7 +49,7 @@ struct Plan {
   Plan(const Params& p, bool backward) : limits(p) {
     K = static_cast<int>(p.K), V = static_cast<int>(p.V);
     Kp = round_up(K, kLanes), Vp = round_up(V, kLanes);
-    slot = int64_t{Kp} * Vp + Kp;
+    slot = int64_t{Kp} * Vp + 2 * Kp;
     chunk = p.causal && K <= 64 && V <= 64 ? limits.chunk / 2 : limits.chunk;
     int64_t longest = std::max(p.L, p.M);
     if (p.cu_seqlens) {
@@ -85,7 +85,6 @@ struct Plan {
     return EFFVIT_ISA_NAME::streams<T>(rows, width, bytes, limits.stream_bytes);
   }
   float* z_of(float* state) const { return state + int64_t{Kp} * Vp; }  // of a transposed state too
-  int64_t slot_t() const { return int64_t{Kp} * Vp + Kp; }  // floats of a transposed state: [Vp, Kp], then z [Kp]
 };
 
 // Phases 1 and 3, in either direction, sum up partial states: their units are (sequence, head), not a Unit.

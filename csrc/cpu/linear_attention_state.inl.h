@@ -41,10 +41,16 @@ template <class Slot>
 void sum_slots(const Plan& plan, bool causal, bool backwards, float* total, const Slot& slot) {
   for (int64_t i = 0; i < plan.splits; ++i) {
     float* const here = slot(backwards ? plan.splits - 1 - i : i);
-    for (int64_t j = 0; j < plan.slot; j += kLanes) {
-      const vf sum = load(total + j), x = load(here + j);
-      if (causal) store(here + j, sum);
-      store(total + j, sum + x);
+    float *const z = plan.z_of(total), *const z_here = plan.z_of(here);
+    for (float *sum = total, *x = here; sum < z; sum += kLanes, x += kLanes) {
+      const vf before = load(sum), part = load(x);
+      if (causal) store(x, before);
+      store(sum, before + part);
+    }
+    for (int c = 0; c < plan.Kp; c += kLanes) {
+      const vf before = load(z + c), lost = load(z + plan.Kp + c), part = load(z_here + c);
+      if (causal) store(z_here + c, before), store(z_here + plan.Kp + c, lost);
+      add_compensated(z + c, z + plan.Kp + c, part);
     }
   }
   if (!causal) std::memcpy(slot(0), total, static_cast<size_t>(plan.slot) * sizeof(float));

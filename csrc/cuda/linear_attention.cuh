@@ -226,7 +226,7 @@ cudaError_t launch_row_dot(Pass g, cudaStream_t stream) {
   if (!g.causal()) g.splits = row_splits(g.p, g.length(), 1);
   count_ctas(g);
   if (g.ctas == 0 || g.length() == 0) return cudaSuccess;
-  constexpr int kBytes = 4 * (kTile * (kTile + 1) + kMaxDim + kTile);
+  constexpr int kBytes = 4 * (kTile * (kTile + 1) + 2 * kMaxDim + kTile);
   return EFFVIT_LAUNCH((linear_attention_row_dot_kernel<T>), bounded_grid(g.ctas), kThreads, kBytes, stream, g);
 }
 

@@ -112,7 +112,7 @@ struct Pass {
 
 // The vectors in shared memory, in floats from s_vectors.
 constexpr int kZden = 0, kZvec = kMaxDim, kRowDen = kZvec + kTile, kRho = kRowDen + 2 * kTile, kGamma = kRho + kTile;
-constexpr int kRowSum = kGamma + kTile, kVectors = kRowSum + kTile;
+constexpr int kRowSum = kGamma + kTile, kZlow = kRowSum + kTile, kVectors = kZlow + kTile;
 // Of a fused pass: z or its gradient, and later the warps' sums of that; then what a row's denominator is divided by.
 constexpr int kFusedRow = kWarps * kTile, kFusedVectors = kFusedRow + kTile;
 
@@ -183,6 +183,14 @@ EFFVIT_DEVICE float row_factor(const Pass& g, Factor factor, const Work& work, i
     return p.normalize == Normalize::kNone ? 0.f : prim::load_global(g.grad_den + query_index(p, work, token));
   }
   return 1.f;
+}
+
+// sum += x, what rounding takes off kept in `low`: however many terms, the sum is off by the rounding of one. An
+// infinite sum stays.
+EFFVIT_DEVICE void add_compensated(float& sum, float& low, float x) {
+  const float y = x + low, after = sum + y, lost = y - (after - sum);
+  low = lost - lost == 0.f ? lost : 0.f;
+  sum = after;
 }
 
 // A feature map of kN elements. NaN passes through each of them.
@@ -290,6 +298,7 @@ struct Cta {
   EFFVIT_DEVICE Shared<float> vector(int at, int count) const { return Shared<float>(g.s_vectors + 4 * at, count); }
   EFFVIT_DEVICE Shared<float> zden() const { return vector(kZden, kMaxDim); }
   EFFVIT_DEVICE Shared<float> zvec() const { return vector(kZvec, kTile); }
+  EFFVIT_DEVICE Shared<float> zlow() const { return vector(kZlow, kTile); }  // what zvec's additions lost
   EFFVIT_DEVICE Shared<float> row_den() const { return vector(kRowDen, 2 * kTile); }
   EFFVIT_DEVICE Shared<float> rho() const { return vector(kRho, kTile); }
   EFFVIT_DEVICE Shared<float> gamma() const { return vector(kGamma, kTile); }
@@ -364,8 +373,10 @@ EFFVIT_DEVICE void load_vectors(const Cta<T>& c, const Work& work, int slab) {
   const Pass& g = c.g;
   const int i = prim::thread_id(), col = slab * g.slab_cols + i;
   const float* const from = g.z.base + work.block * g.z.stride + work.split * g.z.split_stride;
-  if (g.rank_one != RankOne::kNone && i < g.slab_cols)
+  if (g.rank_one != RankOne::kNone && i < g.slab_cols) {
     c.zvec().store(i, col < g.dim_out ? prim::load_global(from + col) : 0.f);
+    if (g.has_rank_rows()) c.zlow().store(i, 0.f);
+  }
   if (g.denominator != Denominator::kGiven) {
     for (int k = i; k < g.blocks * kTile; k += kThreads)
       c.zden().store(k, k < g.dim_x ? prim::load_global(from + k) : 0.f);

@@ -321,10 +321,13 @@ linear_attention_chunk_kernel(EFFVIT_GRID_CONSTANT Pass g) {
         prim::sync_threads();  // the readers of the state and of zvec
         if (g.has_x()) store_state(c, planes, state);
         if (g.has_rank_rows() && prim::thread_id() < g.slab_cols) {
-          float z = c.zvec().load(prim::thread_id());
+          const int col = prim::thread_id();
+          float z = c.zvec().load(col), low = c.zlow().load(col), sum = 0.f;
           EFFVIT_NO_UNROLL
-          for (int j = 0; j < kTile; ++j) z += c.gamma().load(j) * load_element(b, j * b.stride + prim::thread_id());
-          c.zvec().store(prim::thread_id(), z);
+          for (int j = 0; j < kTile; ++j) sum += c.gamma().load(j) * load_element(b, j * b.stride + col);
+          add_compensated(z, low, sum);
+          c.zvec().store(col, z);
+          c.zlow().store(col, low);
         }
       }
     }

@@ -37,7 +37,7 @@ linear_attention_state_kernel(EFFVIT_GRID_CONSTANT Pass g) {
     float* const to = g.partial + (work.block * g.splits + work.split) * g.slot;
     const int first_col = work.slab * g.slab_cols;
     const bool sum_a = work.slab == 0 && g.vector_sum == VectorSum::kOfA;
-    float sum[kVec<T>] = {};
+    float sum[kVec<T>] = {}, low[kVec<T>] = {};
 
     if (g.has_state()) {
       float state[kTiles][4];
@@ -56,14 +56,19 @@ linear_attention_state_kernel(EFFVIT_GRID_CONSTANT Pass g) {
         const WideTile<T> a = c.a_tile(a_at), b = c.b_tile(b_at);
         prim::cp_async_wait<0>();
         if constexpr (Wide<T>::kSplit) prim::sync_threads();  // the readers of lo, of which there is one buffer
+        float part[kVec<T>] = {};
         transform_tile(g, a, g.a, work, first, work.stop, block * kTile, sum_a, [&](int row, int, const auto& x) {
           if (!sum_a) return;
           float factor = 1.f;  // a has the weight already
           if (g.z_factor == Factor::kGradDen && first + row < work.stop)
             factor = row_factor(g, Factor::kGradDen, work, first + row);
           EFFVIT_UNROLL
-          for (int e = 0; e < kVec<T>; ++e) sum[e] += x[e] * factor;
+          for (int e = 0; e < kVec<T>; ++e) part[e] += x[e] * factor;
         });
+        if (sum_a) {
+          EFFVIT_UNROLL
+          for (int e = 0; e < kVec<T>; ++e) add_compensated(sum[e], low[e], part[e]);
+        }
         if (block == 0) transform_tile(g, b, g.b, work, first, work.stop, first_col);
         prim::sync_threads();  // this tile is complete, and the other buffer's readers are done
         const int next_block = block + 1 == g.blocks ? 0 : block + 1;
@@ -88,7 +93,7 @@ linear_attention_state_kernel(EFFVIT_GRID_CONSTANT Pass g) {
     for (int block = 0; block < g.blocks; ++block) {
       const int col = block * kTile + piece_col<T>(g.x_shift), length = piece_length<T>(g.z_rows.dim - col);
       EFFVIT_UNROLL
-      for (int e = 0; e < kVec<T>; ++e) sum[e] = 0.f;
+      for (int e = 0; e < kVec<T>; ++e) sum[e] = low[e] = 0.f;
       if (g.vector_sum == VectorSum::kOfRows) {
         EFFVIT_NO_UNROLL
         for (int64_t token = work.first + (prim::thread_id() >> g.x_shift); token < work.stop;
@@ -97,7 +102,7 @@ linear_attention_state_kernel(EFFVIT_GRID_CONSTANT Pass g) {
           map_piece<T>(load_piece(row_at<T>(g.z_rows, work, token) + col, length, g.z_rows.vec), g.z_rows.map, x);
           scale_piece<T>(x, row_factor(g, g.z_factor, work, token), length);
           EFFVIT_UNROLL
-          for (int e = 0; e < kVec<T>; ++e) sum[e] += x[e];
+          for (int e = 0; e < kVec<T>; ++e) add_compensated(sum[e], low[e], x[e]);
         }
       }
       write_column_sums(c, sum, to + g.slot_z, block * kTile);
@@ -129,12 +134,12 @@ linear_attention_reduce_kernel(EFFVIT_GRID_CONSTANT Reduction r) {
     const float* const initial = is_z ? r.initial_z : r.initial_state;
     float* const total = is_z ? r.total_z : r.total_state;
     float* const from = r.partial + block * r.splits * r.slot + (is_z ? r.slot_z + element - r.state : element);
-    float sum = initial == nullptr ? 0.f : prim::load_global(initial + at);
+    float sum = initial == nullptr ? 0.f : prim::load_global(initial + at), low = 0.f;
     for (int k = 0; k < r.splits; ++k) {
       float* const split = from + (r.reverse ? r.splits - 1 - k : k) * r.slot;
       const float part = prim::load_global(split);
       if (r.prefix) prim::store_global(split, sum);
-      sum += part;
+      add_compensated(sum, low, part);
     }
     if (!r.prefix) prim::store_global(from, sum);
     if (total != nullptr) prim::store_global(total + at, sum);
@@ -148,7 +153,7 @@ EFFVIT_KERNEL(kThreads, 4)
 linear_attention_row_dot_kernel(EFFVIT_GRID_CONSTANT Pass g) {
   constexpr int kStride = kTile + 1;
   const Shared<float> terms(0, kTile * kStride), run(4 * kTile * kStride, kMaxDim),
-      half_sum(4 * (kTile * kStride + kMaxDim), kTile);
+      run_low(4 * (kTile * kStride + kMaxDim), kMaxDim), half_sum(4 * (kTile * kStride + 2 * kMaxDim), kTile);
   const int col_in_block = prim::thread_id() % kTile, half = prim::thread_id() / kTile;
   EFFVIT_NO_UNROLL
   for (int64_t id = prim::cta_id(); id < g.ctas; id += prim::cta_count()) {
@@ -156,7 +161,10 @@ linear_attention_row_dot_kernel(EFFVIT_GRID_CONSTANT Pass g) {
     const int64_t tiles = tile_count(work);
     prim::sync_threads();  // the previous piece of work
     const float* const z = g.z.base + work.block * g.z.stride + work.split * g.z.split_stride;
-    for (int i = prim::thread_id(); i < g.dim_x; i += kThreads) run.store(i, prim::load_global(z + i));
+    for (int i = prim::thread_id(); i < g.dim_x; i += kThreads) {
+      run.store(i, prim::load_global(z + i));
+      run_low.store(i, 0.f);
+    }
     EFFVIT_NO_UNROLL
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = work.first + (g.reverse() ? tiles - 1 - tile : tile) * kTile;
@@ -192,7 +200,12 @@ linear_attention_row_dot_kernel(EFFVIT_GRID_CONSTANT Pass g) {
           terms.store(i * kStride + col_in_block, inside ? element(g.x, token, col) * (before + sum) : 0.f);
         }
         prim::sync_threads();  // terms, and the readers of run
-        if (g.causal() && half == 1 && inside) run.store(col, before + sum);
+        if (g.causal() && half == 1 && inside) {
+          float total = before, low = run_low.load(col);
+          add_compensated(total, low, sum);
+          run.store(col, total);
+          run_low.store(col, low);
+        }
         const int row = prim::thread_id() / 2;
         float part = 0.f;
         EFFVIT_NO_UNROLL

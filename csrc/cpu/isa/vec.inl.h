@@ -353,6 +353,14 @@ EFFVIT_INLINE void axpy(float* dst, float factor, const float* src, int n) {
   for (int i = 0; i < n; i += kLanes) store(dst + i, fma(set1(factor), load(src + i), load(dst + i)));
 }
 
+// total += x, what rounding takes off kept in `low`: however many terms, the sum is off by the rounding of one. An
+// infinite total stays.
+EFFVIT_INLINE void add_compensated(float* total, float* low, vf x) {
+  const vf before = load(total), y = x + load(low), after = before + y, lost = y - (after - before);
+  store(total, after);
+  store(low, (vf)((vi)lost & (lost - lost == vf{})));
+}
+
 // Element i of a small tensor in whatever dtype it has.
 EFFVIT_INLINE float load_scalar(const void* p, DType t, int64_t i) {
   switch (t) {

@@ -89,6 +89,11 @@ def _positive(q, k, v):
     return q.abs() + 0.1, k.abs() + 0.1, v
 
 
+def _equal_keys(q, k, v):
+    """Every addition to a sum over keys is rounded the same way."""
+    return q, k[:, :1].abs().expand_as(k), v
+
+
 def _zero_rows(q, k, v):
     """ReLU leaves nothing of some queries and keys."""
     q, k = q.clone(), k.clone()
@@ -236,6 +241,15 @@ SAMPLES = [
     _sample("small_splits", 1, 300, 1, 8, 12, M=260, den="k", weight="plain", initial=True, tags="small"),
     _sample("small_splits_causal", 1, 300, 1, 8, causal=True, den="qk", initial=True, normalize=MEAN, tags="small"),
     _sample("small_splits_segments", 1, 350, 1, 8, lens=(200, 0, 10, 140), causal=True, weight="plain", tags="small"),
+    # Sums over many keys: added up one by one they would be far less accurate than PyTorch's.
+    _sample("small_equal_keys", 1, 4, 1, 8, M=12544, values=_equal_keys, tags="small", dtypes=(torch.float32,)),
+    _sample("small_equal_keys_causal", 1, 1500, 1, 8, causal=True, values=_equal_keys, tags="small",
+            dtypes=(torch.float32,)),
+    _sample("small_equal_keys_quadratic", 1, 4, 1, 8, M=12544, values=_equal_keys, quadratic=True, tags="small",
+            dtypes=(torch.float32,)),
+    _sample("equal_keys_whole", 64, 2, 1, 8, 1, M=12544, values=_equal_keys, tags="nasty", dtypes=(torch.float32,)),
+    _sample("equal_keys_causal", 8, 12544, 1, 16, 8, causal=True, values=_equal_keys, tags="nasty",
+            dtypes=(torch.float32,)),
     _sample("small_initial_clamp", 2, 11, 1, 8, normalize=CLAMP, clamp_min=20.0, initial=True, tags="small"),
     _sample("small_quadratic_everything", 1, 9, 2, 20, 12, M=14, den="qk", weight="plain", feature_map=EXP,
             normalize=MEAN, quadratic=True, tags="small"),
