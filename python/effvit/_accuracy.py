@@ -9,7 +9,8 @@ Both must hold. m is the magnitude: per component, the sum of the absolute value
 (Higham's forward error bound), so a small component beside a large one is still checked at its own scale. eps belongs
 to the coarsest floating dtype among result and inputs: intermediate products may be rounded to it once. A component
 smaller than eps times the largest one is measured as if it were that large, and so is one whose last digits float32
-can only hold as subnormal numbers, which kernels may take for zeros.
+can only hold as subnormal numbers, which kernels may take for zeros. Subnormal numbers of the result's dtype are
+measured like its smallest normal one: they lie as far apart, so that the truth itself, rounded, is no closer.
 
 A yardstick is one sample of a rounding error. Where PyTorch has several ways to compute the formula (eager and SDPA,
 say), a list of them may be given: the largest error counts. A yardstick that is not finite earns no allowance. NaN
@@ -99,7 +100,7 @@ def measure(result, truth64, yardstick=None, *, magnitude=None, eps=None, allowa
         return ErrorReport(0.0, 0.0, 0.0, 0.0, (), 0.0, 0.0)
     m = torch.maximum(m, truth.abs())
     if float(m.max()) > 0:
-        m = m.clamp(min=max(eps * float(m.max()), UNDERFLOW))
+        m = m.clamp(min=max(eps * float(m.max()), UNDERFLOW, torch.finfo(result.dtype).tiny))
     x = result.detach().cpu()
 
     def report(flags, problem):

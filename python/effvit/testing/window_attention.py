@@ -211,6 +211,11 @@ SAMPLES = [
     _sample("small_window7", 1, 7, 7, 1, 32, window=7, tags="small", layout=_qkv_views, bias_layout=_timm_table),
     _sample("small_tail", 2, 3, 9, 1, 33, 17, window=(3, 9), tags="small"),
     _sample("small_strided", 2, 4, 6, 2, 8, window=(2, 3), tags="small strided", layout=_transposed_batch),
+    # A key beside pads that take nearly all: its gradients are subnormal numbers of float16.
+    _sample(
+        "small_map_1x1_pads", 1, 1, 1, 1, 8, window=5, tau=(3.0, 3.0), pads=True, mask_value=-1e30, tags="small nasty",
+        dtypes=(torch.float16, torch.float32, torch.bfloat16),
+    ),
     _sample("small_window1", 1, 3, 5, 2, 4, window=1, tags="small"),
     # Tiny: gradcheck of the definition.
     _sample("tiny_shift_pads", 1, 3, 4, 1, 2, 1, window=2, shift=1, pads=True, mask_value=-1.0, tags="tiny small"),
