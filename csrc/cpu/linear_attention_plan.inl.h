@@ -63,7 +63,8 @@ struct Plan {
     const int64_t fit = std::max<int64_t>(1, limits.state_floats / (backward ? 2 : 1) / slot);
     const int64_t together = std::min(p.H, fit);  // heads of a group at most
     // A piece is worth its partial state from some tokens on; a few heads of a short sequence are cut finer.
-    const int64_t worth = limits.worth == 0 ? 8 : pairs < 4 ? 32 : limits.worth * std::max(K, V);
+    const int64_t few = std::max(32, std::min(K, V));
+    const int64_t worth = limits.worth == 0 ? 8 : pairs < 4 ? few : limits.worth * std::max(K, V);
     splits = ceil_div(limits.target_units, std::max<int64_t>(1, p.N * ceil_div(p.H, together)));
     splits = std::max<int64_t>(1, std::min<int64_t>({splits, longest / worth, kMaxSplits}));
     if (p.quadratic) splits = 1;

@@ -1,7 +1,8 @@
 // window_attention on the CPU: the backward. Included by window_attention_kernel.inl.h.
 //
 // P is recomputed from q, k and lse. A window that is one tile needs five products per block of query rows; their
-// results go to the gradients' own rows as they leave the registers. Windows in several tiles take two passes: the
+// results go to the gradients' own rows as they leave the registers. A window in several tiles takes as many, with dq
+// of all its queries in scratch. With a halo, or where that is too large, it takes two passes and seven products: the
 // gradients of the queries, then those of the keys, gathered from every window whose halo reaches them.
 #pragma once
 
@@ -11,8 +12,9 @@ namespace window_attention_impl {
 template <class T>
 struct Backward : Pass {
   BiasGradient table_gradient;
-  float *grad_out, *delta, *lse, *inverse, *factor_q, *factor_k, *v = nullptr, *vt = nullptr, *prob, *dlogit, *dq, *dk,
+  float *grad_out, *delta, *lse, *inverse, *factor_q, *factor_k, *v = nullptr, *vt = nullptr, *prob, *dlogit, *dk,
                                                                  *dv_sum;
+  float *window_dq, *dq;  // of the window where it takes one pass, else of the tile; of the tile
   float *own_k = nullptr, *own_v = nullptr;
   // The operands of the other products in bfloat16. Those with rows in pairs start anew with each block of query rows.
   int block = 0;  // query rows of a block
@@ -35,7 +37,8 @@ struct Backward : Pass {
     grad_out = scratch.take<float>(nq * g.dvp);
     prob = scratch.take<float>(int64_t{kBlockRows} * g.ld);
     dlogit = scratch.take<float>(int64_t{kBlockRows} * g.ld);
-    dq = scratch.take<float>(nq * g.dp);
+    window_dq = scratch.take<float>(g.one_pass ? int64_t{g.y.window} * g.x.window * g.dp : nq * g.dp);
+    dq = window_dq;
     dk = scratch.take<float>(nk * g.dp);
     dv_sum = scratch.take<float>(nk * g.dvp);
     if constexpr (kBf16Products<T>) {
@@ -51,7 +54,7 @@ struct Backward : Pass {
       v = scratch.take<float>(nk * g.dvp);
       vt = scratch.take<float>(g.dvp * nk_padded);
     }
-    if (!g.single) {
+    if (!g.single && !g.one_pass) {
       own_k = scratch.take<float>(nq * g.dp);
       own_v = scratch.take<float>(nq * g.dvp);
     }
@@ -354,16 +357,51 @@ struct Backward : Pass {
     store_row(dv_of(head) + keys.dv_offset[j], row_v, dv);
   }
 
+  void write_keys(int64_t head) {
+    for (int j = 0; j < keys.n; ++j) {
+      const int64_t at = int64_t{j} * g.dp;
+      write_dkv(j, head, dk + at, k + at, k_norm[j], dv_sum + int64_t{j} * g.dvp);
+    }
+  }
+
   void window_in_one_tile(int64_t head) {
     load_queries(head);
     load_keys(head);
     tile(head, true, true, true, true);
     if (!direct_dq()) write_dq(head);
-    if (direct_dkv()) return;
-    for (int j = 0; j < keys.n; ++j) {
-      const int64_t at = int64_t{j} * g.dp;
-      write_dkv(j, head, dk + at, k + at, k_norm[j], dv_sum + int64_t{j} * g.dvp);
+    if (!direct_dkv()) write_keys(head);
+  }
+
+  // A window in several tiles, all of its gradients: every tile of keys with every tile of queries.
+  void window_in_one_pass(const Window& w, int64_t head) {
+    const auto for_queries = [&](const auto& f) {
+      for (int y0 = 0; y0 < g.y.window; y0 += g.q_tile_rows) {
+        find_queries(p, g, w.b, w.y, w.x, y0, std::min(y0 + g.q_tile_rows, g.y.window), &queries);
+        if (queries.n == 0) continue;
+        dq = window_dq + int64_t{y0} * g.x.window * g.dp;
+        f();
+      }
+    };
+    bool first_keys = true;
+    for (int y0 = 0; y0 < g.y.window; y0 += g.k_tile_rows) {
+      find_keys(p, g, w.b, w.y, w.x, y0, std::min(y0 + g.k_tile_rows, g.y.window), 0, g.x.window, g.has_pad, &keys);
+      if (keys.n == 0) continue;
+      load_keys(head);
+      bool first_queries = true;
+      for_queries([&] {
+        find_mask(p, queries, keys);
+        load_queries(head);
+        tile(head, true, true, first_keys, first_queries);
+        first_queries = false;
+      });
+      if (!first_queries) write_keys(head);
+      first_keys = false;
     }
+    if (first_keys) return;
+    for_queries([&] {
+      if (g.cosine) load_queries(head);
+      write_dq(head);
+    });
   }
 
   // Pass 1 over a window in tiles: dq, the table, the temperature and the pads.
@@ -463,7 +501,9 @@ struct Backward : Pass {
           sum_pad_k = sums + layout.table_stride;
           sum_pad_v = sum_pad_k + layout.pad_k;
           sum_tau = sum_pad_v + layout.pad_v;
-          if (g.single) {
+          if (g.one_pass) {
+            window_in_one_pass(at, head);
+          } else if (g.single) {
             if ((head - h0) % at_once == 0) {
               const int64_t last = std::min(head + at_once, h1);
               plan_ahead<T>(*here, after, last, h0, h1, (last - head) * steps(), true);

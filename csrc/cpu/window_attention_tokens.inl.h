@@ -21,8 +21,12 @@ struct Limits {
   int64_t expanded_bytes = 64 << 10;
   int64_t partial_bytes = 512 << 10;
   int64_t ahead_bytes = 128 << 10;  // fetched ahead at once; well within any L2
+  int single_floats = 32 << 10;  // of an operand of a window that is one tile
+  int64_t window_floats = 256 << 10;  // of dq of a window in several tiles, and of the gradient of its bias
 
-  static Limits of_call() { return small_tiles() ? Limits{16, 6, 512, 1 << 10, 1 << 10, 2 << 10, 2 << 10} : Limits{}; }
+  static Limits of_call() {
+    return small_tiles() ? Limits{16, 6, 512, 1 << 10, 1 << 10, 2 << 10, 2 << 10, 640, 2 << 10} : Limits{};
+  }
 };
 
 struct Geometry {
@@ -42,6 +46,7 @@ struct Geometry {
   bool expanded;  // layout of the bias, see BiasTable
   int bias_row;  // entries from one row of keys to the next, in that layout
   bool single;  // a window is one tile, without halo
+  bool one_pass;  // the backward of a window in several tiles goes through them once
   bool cosine, has_pad;
 
   explicit Geometry(const Params& p)
@@ -57,6 +62,11 @@ struct Geometry {
     dv32 = round_up(static_cast<int>(p.dv), 32);
     const int widest = dp > dvp ? dp : dvp;
     tile_tokens = widest <= 64 ? limits.tile_tokens : std::max(16, limits.tile_tokens * 64 / widest);
+    const bool halo = p.halo_h > 0 || p.halo_w > 0;
+    const int64_t window_tokens = int64_t{p.window_h} * p.window_w;
+    if (!halo && window_tokens <= std::min(limits.tile_tokens, limits.single_floats / widest)) {
+      tile_tokens = std::max(tile_tokens, static_cast<int>(window_tokens));
+    }
     const int key_h = p.window_h + 2 * p.halo_h;
     q_tile_rows = std::min(p.window_h, std::max(1, tile_tokens / p.window_w));
     k_tile_rows = std::min(key_h, std::max(1, tile_tokens / key_w));
@@ -68,7 +78,9 @@ struct Geometry {
     const int64_t entries = int64_t{p.window_w} * table_h * key_w;
     expanded = entries * 4 <= limits.expanded_bytes;
     bias_row = expanded ? key_w : table_w;
-    single = p.halo_h == 0 && p.halo_w == 0 && q_tile_rows == p.window_h;
+    single = !halo && q_tile_rows == p.window_h;
+    const int64_t gradient = expanded ? int64_t{p.window_w} * table_h * round_up(key_w, kLanes) : 0;
+    one_pass = !single && !halo && window_tokens * dp + gradient <= limits.window_floats;
     cosine = p.logit_scale != nullptr;
     has_pad = p.pad_k != nullptr;
   }

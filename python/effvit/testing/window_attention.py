@@ -273,6 +273,12 @@ SAMPLES = [
     _sample("d257_dv129", 1, 4, 4, 1, 257, 129, window=4, tags="nasty"),
     _sample("window_32", 1, 32, 32, 1, 16, window=32, tags="nasty"),
     _sample("window_32_shift_pads", 1, 30, 33, 1, 8, window=32, shift=16, pads=True, tags="nasty"),
+    _sample(
+        "window_20_cosine_pads", 1, 22, 21, 1, 8, window=20, shift=3, tau=(1.0, 1.0), pads=True, mask_value=-2.0,
+        tags="nasty",
+    ),
+    _sample("window_16_d128", 1, 16, 16, 1, 128, window=16, tags="nasty"),
+    _sample("window_7_d512", 1, 7, 7, 1, 512, window=7, bias=False, tags="nasty"),
     _sample("window_32_exceeds_map", 1, 6, 33, 1, 8, window=32, tags="nasty"),
     _sample("large_logits", 1, 8, 8, 2, 32, window=4, shift=1, values=_large_logits, tags="nasty"),
     _sample("heads_of_different_size", 1, 8, 8, 4, 16, window=4, values=_tiny_values, tags="nasty"),
@@ -488,6 +494,8 @@ def memory_calls(dtype):
     return [
         ("56x56x96_window7", *call(64, 56, 56, 3, 32, window=7, shift=3)),
         ("64x64_window32", *call(2, 64, 64, 2, 32, window=32, shift=16)),
+        ("64x64x64_window64", *call(2, 64, 64, 1, 64, window=64)),
+        ("64x64x128_window16", *call(1, 64, 64, 2, 128, window=16)),
     ]
 
 
