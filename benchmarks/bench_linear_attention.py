@@ -74,6 +74,8 @@ SHAPES = [
     Shape(1, 12544, 12, 64),
     Shape(8, 12544, 6, 32),
     Shape(8, 12544, 3, 64),
+    Shape(1, 1024, 2, 256, tags=("extended",)),
+    Shape(1, 3136, 2, 256, tags=("extended",)),
     Shape(64, 49, 6, 32, "window", tags=("extended",)),
     Shape(8, 49, 16, 64, "quadratic", tags=("extended",)),
     Shape(8, 3136, 2, 32, "MLLA-T", **MLLA, tags=("extended",)),

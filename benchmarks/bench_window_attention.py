@@ -32,6 +32,7 @@ class Shape:
     d: int = 32
     halo: int = 0
     cosine: bool = False
+    bias: bool = True
     tags: tuple = ("default",)
     memory: bool = False
 
@@ -48,6 +49,7 @@ class Shape:
         """Matrix products only; each tensor moved once. Training is a forward and a backward call."""
         q = torch.empty(self.B, self.H, self.H, self.heads, self.d, dtype=dtype, device="meta")
         table = torch.empty(self.heads, self.table_side, self.table_side, dtype=dtype, device="meta")
+        table = table if self.bias else None
         calls = [SPEC.cost((q, q, q, table), self.kernel_args, backward) for backward in (False, True)]
         calls = calls[: 1 if direction == "forward" else 2]
         return Cost(sum(c.flops for c in calls), sum(c.bytes for c in calls))
@@ -69,9 +71,16 @@ SHAPES = [
     Shape("Swin v2 64x64 h3 window 16 shift 8", 2, 64, 3, 16, 8, cosine=True, tags=("extended",)),
     Shape("HAT overlap 64x64 h6 window 16 halo 4", 1, 64, 6, 16, 0, d=30, halo=4, tags=("extended",)),
     Shape("MaxViT 56x56 h2 window 7", 8, 56, 2, 7, tags=("extended",)),
+    # Large windows and wide heads. Without a bias the peers have the least to do beside the products.
+    Shape("window 16 32x32 h2 d128", 1, 32, 2, 16, d=128, bias=False, tags=("extended",)),
+    Shape("window 32 32x32 h2 d64", 1, 32, 2, 32, d=64, bias=False, tags=("extended",)),
+    Shape("window 32 32x32 h2 d64 bias", 1, 32, 2, 32, d=64, tags=("extended",)),
+    Shape("global 64x64 h1 d64", 1, 64, 1, 64, d=64, bias=False, tags=("extended",)),
+    Shape("window 7 14x14 h1 d512", 2, 14, 1, 7, d=512, bias=False, tags=("extended",)),
     Shape("smoke 8x8 h2 window 4 shift 0", 1, 8, 2, 4, 0, d=16, tags=("smoke",)),
     Shape("smoke 8x8 h2 window 4 shift 2", 1, 8, 2, 4, 2, d=16, tags=("smoke",), memory=True),
     Shape("smoke 8x8 h2 window 4 cosine", 1, 8, 2, 4, 2, d=16, cosine=True, tags=("smoke",)),
+    Shape("smoke 8x8 h2 window 4 no bias", 1, 8, 2, 4, 0, d=16, bias=False, tags=("smoke",)),
     Shape("smoke 8x8 h2 window 4 halo 2", 1, 8, 2, 4, 0, d=15, halo=2, tags=("smoke",)),
 ]
 
@@ -80,8 +89,9 @@ def inputs_of(shape):
     def draw(dtype, device):
         C = shape.heads * shape.d
         qkv = torch.randn(shape.B, shape.H, shape.H, 3 * C)
-        table = 0.5 * torch.randn(shape.table_side**2, shape.heads)  # as timm stores it
-        drawn = {"qkv": qkv, "table": table}
+        drawn = {"qkv": qkv}
+        if shape.bias:
+            drawn["table"] = 0.5 * torch.randn(shape.table_side**2, shape.heads)  # as timm stores it
         if shape.cosine:
             drawn["logit_scale"] = math.log(10) + 0.2 * torch.randn(shape.heads)
         return {name: t.to(device, dtype) for name, t in drawn.items()}
@@ -91,11 +101,11 @@ def inputs_of(shape):
 
 def table_of(shape, table):
     """timm's [(2w-1)^2, h] parameter as the [h, 2w-1, 2w-1] view that the op takes."""
-    return table.view(shape.table_side, shape.table_side, shape.heads).permute(2, 0, 1)
+    return None if table is None else table.view(shape.table_side, shape.table_side, shape.heads).permute(2, 0, 1)
 
 
 def effvit_path(shape, op=effvit.ops.window_attention):
-    def make(qkv, table, logit_scale=None):
+    def make(qkv, table=None, logit_scale=None):
         def fn():
             q, k, v = split_qkv(qkv, shape.heads)
             pad = {}
@@ -162,9 +172,9 @@ def merge(x, window, B, H):  # the inverse
 
 
 def plain_path(shape, fused):
-    """What timm has no module for: cosine attention on a given table (Swin v2), and overlapping keys (HAT)."""
+    """What timm has no module for: cosine attention on a given table (Swin v2), overlapping keys (HAT), no bias."""
 
-    def make(qkv, table, logit_scale=None):
+    def make(qkv, table=None, logit_scale=None):
         w, h, d, halo, shift = shape.window, shape.heads, shape.d, shape.halo, shape.shift
         wide, n = w + 2 * halo, shape.H // w
         query, key = torch.arange(w), torch.arange(-halo, w + halo)
@@ -187,7 +197,9 @@ def plain_path(shape, fused):
                 k, v = kv.unbind(0)
             else:
                 q, k, v = partition(x, w).view(-1, w * w, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)
-            bias = table[index].view(w * w, wide * wide, h).permute(2, 0, 1).contiguous().unsqueeze(0)
+            bias = None
+            if table is not None:
+                bias = table[index].view(w * w, wide * wide, h).permute(2, 0, 1).contiguous().unsqueeze(0)
             scale = d**-0.5
             if logit_scale is not None:
                 q = F.normalize(q, dim=-1) * logit_scale.clamp(max=math.log(100)).exp()[:, None, None]
@@ -197,7 +209,8 @@ def plain_path(shape, fused):
                     bias = (bias + mask[None, :, None].expand(shape.B, -1, h, -1, -1).flatten(0, 1)).contiguous()
                 x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
             else:
-                s = (q * scale) @ k.transpose(-2, -1) + bias
+                s = (q * scale) @ k.transpose(-2, -1)
+                s = s if bias is None else s + bias
                 if mask is not None:
                     s = (s.view(-1, n * n, h, w * w, w * w) + mask[None, :, None]).flatten(0, 1)
                 x = s.softmax(dim=-1) @ v
@@ -211,7 +224,7 @@ def plain_path(shape, fused):
 
 def cases():
     for shape in SHAPES:
-        peer = plain_path if shape.cosine or shape.halo else timm_path
+        peer = timm_path if shape.bias and not (shape.cosine or shape.halo) else plain_path
         yield Case(
             shape=shape.name,
             inputs=inputs_of(shape),
@@ -219,7 +232,7 @@ def cases():
             peers={"eager": peer(shape, fused=False), "sdpa": peer(shape, fused=True)},
             reference=reference_path(shape),
             cost=shape.cost,
-            wrt=("qkv", "table", "logit_scale") if shape.cosine else ("qkv", "table"),
+            wrt=("qkv", *["table"] * shape.bias, *["logit_scale"] * shape.cosine),
             memory=shape.memory,
             tags=shape.tags,
         )
