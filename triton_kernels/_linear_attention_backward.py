@@ -228,7 +228,6 @@ def linear_attention_bwd_dkv_kernel(
     ds_operand = _operand(ds, DTYPE)
     if dz is not None:
         dz_row = tl.load(dz + slot * K + column_k, mask=column_k < K, other=0.0)
-        dz_low = tl.zeros([BLOCK_K], tl.float32)
 
     for step in range(0, _loop_bound(part.blocks)):
         if CAUSAL:
@@ -274,7 +273,7 @@ def linear_attention_bwd_dkv_kernel(
                     phi_qd = _load_den_features(phi_q, q_den, row, ok, column_k, K, FEATURE)
                     rs = _operand(tl.where(keep, r[None, :], 0.0), DTYPE)
                     g_den = g_den + _dot(rs, _operand(phi_qd, DTYPE), None, DTYPE)
-                    dz_row, dz_low = _add_compensated(dz_row, dz_low, tl.sum(phi_qd * r[:, None], axis=0))
+                    dz_row += tl.sum(phi_qd * r[:, None], axis=0)
             _store_key_gradients(dk_rows, dk_den_rows, dweight_rows, k_den, w, row, ok, column_k, g, g_den, phi_k, K,
                                  FEATURE)  # fmt: skip
         if CAUSAL:
