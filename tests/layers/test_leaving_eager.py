@@ -307,3 +307,25 @@ def test_flops_of_a_patched_model(patched):
     counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     ours = {op: n for op, n in counts.items() if op.startswith("effvit.")}
     assert len(ours) == 1 and all(n > 0 for n in ours.values())
+
+
+def test_forward_mode_of_a_patched_model(patched):
+    """The directional derivative along the image and every parameter is the unpatched model's."""
+    model, other = patched
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    tangents = tuple(tokens(*p.shape, seed=i) * p.detach().abs().mean() for i, p in enumerate(parameters))
+
+    def derivative(m, dtype):
+        def call(parameters, x):
+            return torch.func.functional_call(m, dict(zip(names, parameters, strict=True)), (x,))
+
+        cast = [tuple(t.detach().to(dtype) for t in ts) for ts in (parameters, tangents)]
+        x = IMAGES.to(dtype)
+        return torch.func.jvp(call, (cast[0], x), (cast[1], torch.ones_like(x)))[1]
+
+    truth = derivative(in_double(model), torch.float64)
+    assert float(truth.abs().max()) > 0
+    magnitude = truth.abs().max().expand_as(truth)
+    assert_close_to_truth(
+        derivative(other, torch.float32), truth, derivative(model, torch.float32), magnitude=magnitude
+    )  # fmt: skip
