@@ -4,7 +4,6 @@ import copy
 import functools
 import io
 
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -240,6 +239,8 @@ def agrees(result, model, x):
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 def test_onnx(patched, dynamo, tmp_path):
     """Without unpatching, at any batch size."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
     model, other = patched
     file = tmp_path / "model.onnx"
     kind = {"dynamic_shapes": {"x": {0: "batch"}}} if dynamo else {"dynamic_axes": {"x": {0: "batch"}}}
