@@ -159,7 +159,7 @@ class FrameworkSuite:
             return tuple(a if d is None else a[i] for a, d in zip(stacked, in_dims, strict=True))
 
         expected = [call(*row(i)) for i in range(count)]
-        for dim in (0, 1):
+        for dim in (0, 1, -1):
             moved = tuple(a if d is None else a.movedim(0, dim) for a, d in zip(stacked, in_dims, strict=True))
             results = torch.vmap(call, in_dims=tuple(None if d is None else dim for d in in_dims))(*moved)
             for i, name in enumerate(self.spec.outputs):

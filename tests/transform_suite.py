@@ -119,6 +119,15 @@ class TransformSuite:
             assert_bitwise_equal(f.primal, primal, name=f"output {i}")
             assert_bitwise_equal(f.tangent, tangent, name=f"tangent {i}")
 
+    def test_linearize(self, framework_sample):
+        """A tangent by a graph that was made before."""
+
+        def transform(function, tensors):
+            outputs, linear = torch.func.linearize(function, *tensors)
+            return outputs, linear(*self._directions(tensors))
+
+        self._check(framework_sample, transform)
+
     def test_primal_is_the_kernels(self, framework_sample):
         args, kwargs = framework_sample.build()
         where = self._floats(args)
@@ -189,6 +198,38 @@ class TransformSuite:
             zip(torch.autograd.grad(loss(*leaves), leaves, create_graph=True), expected, strict=True)
         ):
             assert_bitwise_equal(a, b, name=f"gradient {i}")
+
+    def test_double_backward_with_saved_tensor_hooks(self, framework_sample):
+        def penalty(loss, tensors):
+            with torch.autograd.graph.save_on_cpu():
+                leaves = [t.detach().requires_grad_() for t in tensors]
+                gradients = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+                return torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+
+        self._check(framework_sample, penalty, scalar=True)
+
+    def test_forward_mode_over_autograd(self, framework_sample):
+        """Gradients of leaves that have tangents, and tangents of cotangents: all in forward_ad, without torch.func."""
+
+        def transform(function, tensors):
+            directions = self._directions(tensors)
+            with forward_ad.dual_level():
+                leaves = [t.detach().requires_grad_() for t in tensors]
+                duals = [forward_ad.make_dual(t, d) for t, d in zip(leaves, directions, strict=True)]
+                outputs = function(*duals)
+                cotangents = [forward_ad.make_dual(c, c * 0.5) for c in self._directions(outputs, seed=5)]
+                found = torch.autograd.grad(outputs, leaves, cotangents)
+                plain = torch.autograd.grad(function(*leaves), leaves, cotangents)
+                return [tuple(forward_ad.unpack_dual(g)) for g in (*found, *plain)]
+
+        self._check(framework_sample, transform)
+
+    def test_functionalize_with_captured_tensors(self, framework_sample):
+        args, kwargs = framework_sample.build()
+        first, *rest = args
+        call = lambda x: as_tuple(self.spec.op()(x, *rest, **kwargs))
+        for i, (a, b) in enumerate(zip(torch.func.functionalize(call)(first), call(first), strict=True)):
+            assert_bitwise_equal(a, b, name=f"output {i}")
 
     # ---- Jacobians and Hessians -------------------------------------------------------------------------------------
 

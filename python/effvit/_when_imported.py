@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 
 
 class _Finder:
-    """A finder of one module, which does what is to be done after that module has run, and is gone."""
+    """A finder of one module: that which the other finders have, with something to do after it has run."""
 
     def __init__(self, name: str, then: Callable):
         self.name = name
@@ -17,8 +16,8 @@ class _Finder:
     def find_spec(self, name, path=None, target=None):
         if name != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (finder for finder in sys.meta_path if not isinstance(finder, _Finder))
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
@@ -31,7 +30,7 @@ class _Finder:
 
 
 def when_imported(name: str, then: Callable) -> None:
-    """`then(module)`, now or as soon as the module is imported."""
+    """`then(module)`, now or as soon as the module is imported, and after each reload."""
     if name in sys.modules:
         then(sys.modules[name])
     else:

@@ -430,3 +430,19 @@ def test_nan_and_overflow_propagate(backend, causal, quadratic):
     for result, expected in zip(found, reference_call(q, k, v, **options), strict=True):
         assert torch.equal(result.isinf().cpu(), expected.isinf()) and not result.isnan().any()
     assert found[0].isinf().any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_tangent_of_what_does_not_reach_the_output(causal):
+    """initial_z without a normaliser: z moves, the output does not."""
+    q, k, v = torch.randn(3, 1, 4, 2, 3)
+    state, z, dz = torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3), torch.randn(1, 2, 3)
+
+    def call(z):
+        return effvit.linear_attention(
+            q, k, v, initial_state=state, initial_z=z, normalize="none", causal=causal, return_state=True
+        )
+
+    out, dstate, moved = torch.func.jvp(call, (z,), (dz,))[1]
+    assert not out.any() and not dstate.any()
+    assert_bitwise_equal(moved, dz)

@@ -86,7 +86,8 @@ def register_transforms(
     Args:
         function: records a call for the reverse mode: ``function.apply(call, options, *tensors)``, where ``call`` is
             the op without that recording.
-        forward_mode: ``(tensors, options)`` of which some have a tangent -> results with tangents.
+        forward_mode: ``(tensors, options, recorded)``, of which some have a tangent -> results with tangents; recorded:
+            the reverse mode must find the tangents in what it saves.
         vmap: ``(size, in_dims, tensors, options) -> results``, the mapped dim first in all of them.
         cast: ``(dtype, *tensors) -> tensors`` for autocast.
 
@@ -107,7 +108,7 @@ def register_transforms(
 
     def autograd(keyset, *tensors, **options):
         if in_forward_mode() and has_tangents(tensors):
-            return forward_mode(tensors, options)
+            return forward_mode(tensors, options, is_recorded(tensors))
         if is_recorded(tensors):
             return function.apply(functools.partial(below_autograd, keyset), options, *tensors)
         return below_autograd(keyset, *tensors, **options)
@@ -132,8 +133,12 @@ def register_transforms(
                 if t is not None and torch._is_functional_tensor(t):
                     torch._sync(t)
             views = interpreter.functionalize_add_back_views()
+
+            def unwrap(t):
+                return _functorch._unwrap_functional_tensor(t, views) if torch._is_functional_tensor(t) else t
+
             with interpreter.lower():
-                results = overload(*_map(lambda t: _functorch._unwrap_functional_tensor(t, views), tensors), **options)
+                results = overload(*_map(unwrap, tensors), **options)
             return _map(lambda t: _functorch._wrap_functional_tensor(t, number), results)
         tensors, _ = interpreter.lift(tensors, {})
 
@@ -143,7 +148,7 @@ def register_transforms(
             return _map(lambda t: _functorch._wrap_for_grad(t, number), results)
 
         if kind == _functorch.TransformType.Jvp:
-            return forward_mode(tensors, options) if has_tangents(tensors) else lower(*tensors, **options)
+            return forward_mode(tensors, options, False) if has_tangents(tensors) else lower(*tensors, **options)
         if not is_recorded(tensors):
             return lower(*tensors, **options)
 

@@ -360,7 +360,8 @@ def op(
                 return _returned(gradient, gradient.outputs(args, values, make))
             packed = values.pop("packed", False)
             with _dispatcher.autograd_below_autograd():
-                results = _transforms.as_tuple(derivative(*gradient.given(args).values(), **values))
+                detached = (None if t is None else t.detach() for t in gradient.given(args).values())
+                results = _transforms.as_tuple(derivative(*detached, **values))
             if packed:
                 results = packing.join(results)
                 values["packed"] = True

@@ -25,8 +25,9 @@ def as_tuple(results) -> tuple:
 
 
 def as_declared(t: Tensor, x: torch.Tensor | None) -> torch.Tensor | None:
-    """The result of an op that its backward reads is contiguous; transforms between the two may have changed that."""
-    return x.contiguous() if x is not None and t.layout == "whole" else x
+    """x in a layout that the op takes, where a transform may have changed it; `vmap` over a last dim, say."""
+    strided = x is not None and t.layout == "" and x.dim() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1
+    return x.contiguous() if x is not None and (t.layout == "whole" or strided) else x
 
 
 def compose(o, args: Sequence, options: Mapping) -> tuple:
@@ -45,6 +46,17 @@ def is_empty(o, args: Sequence, options: Mapping) -> bool:
     """Nothing to compute, which definitions need not bear: whatever the op returns has no derivative."""
     args = [as_declared(t, x) for t, x in zip(o.declaration.tensors, args, strict=False)]
     return o.is_empty(o.bind(args, options)[0])
+
+
+def gradients_of(function: Callable, tensors: Sequence, cotangents: Sequence, create_graph: bool) -> tuple:
+    """Gradients of function(*tensors) -> tuple, by autograd, zeros where there is none."""
+    with torch.enable_grad():
+        leaves = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
+        results = [(r, g.to(r.dtype)) for r, g in zip(function(*leaves), cotangents, strict=True) if r.requires_grad]
+        return torch.autograd.grad(
+            [r for r, _ in results], leaves, [g for _, g in results], allow_unused=True, materialize_grads=True,
+            create_graph=create_graph,
+        )  # fmt: skip
 
 
 def derivative(forward, definition: Callable, *args, **options) -> tuple:
@@ -71,12 +83,8 @@ def derivative(forward, definition: Callable, *args, **options) -> tuple:
     if _dispatcher.in_transform():
         results, pull = torch.func.vjp(outputs, *floats)
         found = pull(tuple(g.to(r.dtype) for g, r in zip(cotangents, results, strict=True)))
-    else:  # in a kernel, or in a graph that is being traced, which has no levels of torch.func
-        leaves = [t.detach().requires_grad_() for t in floats]
-        results = [(r, g.to(r.dtype)) for r, g in zip(outputs(*leaves), cotangents, strict=True) if r.requires_grad]
-        found = torch.autograd.grad(
-            [r for r, _ in results], leaves, [g for _, g in results], allow_unused=True, materialize_grads=True
-        )
+    else:  # in a kernel, a graph that is being traced or autograd's own backward: no levels of torch.func there
+        found = gradients_of(outputs, floats, cotangents, any(t.requires_grad for t in (*floats, *cotangents)))
     named = dict(zip(wanted, found, strict=True))
     return tuple(named.get(t.name) for t in inputs if t.is_float)
 
@@ -115,7 +123,7 @@ class Packing:
 
     def side_by_side(self, tensors: Mapping) -> bool:
         """Whether the tensors lie side by side in one; only where there are data pointers to tell by."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _dispatcher.in_transform():
             return False
         address = rows = None
         for name in self.names:
@@ -212,9 +220,12 @@ def recorder_of_definition(o) -> type:
                 return tuple(composed[i] for i in given)
 
             if given and not is_empty(o, tensors, ctx.options):
+                inputs, cotangents = [tensors[i] for i in wanted], tuple(grads[i] for i in given)
                 with _dispatcher.without_autocast():
-                    _, pull = torch.func.vjp(results, *(tensors[i] for i in wanted))
-                    gradients = pull(tuple(grads[i] for i in given))
+                    if _dispatcher.in_transform():
+                        gradients = torch.func.vjp(results, *inputs)[1](cotangents)
+                    else:
+                        gradients = gradients_of(results, inputs, cotangents, torch.is_grad_enabled())
                 for i, g in zip(wanted, gradients, strict=True):
                     found[i] = g
             return (None, None, *found)
@@ -233,7 +244,10 @@ def forward_mode(o, tangent: Callable | None) -> Callable:
     without a tangent it is None.
     """
 
-    def rule(args, options):
+    def rule(args, options, recorded):
+        if recorded and not is_empty(o, args, options):  # its graph of PyTorch's ops saves tensors with their tangents
+            results = compose(o, args, o.complete(options))
+            return results[0] if len(results) == 1 else results
         primals = tuple(map(_dispatcher.primal_of, args))
         results = as_tuple(o.overload(*primals, **options))
         if is_empty(o, primals, options):

@@ -180,7 +180,9 @@ def _quotients_by_pairs(op, p, t, results, options):
             terms.append(attend(q, torch.zeros_like(k) if dk is None else dk, v, dinitial))
         if dv is not None:
             terms.append(attend(q, k, dv, None))
-        out, state = (sum(column) for column in zip(*terms, strict=True)) if terms else (0.0, 0.0)
+        if not terms:
+            return torch.zeros_like(v), None
+        out, state = (sum(column) for column in zip(*terms, strict=True))
         return out, None if isinstance(state, float) else state
 
     def column(x):
@@ -208,8 +210,7 @@ def _one_over_denominator(op, p, options):
     """The op on values of 0, and a state whose product with phi(q) is 1."""
     q, k, v = p["q"], p["k"], p["v"]
     N, K = (q.shape[0] if p["cu_seqlens"] is None else p["cu_seqlens"].shape[0] - 1), q.shape[3]
-    unit = q.new_zeros(K)
-    unit[0] = 1.0
+    unit = (torch.arange(K, device=q.device) == 0).to(q.dtype)
     like_one = unit if FEATURE_MAPS[options["feature_map"]] in ("none", "relu") else q.new_zeros(K)
     state = unit[:, None].expand(N, q.shape[2], K, 1)
     z = q.new_zeros(N, q.shape[2], K) if p["initial_z"] is None else p["initial_z"]

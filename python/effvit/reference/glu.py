@@ -4,8 +4,12 @@ import torch
 import torch.nn.functional as F
 
 ACTIVATIONS = {
-    "sigmoid": torch.sigmoid, "gelu": F.gelu, "silu": F.silu, "relu": F.relu, "tanh": torch.tanh,
-}  # fmt: skip
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "silu": lambda x: x * torch.sigmoid(x),  # the derivative of F.silu has no forward mode
+    "relu": F.relu,
+    "tanh": torch.tanh,
+}
 
 
 def glu(a: torch.Tensor, b: torch.Tensor | None = None, *, act: str = "sigmoid") -> torch.Tensor:
