@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"effvit: the build needs setuptools 77, got {setuptools.__version__}: pip install 'setuptools>=77'")
 
-from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402  not in older ones
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = ("effvit_cpu", "effvit_cuda")
