@@ -89,7 +89,7 @@ def _register(timm_models):
         timm_models.register_notrace_module(layer)
 
 
-_LAYERS = [x for x in map(globals().get, __all__) if isinstance(x, type) and x not in (LinearNorm, RepBN)]
+_LAYERS = [x for x in map(globals().get, __all__) if isinstance(x, type) and x is not RepBN]
 for _layer in _LAYERS:
     _layer.__prepare_scriptable__ = _refuse_script
 when_imported("timm.models", _register)
