@@ -115,7 +115,7 @@ class FrameworkSuite:
         with torch.no_grad():
             expected = as_tuple(spec.op()(*cast, **kwargs))
         for name, result, e in zip(spec.outputs, results, expected, strict=True):
-            assert result.dtype == spec.output_dtypes.get(name, cast[0].dtype)
+            assert result.dtype == spec.output_dtypes(cast, kwargs)[name]
             assert_bitwise_equal(result, e, name=name)
         if spec.backward_call:
             inputs = named_tensors(spec, leaves)
@@ -133,13 +133,19 @@ class FrameworkSuite:
                 spec.declared(*double, **kwargs)
         with torch.autocast("cpu", torch.float16), torch.no_grad():
             result = as_tuple(spec.op()(*args, **kwargs))[0]
-        assert result.dtype == (torch.float16 if spec.autocast_tensors else args[0].dtype)
+        if spec.autocast_tensors:
+            cast = tuple(a if a is None or a.dtype != torch.bfloat16 else a.to(torch.float16) for a in cast)
+        assert result.dtype == next(iter(spec.output_dtypes(cast, kwargs).values()))
 
     def _stacked(self, args, names, n=3):
         """n calls' worth of the named arguments, stacked."""
         generator = torch.Generator().manual_seed(7)
 
         def stack(a):
+            if not a.is_floating_point():
+                return torch.stack([a.flatten().roll(i).view(a.shape) for i in range(n)])
+            if (a > 0).all():  # scales, say
+                return torch.stack([a * (0.5 + torch.rand(a.shape, generator=generator)) for _ in range(n)])
             return torch.stack([a + 0.5 * torch.randn(a.shape, generator=generator) for _ in range(n)])
 
         return tuple(
@@ -188,7 +194,8 @@ class FrameworkSuite:
     def test_nested_vmap(self, framework_sample):
         args, kwargs = framework_sample.build()
         first, *rest = args
-        outer = torch.stack([torch.stack([first * (1 + i + 2 * j) for i in range(2)]) for j in range(2)])
+        scale = (lambda x, n: x * n) if first.is_floating_point() else (lambda x, n: x ^ n)
+        outer = torch.stack([torch.stack([scale(first, 1 + i + 2 * j) for i in range(2)]) for j in range(2)])
 
         def call(x):
             return as_tuple(self.spec.op()(x, *rest, **kwargs))
@@ -235,7 +242,8 @@ class FrameworkSuite:
         frames = torch._dynamo.testing.CompileCounterWithBackend(backend)
 
         def function(*a):
-            return spec.op()(*(x * 1.5 if x is not None and i == 0 else x for i, x in enumerate(a)), **kwargs)
+            first = a[0] * 1.5 if a[0].is_floating_point() else a[0] ^ 1  # something to fuse
+            return spec.op()(first, *a[1:], **kwargs)
 
         torch._dynamo.reset()
         compiled = torch.compile(function, fullgraph=True, backend=frames)
@@ -316,7 +324,7 @@ class FrameworkSuite:
         spec = self.spec
         args, kwargs = framework_sample.build()
         args = map_tensors(lambda t: t.contiguous(), args)
-        if any(not t.is_floating_point() for t in named_tensors(spec, args).values()):
+        if any(t.dtype == torch.int32 for t in named_tensors(spec, args).values()):
             pytest.skip("lengths that are data do not lower")
 
         def lowered(program):

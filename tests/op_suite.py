@@ -15,6 +15,7 @@ import torch._dynamo.testing
 from framework_suite import FrameworkSuite
 from transform_suite import TransformSuite
 
+from effvit._accuracy import assert_rounded_truth
 from effvit.testing import (
     FLOAT_DTYPES,
     assert_bitwise_equal,
@@ -26,7 +27,7 @@ from effvit.testing import (
 from effvit.testing._backends import has_native_kernel, missing_backends
 from effvit.testing._memory import can_measure
 from effvit.testing._oracle import random_output_grads
-from effvit.testing._spec import as_tuple, map_tensors, named_tensors, with_grad
+from effvit.testing._spec import as_tuple, differentiable_tensors, map_tensors, named_tensors, with_grad
 
 # Workers share the machine's cores; threads that wait for each other there cost far more than they save.
 torch.set_num_threads(1)
@@ -98,8 +99,8 @@ def _accuracy_cases(spec):
                     yield pytest.param(sample, dtype, backend, id=name, marks=group)
 
 
-class OpSuite(FrameworkSuite, TransformSuite):
-    """The tests. ``spec`` is an effvit.testing.OpSpec."""
+class ForwardSuite(FrameworkSuite):
+    """The tests of an op without derivatives: of integers. ``spec`` is an effvit.testing.OpSpec."""
 
     spec = None
 
@@ -137,9 +138,9 @@ class OpSuite(FrameworkSuite, TransformSuite):
         oracle = sample_oracle(spec.name, sample.name, dtype)
         args = map_tensors(lambda t: t.to(backend.device), oracle.args)
         results = as_tuple(backend.forward(*args, **oracle.kwargs))
+        dtypes = spec.output_dtypes(args, oracle.kwargs)
         for name, result in zip(spec.outputs, results, strict=True):
-            expected = spec.output_dtypes.get(name, dtype)
-            assert result.dtype == expected, f"{name} must be {expected}, got {result.dtype}"
+            assert result.dtype == dtypes[name], f"{name} must be {dtypes[name]}, got {result.dtype}"
             assert result.is_contiguous(), f"{name} must be contiguous, got strides {result.stride()}"
         oracle.check_outputs(results)
         if spec.backward_call is None:
@@ -162,7 +163,9 @@ class OpSuite(FrameworkSuite, TransformSuite):
         for used in range(len(outputs)):
             oracle = oracle_of(spec, args, kwargs, tuple(g if i == used else None for i, g in enumerate(all_grads)))
             leaves = with_grad(map_tensors(lambda t: t.to(native.device), args))
-            inputs, grad = named_tensors(spec, leaves), all_grads[used].to(native.device)
+            if not outputs[used].is_floating_point():
+                continue
+            inputs, grad = differentiable_tensors(spec, leaves), all_grads[used].to(native.device)
             with native.selected():
                 result = as_tuple(spec.op()(*leaves, **kwargs))[used]
                 found = torch.autograd.grad(result, list(inputs.values()), grad, materialize_grads=True)
@@ -204,11 +207,12 @@ class OpSuite(FrameworkSuite, TransformSuite):
     def test_reference_gradcheck(self, tiny_sample):
         args, kwargs = tiny_sample.build(torch.float64)
         leaves = with_grad(args)
-        inputs = [t for t in leaves if t is not None]
+        inputs = list(differentiable_tensors(self.spec, leaves).values())
 
         def call(*tensors):
             given = iter(tensors)
-            return self.spec.reference(*(None if a is None else next(given) for a in leaves), **kwargs)
+            floats = (next(given) if a is not None and a.is_floating_point() else a for a in leaves)
+            return self.spec.reference(*floats, **kwargs)
 
         assert torch.autograd.gradcheck(call, inputs)
 
@@ -409,7 +413,7 @@ class OpSuite(FrameworkSuite, TransformSuite):
         try:
             outputs = as_tuple(spec.op()(*leaves, **kwargs))
             watch = [weakref.ref(o) for o in outputs]
-            if spec.backward_call:
+            if outputs[0].requires_grad:
                 outputs[0].sum().backward()
             del outputs
             assert all(w() is None for w in watch)
@@ -424,10 +428,19 @@ class OpSuite(FrameworkSuite, TransformSuite):
         sample = spec.tagged("framework")[0]
         for dtype in sample.dtypes:
             oracle = sample_oracle(spec.name, sample.name, dtype)
+            dtypes = spec.output_dtypes(oracle.args, oracle.kwargs)
+            integers = {n: d for n, d in dtypes.items() if not d.is_floating_point}
             rows = [(oracle.outputs, oracle.output_yardsticks, oracle.output_magnitudes)]
             rows.append((oracle.gradients, oracle.gradient_yardsticks, oracle.gradient_magnitudes))
             for truths, yardsticks, magnitudes in rows:
                 for name, truth in truths.items():
+                    if name in integers:
+                        assert_rounded_truth(truth.round().clamp(-128, 127).to(integers[name]), truth)
+                        with pytest.raises(AssertionError, match="wrong"):
+                            wrong = truth.round().clamp(-127, 126)
+                            wrong.view(-1)[truth.numel() // 2] += 1
+                            assert_rounded_truth(wrong.to(integers[name]), truth)
+                        continue
                     assert_close_to_truth(
                         truth.to(dtype), truth, yardsticks[name], magnitude=magnitudes.get(name), eps=oracle.eps
                     )
@@ -437,3 +450,7 @@ class OpSuite(FrameworkSuite, TransformSuite):
                         assert_close_to_truth(
                             wrong.to(dtype), truth, yardsticks[name], magnitude=magnitudes.get(name), eps=oracle.eps
                         )
+
+
+class OpSuite(ForwardSuite, TransformSuite):
+    """All tests of an operator."""

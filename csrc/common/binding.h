@@ -1,7 +1,8 @@
 // The binding of every operator: takes a call off torch's stack, checks it against the declaration, allocates the
 // outputs, and hands it to a backend (cpu/binding.h, cuda/binding.h).
 //
-// An operator is a struct of csrc/common/<op>.h, derived from OpDefaults: the declarations kForward and kBackward,
+// An operator is a struct of csrc/common/<op>.h, derived from OpDefaults: the declarations kForward and kBackward (null:
+// none),
 // kEmpty (dims of which one that is 0 leaves nothing to compute), hooks, and params(call). A successful check allocates
 // nothing; messages are put together on failure.
 #pragma once
@@ -106,6 +107,7 @@ class Binding {
       View& view = call.views[n + i];
       const bool absent = spec.optional && !tensors_[spec.like];
       view.dtype = spec.type == Type::kFixed   ? spec.dtype
+                   : spec.type == Type::kOption ? static_cast<DType>(call.integer("out_dtype"))
                    : spec.type == Type::kFloat ? (absent ? DType::kFloat32 : call.views[spec.like].dtype)
                                                : call.views[d_.first].dtype;
       const int before = spec.leading && !absent ? call.lead_dims : 0;
@@ -183,7 +185,7 @@ class Binding {
     const Handle& t = tensors_[i];
     View& view = call.views[i];
     view.dtype = dtype_of(t);
-    if (i == d_.first || spec.type == Type::kFloat) {
+    if (spec.type == Type::kFloat || (i == d_.first && spec.type == Type::kLikeFirst)) {
       if (view.dtype > DType::kFloat16) fail_dtype(i, "float32, bfloat16 or float16", "");
     } else if (spec.type == Type::kFixed) {
       if (view.dtype != spec.dtype) fail_dtype(i, dtype_name(spec.dtype), "");
@@ -260,12 +262,12 @@ void register_op(torch::stable::detail::StableLibrary& library) {
     abi::declarations() += d.text + "\n";
   };
   add(operation<Op, false>().declaration, &boxed<Op, false, Backend>);
-  add(operation<Op, true>().declaration, &boxed<Op, true, Backend>);
+  if constexpr (Op::kBackward != nullptr) add(operation<Op, true>().declaration, &boxed<Op, true, Backend>);
 }
 
 }  // namespace effvit
 
-// Registers both directions of an operator for this library's device, if this machine can run them.
+// Registers an operator, both directions where it has two, for this library's device, if this machine can run them.
 #define EFFVIT_REGISTER(op, Backend, runs_here)                         \
   STABLE_TORCH_LIBRARY_IMPL(EFFVIT_NAMESPACE, EFFVIT_DISPATCH_KEY, m) { \
     if (runs_here) effvit::register_op<effvit::ops::op, Backend>(m);    \

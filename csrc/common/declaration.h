@@ -6,7 +6,8 @@
 //   DIM    := NAME | NAME' (a value of its own, shown without the prime) | INTEGER | a sum of products without spaces,
 //             such as 2*wh-1+2*halo_h; NAME+INTEGER finds NAME where it is unknown. A first DIM of ... is any number of
 //             dims, the same for every tensor that has it
-//   MARK   := float (any of the three, its own) | float32 | bfloat16 | float16 | int32 | int8; else like the first one
+//   MARK   := float (any of the three, its own) | float32 | bfloat16 | float16 | int32 | int8 | uint8 | out_dtype (of an
+//             output: the DType that the option of that name counts); else like the first one
 //             strided (any strides; else the last one is 1) | packed (a contiguous copy is made where it is not) |
 //             whole (must be contiguous, as the forward returned it)
 //   option := NAME ':' TYPE [CONSTRAINT] ['=' DEFAULT]
@@ -55,7 +56,7 @@ struct Dim {
   }
 };
 
-enum class Type { kLikeFirst, kFloat, kFixed };
+enum class Type { kLikeFirst, kFloat, kFixed, kOption };
 
 struct TensorSpec {
   std::string name, shape;  // shape as messages show it
@@ -260,6 +261,7 @@ struct Call {
 
 // What an operator may leave out.
 struct OpDefaults {
+  static constexpr const char* kBackward = nullptr;
   static constexpr const char* kShapeNote = "";  // what messages add to the shape of the first tensor
   static void derive(Call&) {}  // dims that follow from others, relations between options and dims
   static void check(const Call&) {}  // what is left: tensors can be read
@@ -353,10 +355,12 @@ inline TensorSpec Declaration::parse_tensor(const std::string& s) {
                {"bfloat16", DType::kBFloat16},
                {"float16", DType::kFloat16},
                {"int32", DType::kInt32},
-               {"int8", DType::kInt8}};
+               {"int8", DType::kInt8},
+               {"uint8", DType::kUInt8}};
   for (const std::string& mark : parts.size() > 1 ? split(parts[1], ' ') : std::vector<std::string>()) {
     bool known = mark == "float" || mark == "strided" || mark == "packed" || mark == "whole";
     if (mark == "float") spec.type = Type::kFloat;
+    if (mark == "out_dtype") spec.type = Type::kOption, known = true;
     spec.strided |= mark == "strided", spec.packed |= mark == "packed", spec.whole |= mark == "whole";
     for (const auto& f : fixed) {
       if (mark == f.name) spec.type = Type::kFixed, spec.dtype = f.dtype, known = true;

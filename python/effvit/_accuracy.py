@@ -56,7 +56,7 @@ class ErrorReport:
 def coarsest_eps(*tensors):
     """eps of the coarsest floating dtype among the tensors; non-tensors are ignored."""
     dtypes = [t.dtype for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
 
 
 def default_magnitude(truth):
@@ -156,6 +156,29 @@ def assert_close_to_truth(
     if not report.ok:
         raise AssertionError(f"{name} ({result.dtype}, {list(result.shape)}): {report}")
     return report
+
+
+def assert_rounded_truth(result, truth64, magnitude=None, *, name="result"):
+    """Fails unless every integer of `result` is `truth64` rounded to the nearest, within its dtype.
+
+    magnitude: sum of the absolute values of the terms, in steps of the result, where these are computed in float32: a
+    truth as close to a tie as 8 of their roundings may go either way. None: the truth is exact, and the result too.
+    """
+    if not isinstance(result, torch.Tensor) or result.is_floating_point():
+        raise AssertionError(f"{name} must be a tensor of integers, got {getattr(result, 'dtype', type(result))}")
+    if tuple(result.shape) != tuple(truth64.shape):
+        raise AssertionError(f"{name}: shape must be {list(truth64.shape)}, got {list(result.shape)}")
+    info = torch.iinfo(result.dtype)
+    truth = truth64.double().clamp(info.min, info.max)
+    slack = 0.0 if magnitude is None else 8 * torch.finfo(torch.float32).eps * magnitude.double()
+    wrong = (result.double() - truth).abs() > 0.5 + slack
+    if wrong.any():
+        i = int(wrong.flatten().to(torch.uint8).argmax())
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {result.numel()} integers are wrong; first at "
+            f"{list(_position(i, result.shape))}: expected {truth64.flatten()[i].item()!r} rounded, "
+            f"actual {result.flatten()[i].item()!r}"
+        )
 
 
 def assert_bitwise_equal(result, expected, *, name="result"):

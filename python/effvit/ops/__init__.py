@@ -1,9 +1,15 @@
 """The operators. Each module defines `torch.ops.effvit.<name>` and a public function of the same name."""
 
 from .glu import glu
+from .int8_linear import int8_linear
+from .int8_prepack import int8_prepack
 from .linear_attention import linear_attention
 from .newton_pinv import newton_pinv
+from .quantize_int8 import quantize_int8
 from .rbf_gram import rbf_gram
 from .window_attention import window_attention
 
-__all__ = ["glu", "linear_attention", "newton_pinv", "rbf_gram", "window_attention"]
+__all__ = [
+    "glu", "int8_linear", "int8_prepack", "linear_attention", "newton_pinv", "quantize_int8", "rbf_gram",
+    "window_attention",
+]  # fmt: skip

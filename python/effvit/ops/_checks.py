@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NUMBER_DTYPES = (*FLOAT_DTYPES, torch.int8)
 _FLOAT32_LIMIT = 2.0**128 - 2.0**103  # from here on a number rounds to infinity
 
 
@@ -34,7 +35,7 @@ def check_tensor(op: str, name: str, t: object) -> None:
         raise type_error(op, name, "a dense (strided) tensor", "nested" if t.is_nested else t.layout)
 
 
-def check_float(op: str, name: str, t: torch.Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
+def check_dtype(op: str, name: str, t: torch.Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
     if t.dtype not in dtypes:
         names = [str(d).removeprefix("torch.") for d in dtypes]
         raise type_error(op, name, f"{', '.join(names[:-1])} or {names[-1]}", t.dtype)
@@ -62,6 +63,19 @@ def given_together(op: str, tensors: dict, a: str, b: str) -> None:
     if (tensors[a] is None) != (tensors[b] is None):
         missing, other = (a, b) if tensors[a] is None else (b, a)
         raise value_error(op, missing, f"given together with {other}", None)
+
+
+def check_scales(op: str, tensors: dict, *names: str) -> None:
+    """Positive and finite, where the values can be read."""
+    for name in names:
+        t = tensors[name]
+        if t is None or not has_readable_values(t):
+            continue
+        wrong = ~((t > 0) & (t < math.inf))  # a NaN is neither
+        if wrong.any():
+            where = wrong.nonzero()[0].tolist()
+            at = t[tuple(where)].item()
+            raise value_error(op, name, "positive and finite", f"{at} at {where}")
 
 
 def has_readable_values(t: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from . import _checks, _dispatcher, _transforms
-from ._declaration import Declaration, Tensor, backward_of, declare, join, names_in, solve, split, value
+from ._declaration import OUT_DTYPES, Declaration, Tensor, backward_of, declare, join, names_in, solve, split, value
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _TAKEN_AS = {
@@ -138,14 +138,14 @@ class Op:
                 like = max(main[: main.index(t)], key=lambda m: len({*m.dims} & {*t.dims}))
                 expected = f"{t.shown} like {like.name} {_checks.shape(tensors[like.name])}"
             raise _checks.value_error(self.name, t.name, expected, _checks.shape(x))
-        if first:
-            _checks.check_float(self.name, t.name, x)
+        if first and not t.dtype:
+            _checks.check_dtype(self.name, t.name, x)
 
     def _check_kind(self, t: Tensor, x: torch.Tensor, first: torch.Tensor) -> None:
         """dtype, device and layout."""
         op, name = self.name, self.declaration.first.name
-        if t.dtype == "float":
-            _checks.check_float(op, t.name, x)
+        if t.dtype in ("float", "number"):
+            _checks.check_dtype(op, t.name, x, _checks.FLOAT_DTYPES if t.dtype == "float" else _checks.NUMBER_DTYPES)
         elif t.dtype and x.dtype != getattr(torch, t.dtype):
             raise _checks.type_error(op, t.name, getattr(torch, t.dtype), x.dtype)
         _checks.check_like(op, t.name, x, name, first, dtype=not t.dtype)
@@ -203,17 +203,19 @@ class Op:
 
     def outputs(self, args: Sequence, options: Mapping, make: Callable) -> tuple:
         """`make(output, shape, dtype)` for every output; the gradient of an argument that is not given is empty."""
-        dims, _ = self.bind(args, options)
+        dims, values = self.bind(args, options)
         tensors = self.given(args)
         made = []
         for t in self.declaration.outputs:
             source = tensors.get(t.name[1:]) if self.backward_of else None
             size = [0] if t.optional and source is None else join(t.dims, dims)
-            made.append(make(t, size, self.dtype_of(t, tensors)))
+            made.append(make(t, size, self.dtype_of(t, tensors, values)))
         return tuple(made)
 
-    def dtype_of(self, output: Tensor, tensors: Mapping) -> torch.dtype:
+    def dtype_of(self, output: Tensor, tensors: Mapping, options: Mapping) -> torch.dtype:
         """That of the first tensor, unless declared; of a gradient, that of what it is the gradient of."""
+        if output.dtype == "out_dtype":
+            return getattr(torch, OUT_DTYPES[options["out_dtype"]])
         source = tensors.get(output.name[1:]) if self.backward_of else None
         if source is None and output.dtype:
             return torch.float32 if output.dtype == "float" else getattr(torch, output.dtype)

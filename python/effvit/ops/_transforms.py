@@ -37,7 +37,7 @@ def compose(o, args: Sequence, options: Mapping) -> tuple:
     results = as_tuple(o.definition(*map(float_, tensors.values()), **options))
     empty = args[0].new_empty(0)
     return tuple(
-        empty if x is None else x.to(o.dtype_of(t, tensors)).contiguous()
+        empty if x is None else x.to(o.dtype_of(t, tensors, options)).contiguous()
         for t, x in zip(o.declaration.outputs, results, strict=True)
     )  # fmt: skip
 

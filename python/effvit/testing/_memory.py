@@ -68,9 +68,12 @@ def peak(spec, threads, dtypes):
         args, kwargs = spec.good_input()
         batched = {name for name, dims in spec.dynamic_dims.items() if 0 in dims}
         named = zip(spec.tensors, args, strict=False)
+        declared = spec.declared.declaration.tensors
         args = tuple(torch.cat([a] * 64) if a is not None and name in batched else a for name, a in named)
         for dtype in dtypes:
-            small = tuple(None if a is None else a.to(dtype) for a in args)
+            small = tuple(
+                a.to(dtype) if a is not None and not t.dtype else a for t, a in zip(declared, args, strict=False)
+            )
             for _ in range(3):
                 spec.op()(*small, **kwargs)
                 if spec.backward_call:

@@ -5,8 +5,8 @@ from functools import cached_property, lru_cache, partial
 
 import torch
 
-from effvit._accuracy import assert_close_to_truth, coarsest_eps
-from effvit.testing._spec import OpSpec, as_tuple, map_tensors, named_tensors
+from effvit._accuracy import assert_close_to_truth, assert_rounded_truth, coarsest_eps
+from effvit.testing._spec import OpSpec, as_tuple, differentiable_tensors, map_tensors
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Oracle:
 
     @cached_property
     def _yardsticks(self):
-        return _run(self.spec, self.args, self.kwargs, self.output_grads, self.args[0].dtype)[:2]
+        return _run(self.spec, self.args, self.kwargs, self.output_grads, coarsest_float(*self.args))[:2]
 
     @property
     def output_yardsticks(self):
@@ -38,6 +38,9 @@ class Oracle:
 
     def check_outputs(self, results):
         for name, result in zip(self.outputs, as_tuple(results), strict=True):
+            if not result.is_floating_point():
+                assert_rounded_truth(result, self.outputs[name], self.output_magnitudes.get(name), name=name)
+                continue
             assert_close_to_truth(
                 result, self.outputs[name], lambda name=name: self.output_yardsticks[name],
                 magnitude=self.output_magnitudes.get(name), eps=self.eps, name=name,
@@ -56,6 +59,11 @@ class Oracle:
             )  # fmt: skip
 
 
+def coarsest_float(*tensors):
+    floats = [t.dtype for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    return max(floats, key=lambda d: torch.finfo(d).eps, default=torch.float32)
+
+
 def _run(spec, args, kwargs, output_grads, dtype):
     """Outputs and gradients of the reference in `dtype`, and the cotangents: given, or a function of the outputs."""
 
@@ -65,7 +73,7 @@ def _run(spec, args, kwargs, output_grads, dtype):
 
     args = map_tensors(cast, args)
     outputs = as_tuple(spec.reference(*args, **kwargs))
-    inputs = {n: t for n, t in named_tensors(spec, args).items() if t.is_floating_point()}
+    inputs = differentiable_tensors(spec, args)
     gradients = {}
     if callable(output_grads):
         output_grads = output_grads(outputs)
@@ -83,7 +91,8 @@ def _run(spec, args, kwargs, output_grads, dtype):
 def oracle_of(spec, args, kwargs, output_grads, allowance=1.0):
     """The right answer for these arguments. output_grads: one per output (None: that output is not used), or a function
     of the outputs that returns them, or None for no gradients."""
-    eps = coarsest_eps(*args)
+    floats = [d for d in spec.output_dtypes(args, kwargs).values() if d.is_floating_point]
+    eps = max(coarsest_eps(*args), *(torch.finfo(d).eps for d in floats), 0.0)
     outputs, gradients, output_grads = _run(spec, args, kwargs, output_grads, torch.float64)
     magnitudes = ({}, {})
     if spec.magnitudes is not None:
@@ -97,7 +106,9 @@ def random_output_grads(spec, sample, dtype, outputs):
     """Cotangents of the outputs' shapes: a half-precision op may still return float32 statistics."""
     generator = torch.Generator("cpu").manual_seed(len(sample.name) + 1)
     return tuple(
-        torch.randn(o.shape, generator=generator, dtype=torch.float32).to(spec.output_dtypes.get(n, dtype))
+        torch.randn(o.shape, generator=generator, dtype=torch.float32).to(
+            o.dtype if spec.declared.declaration.output(n).dtype else dtype
+        )
         for n, o in zip(spec.outputs, outputs, strict=True)
     )
 

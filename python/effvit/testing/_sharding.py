@@ -23,7 +23,9 @@ def check(spec, sample, dims, mesh):
     defaults = {a.name: a.default_value for a in spec.op().default._schema.arguments if a.kwarg_only}
     whole = {n: torch.cat((t, t.flip(0)), dims[n]) if n in dims else t for n, t in named_tensors(spec, args).items()}
     placed = {
-        n: distribute_tensor(t.detach(), mesh, [Shard(dims[n]) if n in dims else Replicate()]).requires_grad_()
+        n: distribute_tensor(t.detach(), mesh, [Shard(dims[n]) if n in dims else Replicate()]).requires_grad_(
+            t.is_floating_point()
+        )
         for n, t in whole.items()
     }
     args = tuple(whole.get(n) for n in spec.tensors)

@@ -61,6 +61,7 @@ class OpSpec:
     name: str
     samples: Sequence[Sample]
     # differentiable, any float dtype, with the op's keyword arguments; by default the op's definition
+    # (of an integer output: what is then rounded to the nearest integer)
     definition: Callable | None = None
     random_sample: Callable | None = None  # (name, random.Random) -> Sample: any options at once, at a small size
     random_calls: int = 400  # of a test run, on the machine's best instruction set
@@ -96,10 +97,10 @@ class OpSpec:
     def outputs(self):
         return tuple(t.name for t in self.declared.declaration.outputs)
 
-    @functools.cached_property
-    def output_dtypes(self):
-        """Outputs whose dtype is not the input's."""
-        return {t.name: getattr(torch, t.dtype) for t in self.declared.declaration.outputs if t.dtype}
+    def output_dtypes(self, args, kwargs):
+        """{output: dtype} of a call."""
+        dtypes = self.declared.outputs(args, kwargs, lambda t, size, dtype: dtype)
+        return dict(zip(self.outputs, dtypes, strict=True))
 
     @functools.cached_property
     def autocast_tensors(self):
@@ -193,6 +194,11 @@ def split_call(call, names):
 def named_tensors(spec, args):
     """{name: tensor} of the tensors that the call gives."""
     return {n: t for n, t in zip(spec.tensors, args, strict=False) if isinstance(t, torch.Tensor)}
+
+
+def differentiable_tensors(spec, args):
+    """{name: tensor} of those that can have a gradient."""
+    return {n: t for n, t in named_tensors(spec, args).items() if t.is_floating_point()}
 
 
 def map_tensors(fn, args):

@@ -1,0 +1,59 @@
+// The arguments that the int8 products share: checks, and the filling of their parameters.
+#pragma once
+
+#include "declaration.h"
+#include "int8_linear_params.h"
+
+#define EFFVIT_INT8_EPILOGUE \
+  "x_scale: M | float32 strided, w_scale: N | float32 packed, bias?: N | float packed, residual?: M N | float; " \
+  "activation: int in 0..3 = 0, out_dtype: int in 0..4 = 0, out_scale: float? > 0 = None) -> out: M N | out_dtype"
+
+namespace effvit {
+
+inline constexpr int64_t kMaxInt8Depth = 131072;  // 128 * 127 * K < 2^31
+
+// Positive and finite, where the values can be read.
+inline void check_scales(const Call& c, const char* name) {
+  const View& v = c[name];
+  if (!c.readable) return;
+  const float* const data = static_cast<const float*>(v.data);
+  for (int64_t i = 0; i < v.size[0]; ++i) {
+    const float x = data[i * v.stride[0]];
+    check(x > 0.f && x < __builtin_inff(), c.op(), name, " must be positive and finite, got ", x, " at [", i, "]");
+    if (v.stride[0] == 0) return;
+  }
+}
+
+inline void check_epilogue(const Call& c) {
+  static const char* const names[] = {"none", "relu", "gelu", "silu"};
+  const DType out = static_cast<DType>(c.integer("out_dtype"));
+  const bool scaled = c.option("out_scale").given;
+  check(out == DType::kInt8 || !scaled, c.op(), "out_scale must be None where the output is not int8, got ",
+        c.option("out_scale").number);
+  check(out != DType::kInt8 || scaled, c.op(), "out_scale must be given where the output is int8, got None");
+  if (out == DType::kInt32) {
+    for (const char* name : {"bias", "residual"}) {
+      const View* v = c.find(name);
+      if (v) fail(c.op(), name, " must be None where the output is int32, got ", Integers(*v));
+    }
+    const int activation = c.integer("activation");
+    check(activation == 0, c.op(), "activation must be none where the output is int32, got ", names[activation]);
+  }
+  check_scales(c, "x_scale");
+  check_scales(c, "w_scale");
+}
+
+inline void take_epilogue(const Call& c, Int8Epilogue& p) {
+  const View& x_scale = c["x_scale"];
+  p.x_scale = static_cast<const float*>(x_scale.data), p.x_scale_stride = x_scale.stride[0];
+  c.take("w_scale", p.w_scale), c.take("bias", p.bias), c.take("residual", p.residual, p.residual_stride_m);
+  c.take("out", p.out);
+  if (const View* v = c.find("bias")) p.bias_dtype = v->dtype;
+  if (const View* v = c.find("residual")) p.residual_dtype = v->dtype;
+  p.M = c.dim("M"), p.N = c.dim("N");
+  p.out_dtype = c["out"].dtype;
+  p.activation = static_cast<Activation>(c.integer("activation"));
+  if (c.option("out_scale").given) p.out_scale = c.number("out_scale");
+}
+
+}  // namespace effvit

@@ -1,0 +1,67 @@
+"""What the int8 products declare alike: the epilogue's arguments and checks, and the public functions' arguments."""
+
+from __future__ import annotations
+
+import torch
+
+from ..reference.int8_linear import ACTIVATIONS
+from . import _checks
+from ._declaration import OUT_DTYPES
+
+NAMES = tuple(ACTIVATIONS)  # the schema's int is an index into these
+DTYPES = tuple(getattr(torch, name) for name in OUT_DTYPES)
+MAX_K = 131072  # 128 * 127 * K < 2^31: the int32 sums are exact
+EPILOGUE = "x_scale: M | float32 strided, w_scale: N | float32 packed, bias?: N | float packed, residual?: M N | float"
+OPTIONS = "activation: int in 0..3 = 0, out_dtype: int in 0..4 = 0, out_scale: float? > 0 = None"
+LIMITS = {"x.K": (0, MAX_K, f"be [M, K] with K at most {MAX_K}, or the int32 sums could overflow")}
+
+
+def check(op, dims, options, tensors) -> None:
+    """Which parts of the epilogue an output dtype takes; scales."""
+    dtype, scale = OUT_DTYPES[options["out_dtype"]], options["out_scale"]
+    if (dtype == "int8") != (scale is not None):
+        expected = "given where the output is int8" if scale is None else "None where the output is not int8"
+        raise _checks.value_error(op, "out_scale", expected, f"{scale} with out_dtype {dtype}")
+    if dtype == "int32":
+        for name in ("bias", "residual"):
+            if tensors[name] is not None:
+                raise _checks.value_error(op, name, "None where the output is int32", _checks.shape(tensors[name]))
+        if options["activation"]:
+            raise _checks.value_error(op, "activation", "none where the output is int32", NAMES[options["activation"]])
+    _checks.check_scales(op, tensors, "x_scale", "w_scale")
+
+
+def named(options: dict) -> dict:
+    """The schema's options as the reference takes them."""
+    return {
+        "activation": NAMES[options["activation"]], "out_dtype": DTYPES[options["out_dtype"]],
+        "out_scale": options["out_scale"],
+    }  # fmt: skip
+
+
+def call(op, x, weights, x_scale, w_scale, bias, residual, activation, out_dtype, out_scale):
+    """The op on x [..., K]: leading dims made one, scales of one element repeated."""
+    name = op.name
+    for argument, t in (("x", x), ("x_scale", x_scale), ("w_scale", w_scale)):
+        _checks.check_tensor(name, argument, t)
+    if out_dtype not in DTYPES:
+        raise _checks.type_error(name, "out_dtype", f"one of {', '.join(OUT_DTYPES)}", out_dtype)
+    options = {
+        "activation": _checks.index_of(name, "activation", activation, NAMES),
+        "out_dtype": DTYPES.index(out_dtype), "out_scale": out_scale,
+    }  # fmt: skip
+    if x.dim() == 0:
+        raise _checks.value_error(name, "x", "[..., K]", _checks.shape(x))
+    lead = x.shape[:-1]
+    rows = x.flatten(0, -2) if x.dim() > 2 else x[None] if x.dim() == 1 else x
+    if x_scale.numel() == 1:
+        x_scale = x_scale.reshape(1).expand(rows.shape[0])
+    elif x_scale.shape == lead and x_scale.dim() != 1:
+        x_scale = x_scale.flatten()
+    if w_scale.numel() == 1 and isinstance(weights[0], torch.Tensor) and weights[0].dim() == 2:
+        plain = weights[0].shape[-1] <= x.shape[-1]
+        w_scale = w_scale.reshape(1).expand(weights[0].shape[0]) if plain else w_scale
+    if isinstance(residual, torch.Tensor) and residual.dim() != 2:
+        residual = residual.flatten(0, -2) if residual.dim() > 2 else residual[None]
+    out = op(rows, *weights, x_scale, w_scale, bias, residual, **options)
+    return out if x.dim() == 2 else out.reshape(*lead, out.shape[-1])
