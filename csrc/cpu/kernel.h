@@ -42,7 +42,7 @@ struct Kernel {
 template <class Params>
 inline const Kernel<Params>* kernels[kIsaCount] = {};
 
-// The current instruction set's kernel, or its base's where the op was not compiled for the former.
+// The current instruction set's kernel, or that of its nearest base that the op was compiled for.
 template <class Params>
 const Kernel<Params>* kernel() {
   return select(kernels<Params>);

@@ -51,6 +51,7 @@ EFFVIT_GCC_PRAGMA(GCC target(EFFVIT_TARGET))
 #include "scratch.inl.h"
 #include "vec.inl.h"
 #include "bf16.inl.h"
+#include "int8.inl.h"
 #include "../gemm.h"
 #include "tokens.inl.h"
 #include EFFVIT_KERNEL_HEADER

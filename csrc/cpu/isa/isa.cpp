@@ -23,7 +23,7 @@ struct Entry {
   const char *name, *base, *emulates;
 };
 constexpr Entry kIsas[kIsaCount] = {
-#define EFFVIT_ISA(name, base, lanes, emulates, target, has) {#name, #base, #emulates},
+#define EFFVIT_ISA(name, base, adds, lanes, emulates, target, has) {#name, #base, #emulates},
 #include "isas.h"
 #undef EFFVIT_ISA
 };
@@ -43,7 +43,7 @@ uint64_t xgetbv0() {
 }
 
 struct Features {
-  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx_bf16 = false;
+  bool avx2 = false, avx_vnni = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false, amx = false;
 };
 
 Features detect() {
@@ -57,10 +57,13 @@ Features detect() {
   f.avx2 = (xcr0 & 0x6) == 0x6 && fma && f16c && (b & (1u << 5));
   constexpr uint32_t kAvx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
   f.avx512 = f.avx2 && (xcr0 & 0xe6) == 0xe6 && (b & kAvx512) == kAvx512;
-  constexpr uint32_t kAmx = (1u << 22) | (1u << 24);  // AMX-BF16, AMX-TILE
+  constexpr uint32_t kAmx = (1u << 22) | (1u << 24) | (1u << 25);  // AMX-BF16, AMX-TILE, AMX-INT8
+  f.avx512_vnni = f.avx512 && (c & (1u << 11));
   uint32_t a1 = 0, b1 = 0, c1 = 0, d1 = 0;
-  f.avx512_bf16 = f.avx512 && a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && (a1 & (1u << 5));
-  f.amx_bf16 = f.avx512_bf16 && (xcr0 & 0x60000) == 0x60000 && (d & kAmx) == kAmx;
+  if (a >= 1) __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1);
+  f.avx_vnni = f.avx2 && (a1 & (1u << 4));
+  f.avx512_bf16 = f.avx512_vnni && (a1 & (1u << 5));
+  f.amx = f.avx512_bf16 && (xcr0 & 0x60000) == 0x60000 && (d & kAmx) == kAmx;
   return f;
 }
 
@@ -83,12 +86,16 @@ bool has(Isa isa) {
       return true;
     case Isa::avx2:
       return f.avx2;
+    case Isa::avx_vnni:
+      return f.avx_vnni;
     case Isa::avx512:
       return f.avx512;
+    case Isa::avx512_vnni:
+      return f.avx512_vnni;
     case Isa::avx512_bf16:
       return f.avx512_bf16;
     case Isa::amx:
-      return f.amx_bf16 && amx_permitted();
+      return f.amx && amx_permitted();
     default:
       return false;
   }

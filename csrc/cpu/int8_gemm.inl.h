@@ -1,0 +1,86 @@
+// GEMM with epilogue on int8: x [M, K] times packed weights, exact int32 sums in registers, results through
+// int8_epilogue.inl.h. No sum is ever written to memory but to a tile in the L1 cache.
+//
+// Packed weights hold w + 128 as unsigned bytes, because dot products of bytes (VNNI) want one unsigned operand; with
+// the weights as that one, x is read as it is, and sum(x (w + 128)) is 128 sum(x) too large, which the epilogue takes
+// off row by row. All of it wraps modulo 2^32 and ends below 2^31. Where there are no dot products of bytes, both
+// operands become int16, whose products in pairs cannot saturate, as those of bytes would.
+//
+// A unit of work is a chunk of rows times a chunk of columns. Within it a panel of columns stays in the L1 or L2 cache
+// while tiles of rows go by; K is never split.
+#pragma once
+
+#include "int8_epilogue.inl.h"
+
+namespace effvit::cpu::EFFVIT_ISA_NAME {
+namespace int8_impl {
+
+constexpr int kBlock = 16;  // columns of a packed block
+constexpr int kRowsOfTile = kLanes == 16 ? 12 : 6;  // 32 or 16 registers
+constexpr int kRowsOfChunk = 96;  // a multiple of the rows of every tile
+constexpr int64_t kUnitProducts = 1 << 21;  // of a unit, at least
+
+// Chunks of rows and of columns, from the shape alone.
+struct Chunks {
+  int64_t rows, columns, m, n;
+
+  Chunks(int64_t M, int64_t N, int64_t K) {
+    const int64_t most = small_tiles() ? kRowsOfTile * (kInt8Tiles ? 8 : 1) : kRowsOfChunk;
+    rows = std::min(M, most);
+    const int64_t per_column = std::max<int64_t>(1, rows * K);
+    columns = small_tiles() ? kMostColumns : (kUnitProducts / per_column + kMostColumns) / kMostColumns * kMostColumns;
+    columns = std::max<int64_t>(columns, kMostColumns);
+    m = ceil_div(M, rows), n = ceil_div(N, columns);
+  }
+};
+
+// The last bytes of rows whose K is no multiple of 4.
+template <int kRows>
+EFFVIT_INLINE void load_tails(int32_t (&tail)[kRows], const int8_t* x, int64_t stride, int64_t K) {
+  for (int r = 0; r < kRows; ++r) tail[r] = load_bytes(x + r * stride + K / 4 * 4, static_cast<int>(K % 4));
+}
+
+// Calls f with a number between 1 and kMost as a constant.
+template <int kMost, class F>
+EFFVIT_INLINE void with_constant(int n, const F& f) {
+  if constexpr (kMost > 1) {
+    if (n < kMost) return with_constant<kMost - 1>(n, f);
+  }
+  f(std::integral_constant<int, kMost>{});
+}
+
+// A unit of work. `Tiles` takes the rows of a chunk, then a panel of columns, and computes acc[rows][kMostColumns] of up
+// to height() rows of them.
+template <class Tiles, class Params>
+void run_unit(const Params& p, const typename Tiles::Weights& weights, int64_t unit, Finish finish) {
+  const Chunks chunks(p.M, p.N, p.K);
+  const int64_t row = unit / chunks.n * chunks.rows, column = unit % chunks.n * chunks.columns;
+  const int rows = static_cast<int>(std::min(chunks.rows, p.M - row));
+  const int64_t end = std::min(column + chunks.columns, p.N);
+
+  Scratch count;
+  Tiles(count, rows, p.K);
+  Scratch scratch(static_cast<char*>(thread_scratch(static_cast<size_t>(count.used()))));
+  Tiles tiles(scratch, rows, p.K);
+  tiles.take_rows(p.x + row * p.x_stride_m, p.x_stride_m);
+
+  int32_t sums[kRowsOfChunk];
+  for (int r = 0; r < rows; ++r) {
+    sums[r] = static_cast<int32_t>(128u * static_cast<uint32_t>(sum_bytes(p.x + (row + r) * p.x_stride_m, p.K)));
+  }
+  alignas(64) int32_t acc[32 * kMostColumns];
+  Columns columns;
+  for (int64_t c = column; c < end; c += tiles.panel()) {
+    const int width = static_cast<int>(std::min<int64_t>(tiles.panel(), end - c));
+    columns.set(p, c, width);
+    tiles.take_panel(weights, c, width);
+    for (int r = 0; r < rows; r += tiles.height()) {
+      const int n = std::min(tiles.height(), rows - r);
+      tiles.multiply(r, n, width, acc);
+      finish(p, acc, kMostColumns, sums + r, row + r, n, columns);
+    }
+  }
+}
+
+}  // namespace int8_impl
+}  // namespace effvit::cpu::EFFVIT_ISA_NAME
