@@ -18,7 +18,7 @@ namespace int8_impl {
 constexpr int kBlock = 16;  // columns of a packed block
 constexpr int kRowsOfTile = kLanes == 16 ? 12 : 6;  // 32 or 16 registers
 constexpr int kRowsOfChunk = 96;  // a multiple of the rows of every tile
-constexpr int64_t kUnitProducts = 1 << 21;  // of a unit, at least
+constexpr int64_t kUnitProducts = 1 << 23;  // of a unit, at least
 
 // Chunks of rows and of columns, from the shape alone.
 struct Chunks {

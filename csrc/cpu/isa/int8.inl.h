@@ -147,22 +147,37 @@ EFFVIT_INLINE vh broadcast_halves(const int16_t* p) {
 #endif
 }
 
+EFFVIT_INLINE int32_t reduce_add(vi v) {
+#if defined(EFFVIT_HAS_AVX512)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
 // Sum of n int8; n at most 131072.
 EFFVIT_INLINE int32_t sum_bytes(const int8_t* p, int64_t n) {
-  int32_t total = 0;
   int64_t i = 0;
 #if defined(EFFVIT_HAS_INT8_DOT)
-  vi sums{};
+  vi sums{}, x{};
   const vi ones = set1(0x01010101);
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    vi x;
     std::memcpy(&x, p + i, sizeof(x));
     sums = dot_bytes(sums, ones, x);
   }
-  for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
-#endif
+  if (i < n) {
+    x = vi{};
+    std::memcpy(&x, p + i, static_cast<size_t>(n - i));
+    sums = dot_bytes(sums, ones, x);
+  }
+  return reduce_add(sums);
+#else
+  int32_t total = 0;
   for (; i < n; ++i) total += p[i];
   return total;
+#endif
 }
 
 #if defined(EFFVIT_HAS_INT8_DOT) && defined(EFFVIT_HAS_TILES)
