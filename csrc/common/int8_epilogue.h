@@ -17,10 +17,12 @@ inline void check_scales(const Call& c, const char* name) {
   const View& v = c[name];
   if (!c.readable) return;
   const float* const data = static_cast<const float*>(v.data);
-  for (int64_t i = 0; i < v.size[0]; ++i) {
-    const float x = data[i * v.stride[0]];
+  const int64_t n = v.stride[0] == 0 ? 1 : v.size[0], stride = v.stride[0];
+  bool ok = true;
+  for (int64_t i = 0; i < n; ++i) ok &= (data[i * stride] > 0.f) & (data[i * stride] < __builtin_inff());
+  for (int64_t i = 0; !ok && i < n; ++i) {
+    const float x = data[i * stride];
     check(x > 0.f && x < __builtin_inff(), c.op(), name, " must be positive and finite, got ", x, " at [", i, "]");
-    if (v.stride[0] == 0) return;
   }
 }
 

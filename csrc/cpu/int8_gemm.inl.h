@@ -17,6 +17,8 @@ namespace int8_impl {
 
 constexpr int kBlock = 16;  // columns of a packed block
 constexpr int kRowsOfTile = kLanes == 16 ? 12 : 6;  // 32 or 16 registers
+// Few rows take wide panels, for enough sums at once, and wait for weights: the next panel's are fetched ahead.
+constexpr int kFewVectors = 4;
 constexpr int kRowsOfChunk = 96;  // a multiple of the rows of every tile
 constexpr int64_t kUnitProducts = 1 << 23;  // of a unit, at least
 
@@ -66,7 +68,9 @@ void run_unit(const Params& p, const typename Tiles::Weights& weights, int64_t u
 
   int32_t sums[kRowsOfChunk];
   for (int r = 0; r < rows; ++r) {
-    sums[r] = static_cast<int32_t>(128u * static_cast<uint32_t>(sum_bytes(p.x + (row + r) * p.x_stride_m, p.K)));
+    sums[r] = 0;
+    if constexpr (Tiles::kTakesRowSums)
+      sums[r] = static_cast<int32_t>(128u * static_cast<uint32_t>(sum_bytes(p.x + (row + r) * p.x_stride_m, p.K)));
   }
   alignas(64) int32_t acc[32 * kMostColumns];
   Columns columns;
@@ -80,6 +84,18 @@ void run_unit(const Params& p, const typename Tiles::Weights& weights, int64_t u
       finish(p, acc, kMostColumns, sums + r, row + r, n, columns);
     }
   }
+}
+
+template <class Params>
+int64_t units(const Params& p) {
+  const Chunks chunks(p.M, p.N, p.K);
+  return chunks.m * chunks.n;
+}
+
+template <class Tiles, class Params>
+void run_units(const Params& p, const typename Tiles::Weights& weights, int64_t begin, int64_t end) {
+  const Finish finish = finish_of(p);
+  for (int64_t unit = begin; unit < end; ++unit) run_unit<Tiles>(p, weights, unit, finish);
 }
 
 }  // namespace int8_impl

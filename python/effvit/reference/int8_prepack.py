@@ -16,12 +16,13 @@ def int8_prepack(weight: torch.Tensor) -> torch.Tensor:
     n, k = weight.shape
     groups = (k + 3) // 4
     padded = F.pad(weight, (0, 4 * groups - k, 0, -n % COLUMNS))
-    blocks = padded.view(-1, COLUMNS, groups, 4).transpose(1, 2).reshape(-1, 64 * groups) ^ -128
+    count = padded.shape[0] // COLUMNS
+    blocks = padded.view(count, COLUMNS, groups, 4).transpose(1, 2).reshape(count, 64 * groups) ^ -128
     return F.pad(blocks, (0, 64))
 
 
 def int8_unpack(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
     """What int8_prepack was given."""
     groups = (k + 3) // 4
-    blocks = (packed[:, : 64 * groups] ^ -128).view(-1, groups, COLUMNS, 4)
-    return blocks.transpose(1, 2).reshape(-1, 4 * groups)[:n, :k]
+    blocks = (packed[:, : 64 * groups] ^ -128).view(packed.shape[0], groups, COLUMNS, 4)
+    return blocks.transpose(1, 2).reshape(COLUMNS * packed.shape[0], 4 * groups)[:n, :k]

@@ -4,7 +4,7 @@ import torch
 
 ROUNDINGS = {
     "even": torch.round,
-    "away": lambda x: torch.trunc(x + torch.sign(x) * 0.5),
+    "away": lambda x: torch.trunc(x) + torch.trunc(2 * (x - torch.trunc(x))),  # both differences are exact
 }
 
 
