@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Sequence
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMBER_DTYPES = (*FLOAT_DTYPES, torch.int8)
@@ -85,6 +86,7 @@ def has_readable_values(t: torch.Tensor) -> bool:
         and t.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        and not is_in_torch_dispatch_mode()  # a tracer's, perhaps
     )
 
 

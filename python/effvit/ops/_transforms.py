@@ -302,7 +302,7 @@ def vmap_rule(o, batch: Sequence[str], alone: str) -> Callable:
             rows = []
             for j in range(max(n, 1)):
                 one = (
-                    a if not m else as_declared(t, a.select(d, j) if n else a.new_zeros(a.movedim(d, 0).shape[1:]))
+                    a if not m else as_declared(t, a.select(d, j) if n else a.new_ones(a.movedim(d, 0).shape[1:]))
                     for t, a, d, m in zip(tensors, args, in_dims, mapped, strict=False)
                 )
                 rows.append(as_tuple(o.overload(*one, **options)))
