@@ -32,6 +32,9 @@ class FrameworkSuite:
 
     def test_opcheck(self, framework_sample, opcheck):
         args, kwargs = framework_sample.build()
+        dtypes = self.spec.output_dtypes(args, kwargs).values()
+        if opcheck == "test_aot_dispatch_dynamic" and not all(d.is_floating_point for d in dtypes):
+            pytest.skip("opcheck cannot differentiate beside an integer output")
         torch.library.opcheck(self.spec.op().default, with_grad(args), kwargs, test_utils=opcheck)
 
     def test_opcheck_backward(self):
@@ -128,7 +131,7 @@ class FrameworkSuite:
                 assert_bitwise_equal(w, g, name=f"gradient of {name}, within autocast")
         # float64 is not a dtype that autocast touches, so it is refused as it is without; float16 autocast works.
         double = map_tensors(lambda t: t.double() if t.is_floating_point() else t, args)
-        for enabled in (False, True):
+        for enabled in (False, True) if any(t.is_floating_point() for t in named_tensors(spec, args).values()) else ():
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled), pytest.raises(TypeError, match="float64"):
                 spec.declared(*double, **kwargs)
         with torch.autocast("cpu", torch.float16), torch.no_grad():
@@ -175,8 +178,9 @@ class FrameworkSuite:
         args, kwargs = framework_sample.build()
         given = set(named_tensors(self.spec, args))
         leading = [n for n in self.spec.dynamic_dims if n in given]
-        self._check_vmap(args, kwargs, set(leading))
-        self._check_vmap(args, kwargs, set(leading[:1]))
+        if leading:
+            self._check_vmap(args, kwargs, set(leading))
+            self._check_vmap(args, kwargs, set(leading[:1]))
         self._check_vmap(args, kwargs, given)
         for name in given - set(leading):
             self._check_vmap(args, kwargs, {name})
@@ -267,6 +271,9 @@ class FrameworkSuite:
 
     def test_compile_dynamic(self, framework_sample):
         args, _ = framework_sample.build()
+        if not self.spec.dynamic_dims:
+            assert self._check_compiled(framework_sample, "aot_eager") <= 2  # a program for each size
+            return
         frames = self._check_compiled(framework_sample, "aot_eager")
         leading = next(iter(self.spec.dynamic_dims))
         dims = self.spec.dynamic_dims[leading]
@@ -276,9 +283,11 @@ class FrameworkSuite:
     def test_compile_inductor(self):
         if not _has_cxx():
             pytest.skip("torch.compile's inductor needs a C++ compiler")
-        dims = self.spec.dynamic_dims[self.spec.tensors[0]]
-        sample = next(s for s in self.spec.tagged("framework") if min(s.build()[0][0].shape[d] for d in dims) > 1)
-        assert self._check_compiled(sample, "inductor") == 1
+        dims = self.spec.dynamic_dims.get(self.spec.tensors[0], ())
+        sample = next(
+            s for s in self.spec.tagged("framework") if min((s.build()[0][0].shape[d] for d in dims), default=2) > 1
+        )
+        assert self._check_compiled(sample, "inductor") == (1 if dims else 2)
 
     def _exported(self, op, args, kwargs, symbolic=(0, 1, 2, 3)):
         """(program of {name: tensor}, its symbolic dims)"""
@@ -300,6 +309,8 @@ class FrameworkSuite:
     def _of_both_sizes(self, args, kwargs, dynamic):
         """The call, and the same call at another size of the symbolic dims."""
         yield args
+        if not self.spec.dynamic_dims:
+            return
         larger, _ = self.spec.resize(args, kwargs)
         cut = []
         for n, a, b in zip(self.spec.tensors, larger, args, strict=False):

@@ -161,10 +161,10 @@ class ForwardSuite(FrameworkSuite):
             outputs = as_tuple(spec.op()(*args, **kwargs))
         all_grads = random_output_grads(spec, framework_sample, torch.float32, outputs)
         for used in range(len(outputs)):
-            oracle = oracle_of(spec, args, kwargs, tuple(g if i == used else None for i, g in enumerate(all_grads)))
-            leaves = with_grad(map_tensors(lambda t: t.to(native.device), args))
             if not outputs[used].is_floating_point():
                 continue
+            oracle = oracle_of(spec, args, kwargs, tuple(g if i == used else None for i, g in enumerate(all_grads)))
+            leaves = with_grad(map_tensors(lambda t: t.to(native.device), args))
             inputs, grad = differentiable_tensors(spec, leaves), all_grads[used].to(native.device)
             with native.selected():
                 result = as_tuple(spec.op()(*leaves, **kwargs))[used]

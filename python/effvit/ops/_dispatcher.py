@@ -61,6 +61,11 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or in_forward_mode()
 
 
+def alive(x: object) -> object:
+    """What a tensor of a level of torch.func that is closed stands for: a function that vjp returned runs after it."""
+    return torch._C._functorch.unwrap_if_dead(x) if isinstance(x, torch.Tensor) else x
+
+
 def tangent_of(x: object) -> torch.Tensor | None:
     """The tangent that forward-mode AD has given a tensor, of the level of torch.func where this is asked."""
     return forward_ad.unpack_dual(x, level=0).tangent if isinstance(x, torch.Tensor) else None

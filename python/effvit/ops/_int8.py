@@ -39,6 +39,10 @@ def named(options: dict) -> dict:
     }  # fmt: skip
 
 
+def _size(shape) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
 def call(op, x, weights, x_scale, w_scale, bias, residual, activation, out_dtype, out_scale):
     """The op on x [..., K]: leading dims made one, scales of one element repeated."""
     name = op.name
@@ -54,14 +58,16 @@ def call(op, x, weights, x_scale, w_scale, bias, residual, activation, out_dtype
         raise _checks.value_error(name, "x", "[..., K]", _checks.shape(x))
     lead = x.shape[:-1]
     rows = x.flatten(0, -2) if x.dim() > 2 else x[None] if x.dim() == 1 else x
-    if x_scale.numel() == 1:
-        x_scale = x_scale.reshape(1).expand(rows.shape[0])
-    elif x_scale.shape == lead and x_scale.dim() != 1:
-        x_scale = x_scale.flatten()
-    if w_scale.numel() == 1 and isinstance(weights[0], torch.Tensor) and weights[0].dim() == 2:
+    if x_scale.shape == (1,):
+        x_scale = x_scale.expand(rows.shape[0])
+    elif x_scale.shape == lead:
+        x_scale = x_scale.reshape(rows.shape[0])
+    elif x.dim() != 2 and x_scale.numel() != rows.shape[0]:
+        raise _checks.value_error(name, "x_scale", f"[1] or {_size(lead)} like x", _checks.shape(x_scale))
+    if w_scale.shape == (1,) and isinstance(weights[0], torch.Tensor) and weights[0].dim() == 2:
         plain = weights[0].shape[-1] <= x.shape[-1]
-        w_scale = w_scale.reshape(1).expand(weights[0].shape[0]) if plain else w_scale
-    if isinstance(residual, torch.Tensor) and residual.dim() != 2:
+        w_scale = w_scale.expand(weights[0].shape[0]) if plain else w_scale
+    if isinstance(residual, torch.Tensor) and x.dim() != 2 and residual.dim() == x.dim():
         residual = residual.flatten(0, -2) if residual.dim() > 2 else residual[None]
     out = op(rows, *weights, x_scale, w_scale, bias, residual, **options)
     return out if x.dim() == 2 else out.reshape(*lead, out.shape[-1])

@@ -207,7 +207,7 @@ def recorder_of_definition(o) -> type:
 
         @staticmethod
         def backward(ctx, *grads):
-            tensors = ctx.saved_tensors
+            tensors, grads = tuple(map(_dispatcher.alive, ctx.saved_tensors)), tuple(map(_dispatcher.alive, grads))
             given = [i for i, g in enumerate(grads) if g is not None]
             wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
             found = [None] * len(tensors)

@@ -39,6 +39,7 @@ OP = op(
 def quantize_int8(
     x: torch.Tensor,
     scale: torch.Tensor | None = None,
+    excluded: torch.Tensor | None = None,
     *,
     granularity: str = "token",
     block: int = 128,
@@ -51,11 +52,12 @@ def quantize_int8(
         x: [..., K] float32, bfloat16 or float16, a last stride of 1.
         scale: what one step is worth, float32, positive and finite, of the shape that the result has or of one
             element; None: the largest |x| of a token, block or tensor divided by 127 (1 where that is 0).
+        excluded: [K] int8 or bool, not 0 for columns to leave out: they do not count for scales, and their q is 0.
         granularity: "token": a scale for each row of K; "tensor": one; "block": one for each `block` neighbours in a
             row, which must divide K.
         round: ties "even" or "away" from zero.
-        outlier_threshold: if positive, columns in which any |x| reaches it are left out, as LLM.int8() does: they do
-            not count for the scales, and their q is 0. Finding them waits for the device.
+        outlier_threshold: if positive, columns in which any |x| reaches it are left out, as LLM.int8() does. Finding
+            them waits for the device. excluded must be None then.
 
     Returns:
         (q, scale), with outlier_threshold (q, scale, idx). q: [..., K] int8. scale: float32; "token" [...], "tensor"
@@ -80,9 +82,15 @@ def quantize_int8(
         raise _checks.value_error(name, "outlier_threshold", "at least 0", threshold)
     if x.dim() == 0:
         raise _checks.value_error(name, "x", "[..., K]", _checks.shape(x))
-    if scale is not None:
-        _checks.check_tensor(name, "scale", scale)
-    shape, idx, excluded = x.shape, None, None
+    for argument, t in (("scale", scale), ("excluded", excluded)):
+        if t is not None:
+            _checks.check_tensor(name, argument, t)
+    if excluded is not None and excluded.dtype == torch.bool:
+        excluded = excluded.view(torch.int8)
+    shape, idx = x.shape, None
+    if excluded is not None and (threshold > 0 or granularity == "block"):
+        expected = "None with outlier_threshold or with granularity block"
+        raise _checks.value_error(name, "excluded", expected, _checks.shape(excluded))
     if threshold > 0:
         if granularity == "block":
             raise _checks.value_error(name, "outlier_threshold", "0 with granularity block", threshold)

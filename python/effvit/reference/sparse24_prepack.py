@@ -14,7 +14,7 @@ def packed_width(k: int) -> int:
 
 
 def sparse24_prepack(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
-    """int8 [N, K / 2], uint8 [N, K8 = ceil(K / 8)] -> int8 [ceil(N / 16), packed_width(K)]: of every block of 16 channels
+    """int8 [N, K / 2], uint8 [N, K8 = ceil(K / 8)] -> int8 [ceil(N / 16), packed_width(K)]: per block of 16 channels
     values [K8][16][4], positions [ceil(K / 32)][16][4], and the sums of the channels.
 
     The four bytes of positions belong to the four values; each has those of four times eight neighbours, in two bits.

@@ -20,6 +20,8 @@ def epilogue_tensors(m, n, k, dtype, generator, *, bias=True, residual=False):
     w_scale = (0.5 + torch.rand(n, generator=generator)) / (5000 * max(k, 1) ** 0.5)
     given = [torch.randn(n, generator=generator).to(dtype) if bias else None]
     given.append(torch.randn(m, n, generator=generator).to(dtype) if residual else None)
+    if dtype == torch.float64:
+        x_scale, w_scale = x_scale.double(), w_scale.double()
     return x_scale, w_scale, *given
 
 
@@ -33,7 +35,8 @@ def sample(name, m, n, k, weights, *, activation=NONE, out=None, bias=True, resi
         tensors = (x, *middle, *scales)
         if layout is not None:
             tensors = layout(tensors)
-        options = {"activation": activation, "out_dtype": DTYPES.index(dtype) if out is None else out}
+        as_asked = DTYPES.index(dtype) if dtype in DTYPES else 0  # float64: of the definition
+        options = {"activation": activation, "out_dtype": as_asked if out is None else out}
         if out == INT8:
             options["out_scale"] = 0.02
         return tuple(None if t is None else t.to(device) for t in tensors), options
@@ -87,7 +90,7 @@ def standard_samples(weights, k_step=1):
         one("tiny", 2, 3, 4, residual=True, activation=SILU, tags="tiny small"),
         one("empty_rows", 0, 8, 12, residual=True, tags="empty"),
         one("empty_columns", 4, 0, 12, tags="empty"),
-        one("empty_depth", 4, 20, 0, residual=True, activation=RELU, tags="nasty small") if k_step == 1
+        one("empty_depth", 4, 20, 0, residual=True, activation=RELU, tags="empty nasty small") if k_step == 1
         else one("two_groups", 4, 20, 8, tags="nasty small"),
         one("tall", 40_000, 3, 8, tags="huge"),
     ]  # fmt: skip
@@ -164,7 +167,7 @@ def bad_inputs(good_call, names):
                 call[key] = x(call[key]) if callable(x) else x
             return split_call(call, names)
 
-        return BadInput(name, make, error, f"{argument} must be {match}")
+        return BadInput(name, make, error, f"{argument} must be {match}", declared=True)
 
     def at(value):
         def change(t):
@@ -184,7 +187,8 @@ def bad_inputs(good_call, names):
             TypeError,
             **{scale: lambda t: t.bfloat16()},
         )
-        yield bad(f"{scale}_short", scale, r"\[", **{scale: lambda t: t[:1]})
+        short = {scale: lambda t: t[:2]}
+        yield bad(f"{scale}_short", "x_scale" if scale == "x_scale" else "(weight|values)", r"\[", **short)
     yield bad("x_float", "x", "torch.int8, got torch.float32", TypeError, x=lambda t: t.float())
     yield bad("x_uint8", "x", "torch.int8, got torch.uint8", TypeError, x=lambda t: t.view(torch.uint8))
     yield bad("bias_int32", "bias", "float32, bfloat16 or float16", TypeError, bias=lambda t: t.int())

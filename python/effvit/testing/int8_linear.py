@@ -57,7 +57,11 @@ def good_call():
 
 def _bad(name, argument, match, **change):
     return BadInput(
-        name, lambda: split_call({**good_call(), **change}, OP.names), ValueError, f"{argument} must be {match}"
+        name,
+        lambda: split_call({**good_call(), **change}, OP.names),
+        ValueError,
+        f"{argument} must be {match}",
+        declared=True,
     )
 
 

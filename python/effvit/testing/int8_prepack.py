@@ -47,6 +47,6 @@ SPEC = OpSpec(
         ),
     ],
     good_call=good_call,
-    dynamic="N",
+    dynamic="",  # N and K are part of the layout
     resize=lambda args, kwargs: ((torch.cat((args[0], args[0].flip(0))),), kwargs),
 )
