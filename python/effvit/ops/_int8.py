@@ -62,7 +62,7 @@ def call(op, x, weights, x_scale, w_scale, bias, residual, activation, out_dtype
         x_scale = x_scale.expand(rows.shape[0])
     elif x_scale.shape == lead:
         x_scale = x_scale.reshape(rows.shape[0])
-    elif x.dim() != 2 and x_scale.numel() != rows.shape[0]:
+    elif x.dim() != 2:
         raise _checks.value_error(name, "x_scale", f"[1] or {_size(lead)} like x", _checks.shape(x_scale))
     if w_scale.shape == (1,) and isinstance(weights[0], torch.Tensor) and weights[0].dim() == 2:
         plain = weights[0].shape[-1] <= x.shape[-1]

@@ -1,9 +1,13 @@
 """What the specs of the int8 products share: calls of any shape and epilogue, magnitudes, bad inputs."""
 
+import dataclasses
+
 import torch
 
 from effvit.ops._int8 import DTYPES, NAMES
+from effvit.ops._op import OPS
 from effvit.reference.int8_linear import epilogue, integer_product
+from effvit.testing._bad_inputs import declared_bad_inputs
 from effvit.testing._spec import FLOAT_DTYPES, BadInput, Sample, split_call
 
 NONE, RELU, GELU, SILU = range(4)
@@ -157,8 +161,12 @@ def public_kwargs(kwargs):
     return named
 
 
-def bad_inputs(good_call, names):
-    """Of the epilogue: scales and options that do not go together. `names` are the op's tensors in order."""
+def bad_inputs(name, good_call):
+    """Those that follow from the declaration, and scales and options of the epilogue that do not go together."""
+    names = OPS[name].names
+    for declared in declared_bad_inputs(name, good_call):  # the public function takes x of any rank
+        rank = declared.name == "declared_x_rank_above"
+        yield dataclasses.replace(declared, public=False) if rank else declared
 
     def bad(name, argument, match, error=ValueError, **change):
         def make():

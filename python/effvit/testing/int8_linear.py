@@ -5,7 +5,6 @@ import torch
 from effvit.ops.int8_linear import OP
 from effvit.reference.int8_prepack import int8_prepack, int8_unpack
 from effvit.testing import _int8
-from effvit.testing._bad_inputs import declared_bad_inputs
 from effvit.testing._spec import BadInput, OpSpec, split_call
 
 
@@ -81,8 +80,7 @@ SPEC = OpSpec(
     random_sample=_int8.random_call(_plain),
     random_calls=160,
     bad_inputs=[
-        *declared_bad_inputs("int8_linear", good_call),
-        *_int8.bad_inputs(good_call, OP.names),
+        *_int8.bad_inputs("int8_linear", good_call),
         _bad("weight_wide", "weight", r"\[N, K\] = \[5, 12\] or packed", weight=torch.zeros(5, 13, dtype=torch.int8)),
         _bad("weight_of_another_format", "weight", r"\[N, K\] = \[5, 12\] or packed by int8_prepack, \[1, 256\]",
              weight=torch.zeros(1, 128, dtype=torch.int8)),
