@@ -28,6 +28,10 @@ class FrameworkSuite:
 
     spec = None
 
+    def other_values(self, x, n):
+        """Other values that the first tensor of a call may have."""
+        return x * n if x.is_floating_point() else x ^ n
+
     # ---- what the dispatcher asks for -------------------------------------------------------------------------------
 
     def test_opcheck(self, framework_sample, opcheck):
@@ -198,8 +202,8 @@ class FrameworkSuite:
     def test_nested_vmap(self, framework_sample):
         args, kwargs = framework_sample.build()
         first, *rest = args
-        scale = (lambda x, n: x * n) if first.is_floating_point() else (lambda x, n: x ^ n)
-        outer = torch.stack([torch.stack([scale(first, 1 + i + 2 * j) for i in range(2)]) for j in range(2)])
+        other = self.other_values
+        outer = torch.stack([torch.stack([other(first, 1 + i + 2 * j) for i in range(2)]) for j in range(2)])
 
         def call(x):
             return as_tuple(self.spec.op()(x, *rest, **kwargs))
@@ -246,8 +250,7 @@ class FrameworkSuite:
         frames = torch._dynamo.testing.CompileCounterWithBackend(backend)
 
         def function(*a):
-            first = a[0] * 1.5 if a[0].is_floating_point() else a[0] ^ 1  # something to fuse
-            return spec.op()(first, *a[1:], **kwargs)
+            return spec.op()(self.other_values(a[0], 3), *a[1:], **kwargs)  # something to fuse
 
         torch._dynamo.reset()
         compiled = torch.compile(function, fullgraph=True, backend=frames)

@@ -435,9 +435,10 @@ class ForwardSuite(FrameworkSuite):
             for truths, yardsticks, magnitudes in rows:
                 for name, truth in truths.items():
                     if name in integers:
-                        assert_rounded_truth(truth.round().clamp(-128, 127).to(integers[name]), truth)
+                        info, truth = torch.iinfo(integers[name]), truth.double()
+                        assert_rounded_truth(truth.round().clamp(info.min, info.max).to(integers[name]), truth)
                         with pytest.raises(AssertionError, match="wrong"):
-                            wrong = truth.round().clamp(-127, 126)
+                            wrong = truth.round().clamp(info.min, info.max - 1)
                             wrong.view(-1)[truth.numel() // 2] += 1
                             assert_rounded_truth(wrong.to(integers[name]), truth)
                         continue

@@ -79,11 +79,11 @@ def check_scales(op: str, tensors: dict, *names: str) -> None:
             raise value_error(op, name, "positive and finite", f"{at} at {where}")
 
 
-def has_readable_values(t: torch.Tensor) -> bool:
-    """Whether a tensor's values are there, on the CPU: not while tracing, not on a GPU, where reading would wait."""
+def has_readable_values(t: torch.Tensor, wait: bool = False) -> bool:
+    """Whether a tensor's values are there: not while tracing, nor, unless asked to wait for them, on a GPU."""
     return (
         type(t) in (torch.Tensor, torch.nn.Parameter)
-        and t.device.type == "cpu"
+        and (t.device.type == "cpu" or (wait and t.device.type != "meta"))
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
         and not is_in_torch_dispatch_mode()  # a tracer's, perhaps

@@ -291,7 +291,15 @@ def vmap_rule(o, batch: Sequence[str], alone: str) -> Callable:
     def rule(n, in_dims, args, options):
         mapped = [d is not None and a is not None for d, a in zip(in_dims, args, strict=True)]
         together = alone and any(t.name == alone and a is not None for t, a in zip(tensors, args, strict=False))
-        if n > 0 and can_fold and not together and all(f or not m for f, m in zip(foldable, mapped, strict=False)):
+        if n == 0 and any(m and not a.is_floating_point() for a, m in zip(args, mapped, strict=True)):
+            # Zeros, of which the other case makes a call of the right shapes, may not be valid integers.
+            like = [
+                None if a is None else a.new_empty(a.movedim(d, 0).shape[1:] if m else a.shape, device="meta")
+                for a, d, m in zip(args, in_dims, mapped, strict=True)
+            ]
+            make = lambda t, size, dtype: next(a for a in args if a is not None).new_empty((0, *size), dtype=dtype)
+            outs = o.outputs(like, options, make)
+        elif n > 0 and can_fold and not together and all(f or not m for f, m in zip(foldable, mapped, strict=False)):
             moved = list(args)
             for i, a in enumerate(args):
                 if foldable[i] and a is not None:
