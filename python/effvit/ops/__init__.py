@@ -9,10 +9,11 @@ from .quantize_int8 import quantize_int8
 from .rbf_gram import rbf_gram
 from .sparse24_compress import sparse24_compress
 from .sparse24_decompress import sparse24_decompress
+from .sparse24_int8_linear import sparse24_int8_linear
 from .sparse24_prepack import sparse24_prepack
 from .window_attention import window_attention
 
 __all__ = [
     "glu", "int8_linear", "int8_prepack", "linear_attention", "newton_pinv", "quantize_int8", "rbf_gram",
-    "sparse24_compress", "sparse24_decompress", "sparse24_prepack", "window_attention",
+    "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear", "sparse24_prepack", "window_attention",
 ]  # fmt: skip
