@@ -23,7 +23,10 @@ MAX_GRID = 2**31 - 1  # CUDA's limit of gridDim.x; the kernels use one-dimension
 
 _small = False
 
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+_POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int8: "*i8",
+    torch.uint8: "*u8",
+}  # fmt: skip
 
 
 @contextlib.contextmanager
