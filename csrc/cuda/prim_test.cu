@@ -111,6 +111,33 @@ mma_ldmatrix_kernel(const T* a, const T* b, float* out) {
   for (int e = 0; e < 4; ++e) store_global(out + (g + e / 2 * 8) * 8 + t + e % 2, c[e]);
 }
 
+// a [16, 32], b [8, 32] -> out [16, 8] = a b^T + 1 of int8, fragments straight from memory, or through ldmatrix.
+template <bool kLdmatrix>
+EFFVIT_KERNEL(kThreads, 1)
+mma_s8_kernel(const int8_t* a, const int8_t* b, int32_t* out) {
+  constexpr int kStride = 48;
+  using V = Vec<uint32_t, 4>;
+  const Shared<int8_t> sa(0, 16 * kStride), sb(16 * kStride, 8 * kStride);
+  const int thread = thread_id();
+  if (thread < 32) sa.store_vec(thread / 2 * kStride + thread % 2 * 16, load_global_vec<V>(a + thread * 16));
+  if (thread < 16) sb.store_vec(thread / 2 * kStride + thread % 2 * 16, load_global_vec<V>(b + thread * 16));
+  sync_threads();
+  if (thread >= kWarpSize) return;
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  uint32_t af[4], bf[4];
+  if (kLdmatrix) {
+    const int low = lane_id() % 8, half = lane_id() / 8 % 2, quarter = lane_id() / 16;
+    ldmatrix_x4<false>(af, sa, (low + half * 8) * kStride + quarter * 16);
+    ldmatrix_x4<false>(bf, sb, low * kStride + half * 16);  // twice: there are eight rows only
+  } else {
+    for (int i = 0; i < 4; ++i) af[i] = load_global_vec<uint32_t>(a + (g + i % 2 * 8) * 32 + i / 2 * 16 + t * 4);
+    for (int i = 0; i < 2; ++i) bf[i] = load_global_vec<uint32_t>(b + g * 32 + i * 16 + t * 4);
+  }
+  int32_t c[4] = {1, 1, 1, 1};
+  mma_m16n8k32(c, af, bf[0], bf[1]);
+  for (int e = 0; e < 4; ++e) store_global(out + (g + e / 2 * 8) * 8 + t * 2 + e % 2, c[e]);
+}
+
 // in [2, threads, 16] bytes; thread t copies t % 17 bytes of each, zero filled -> out like in.
 EFFVIT_KERNEL(kThreads, 1) cp_async_kernel(const uint8_t* in, uint8_t* out) {
   using V = Vec<uint32_t, 4>;
@@ -149,6 +176,10 @@ EFFVIT_KERNEL(kThreads, 1) math_kernel(const float* in, float* out) {  // [threa
   store_global(out + kThreads + thread_id(), prim::exp(-x));
   store_global(out + 2 * kThreads + thread_id(), prim::log(x));
   store_global(out + 3 * kThreads + thread_id(), prim::sqrt(x));
+}
+
+EFFVIT_KERNEL(kThreads, 1) round_kernel(const float* in, int32_t* out) {  // [threads] -> [threads]
+  store_global(out + thread_id(), round_to_int(load_global(in + thread_id())));
 }
 
 #if defined(EFFVIT_EMU)
@@ -230,7 +261,9 @@ cudaError_t run(const std::string& name, const void* a, const void* b, void* out
   EFFVIT_CASE(cp_async, 1, 2 * kThreads * 16, static_cast<const uint8_t*>(a), static_cast<uint8_t*>(out));
   EFFVIT_CASE(convert, 1, 0, fa, static_cast<uint32_t*>(out));
   EFFVIT_CASE(math, 1, 0, fa, fo);
+  EFFVIT_CASE(round, 1, 0, fa, static_cast<int32_t*>(out));
   const auto *ha = static_cast<const float16*>(a), *hb = static_cast<const float16*>(b);
+  const auto *ia = static_cast<const int8_t*>(a), *ib = static_cast<const int8_t*>(b);
   const auto *ba = static_cast<const bfloat16*>(a), *bb = static_cast<const bfloat16*>(b);
   EFFVIT_TYPED_CASE("ldmatrix", ldmatrix_kernel<false>, 32 * 24 * 2, ha, static_cast<uint32_t*>(out));
   EFFVIT_TYPED_CASE("ldmatrix_trans", ldmatrix_kernel<true>, 32 * 24 * 2, ha, static_cast<uint32_t*>(out));
@@ -238,6 +271,8 @@ cudaError_t run(const std::string& name, const void* a, const void* b, void* out
   EFFVIT_TYPED_CASE("mma_bf16", mma_kernel<bfloat16>, 0, ba, bb, fo);
   EFFVIT_TYPED_CASE("mma_ldmatrix_f16", mma_ldmatrix_kernel<float16>, 2 * 16 * 24 * 2, ha, hb, fo);
   EFFVIT_TYPED_CASE("mma_ldmatrix_bf16", mma_ldmatrix_kernel<bfloat16>, 2 * 16 * 24 * 2, ba, bb, fo);
+  EFFVIT_TYPED_CASE("mma_s8", mma_s8_kernel<false>, 24 * 48, ia, ib, static_cast<int32_t*>(out));
+  EFFVIT_TYPED_CASE("mma_ldmatrix_s8", mma_s8_kernel<true>, 24 * 48, ia, ib, static_cast<int32_t*>(out));
 #if defined(EFFVIT_EMU)
   EFFVIT_CASE(fault, 1, (kThreads + 4) * 4, fa, fo, argument);
 #else

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <deque>
 #include <exception>
@@ -103,7 +104,7 @@ struct Warp {
 struct Range {
   uintptr_t begin, end;
   bool writable, once;
-  std::vector<uint8_t> written;  // per two bytes
+  std::vector<uint8_t> written;  // per byte
 };
 
 std::recursive_mutex launch_mutex;
@@ -421,7 +422,7 @@ void add_range(const void* p, uint64_t bytes, bool writable, bool once) {
   if (p == nullptr || bytes == 0) return;
   Range r{reinterpret_cast<uintptr_t>(p), reinterpret_cast<uintptr_t>(p) + bytes, writable, once, {}};
   if (once) {
-    r.written.assign((bytes + 1) / 2, 0);
+    r.written.assign(bytes, 0);
     std::memset(const_cast<void*>(p), 0xff, bytes);
   }
   ranges.push_back(std::move(r));
@@ -438,7 +439,7 @@ void end_ranges(bool check_outputs) {
     const auto it = std::find(r.written.begin(), r.written.end(), 0);
     if (it != r.written.end())
       throw std::runtime_error("emulator: kernel " + std::string(kernel_name) + " left byte " +
-                               std::to_string((it - r.written.begin()) * 2) + " of an output of " +
+                               std::to_string(it - r.written.begin()) + " of an output of " +
                                std::to_string(r.end - r.begin) + " bytes unwritten");
   }
 }
@@ -453,7 +454,7 @@ void check_global(const void* p, uint32_t bytes, uint32_t align, bool write) {
     if (a < r.begin || a + bytes > r.end || (write && !r.writable)) continue;
     last_range = at;
     if (write && r.once) {
-      for (uintptr_t o = (a - r.begin) / 2; o < (a + bytes - r.begin + 1) / 2; ++o) {
+      for (uintptr_t o = a - r.begin; o < a + bytes - r.begin; ++o) {
         if (r.written[o]) fail("an output element is written twice");
         r.written[o] = 1;
       }
@@ -553,6 +554,37 @@ void ldmatrix(void** lanes) {
 
 void mma_bf16(void** lanes) { mma<bf16_to_float>(lanes); }
 void mma_f16(void** lanes) { mma<half_to_float>(lanes); }
+
+void mma_s8(void** lanes) {
+  int32_t a[16][32], b[32][8];
+  for (int l = 0; l < kWarpSize; ++l) {
+    const auto& args = *static_cast<MmaInt8Args*>(lanes[l]);
+    const int row = l / 4, k = l % 4 * 4;
+    for (int e = 0; e < 4; ++e) {
+      const auto byte = [e](uint32_t r) { return static_cast<int8_t>(r >> 8 * e); };
+      a[row][k + e] = byte(args.a[0]);
+      a[row + 8][k + e] = byte(args.a[1]);
+      a[row][k + 16 + e] = byte(args.a[2]);
+      a[row + 8][k + 16 + e] = byte(args.a[3]);
+      b[k + e][row] = byte(args.b[0]);
+      b[k + 16 + e][row] = byte(args.b[1]);
+    }
+  }
+  for (int l = 0; l < kWarpSize; ++l) {
+    const auto& args = *static_cast<MmaInt8Args*>(lanes[l]);
+    for (int e = 0; e < 4; ++e) {
+      auto sum = static_cast<uint32_t>(args.c[e]);  // it wraps
+      for (int k = 0; k < 32; ++k) sum += static_cast<uint32_t>(a[l / 4 + e / 2 * 8][k] * b[k][l % 4 * 2 + e % 2]);
+      args.c[e] = static_cast<int32_t>(sum);
+    }
+  }
+}
+
+int32_t float_to_int(float f) {
+  if (std::isnan(f)) return 0;
+  const double rounded = std::nearbyint(static_cast<double>(f));
+  return static_cast<int32_t>(std::min(std::max(rounded, -2147483648.), 2147483647.));
+}
 
 float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;

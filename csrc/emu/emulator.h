@@ -86,8 +86,16 @@ struct MmaArgs {
 void mma_bf16(void** lanes);
 void mma_f16(void** lanes);
 
+struct MmaInt8Args {
+  const uint32_t* a;
+  const uint32_t* b;
+  int32_t* c;
+};
+void mma_s8(void** lanes);
+
 float half_to_float(uint16_t h);
 uint16_t float_to_half(float f);
+int32_t float_to_int(float f);  // to the nearest, ties to even, saturating; NaN gives 0
 
 // What kernels plan with in place of a GPU's numbers. effvit_emu_set_limits changes both, for tests.
 int64_t target_ctas();  // 6: few CTAs, so that each of them walks several tiles

@@ -142,6 +142,21 @@ def test_mma(device, seed, dtype, through):
     assert (out == (a @ b + 1).numpy()).all()
 
 
+INT8 = {
+    "random": lambda: (rng().integers(-128, 128, s) for s in ((16, 32), (8, 32))),
+    "lowest": lambda: (np.full((16, 32), -128), np.full((8, 32), -128)),
+    "both": lambda: (np.full((16, 32), -128), np.where(np.arange(8)[:, None] % 2, 127, -128) + np.zeros((8, 32), int)),
+}
+
+
+@pytest.mark.parametrize("numbers", INT8)
+@pytest.mark.parametrize("through", ["mma", "mma_ldmatrix"])
+def test_mma_int8(device, seed, numbers, through):
+    a, b = (x.astype(np.int8) for x in INT8[numbers]())
+    out = device(f"{through}_s8", [a, b], (16, 8), np.int32)
+    assert (out == a.astype(np.int64) @ b.astype(np.int64).T + 1).all()
+
+
 def test_cp_async(device, seed):
     x = rng().integers(1, 256, (2, THREADS, 16)).astype(np.uint8)
     kept = np.arange(16) < (np.arange(THREADS) % 17)[:, None]
@@ -169,6 +184,15 @@ def test_math(device, seed):
     y = x.astype(np.float64)
     for got, expected, ulps in zip(out, (2.0**-y, np.exp(-y), np.log(y), np.sqrt(y)), (4, 4, 4, 1), strict=True):
         assert (np.abs(got - expected) <= ulps * np.finfo(np.float32).eps * np.abs(expected)).all()
+
+
+def test_rounding_to_integers(device, seed):
+    x = rng().uniform(-200, 200, THREADS).astype(np.float32)
+    x[:9] = [0.5, 1.5, -0.5, -2.5, 126.5, 1e30, -1e30, np.inf, 8388609]
+    expected = np.clip(np.rint(x.astype(np.float64)), -(2**31), 2**31 - 1)
+    assert (device("round", [x], x.shape, np.int32) == expected).all()
+    x[:] = np.nan
+    assert (device("round", [x], x.shape, np.int32) == 0).all()
 
 
 FAULTS = {  # in the order of `Fault` in prim_test.cu

@@ -9,6 +9,10 @@ namespace prim {
 template <class V>
 struct WordOf;
 template <>
+struct WordOf<std::integral_constant<size_t, 1>> {
+  using type = uint8_t;
+};
+template <>
 struct WordOf<std::integral_constant<size_t, 2>> {
   using type = uint16_t;
 };

@@ -1,7 +1,9 @@
-// ldmatrix and mma.m16n8k16. With g = lane / 4 and t = lane % 4 a lane holds of
+// ldmatrix, mma.m16n8k16 and its integer relative. With g = lane / 4 and t = lane % 4 a lane holds of
 //   A [16, 16]: a[0] (g, 2t..), a[1] (g + 8, 2t..), a[2] (g, 2t + 8..), a[3] (g + 8, 2t + 8..), two columns each
 //   B [16, 8]:  b[0] (2t.., g), b[1] (2t + 8.., g), two rows each
 //   C [16, 8]:  c[0], c[1] (g, 2t..), c[2], c[3] (g + 8, 2t..)
+// Of int8 the depth is 32, and a register has four numbers where it has two of 16 bits: the same bytes of a row that
+// has the depth last. So one ldmatrix loads either.
 #pragma once
 #include "memory.cuh"
 
@@ -10,18 +12,18 @@ namespace prim {
 
 // Four 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8 and receives of each
 // matrix (r[0] to r[3]) the elements (l / 4, 2 (l % 4)) and its right neighbour, or, transposed, those of the
-// transpose.
+// transpose. int8: pairs of neighbours in a row are the elements.
 template <bool kTranspose, class T>
 #if defined(EFFVIT_EMU)
 EFFVIT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const Shared<T>& s, int i, int line = __builtin_LINE()) {
-  static_assert(sizeof(T) == 2, "ldmatrix moves 16-bit elements");
+  static_assert(sizeof(T) == 2 || (sizeof(T) == 1 && !kTranspose), "ldmatrix moves 16-bit elements");
   emu::LdmatrixArgs args{s.address(i), kTranspose, {}};
   emu::collective(emu::Op::kLdmatrix, line, &args, emu::ldmatrix);
   std::memcpy(r, args.result, sizeof(r));
 }
 #else
 EFFVIT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const Shared<T>& s, int i) {
-  static_assert(sizeof(T) == 2, "ldmatrix moves 16-bit elements");
+  static_assert(sizeof(T) == 2 || (sizeof(T) == 1 && !kTranspose), "ldmatrix moves 16-bit elements");
   if constexpr (kTranspose) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -61,6 +63,24 @@ EFFVIT_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t 
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
+}
+#endif
+
+// c += a b of int8, exact while it fits into int32.
+#if defined(EFFVIT_EMU)
+EFFVIT_DEVICE void mma_m16n8k32(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                int line = __builtin_LINE()) {
+  const uint32_t b[2] = {b0, b1};
+  emu::MmaInt8Args args{a, b, c};
+  emu::collective(emu::Op::kMma, line, &args, emu::mma_s8);
+}
+#else
+EFFVIT_DEVICE void mma_m16n8k32(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 #endif
 

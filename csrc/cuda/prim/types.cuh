@@ -80,6 +80,7 @@ EFFVIT_DEVICE float exp2(float x) { return std::exp2(x); }
 EFFVIT_DEVICE float exp(float x) { return std::exp(x); }
 EFFVIT_DEVICE float log(float x) { return std::log(x); }
 EFFVIT_DEVICE float sqrt(float x) { return std::sqrt(x); }
+EFFVIT_DEVICE int32_t round_to_int(float x) { return emu::float_to_int(x); }
 
 #else
 
@@ -113,6 +114,7 @@ EFFVIT_DEVICE float exp2(float x) {  // 2 ulp; -inf gives 0
 EFFVIT_DEVICE float exp(float x) { return ::expf(x); }
 EFFVIT_DEVICE float log(float x) { return ::logf(x); }
 EFFVIT_DEVICE float sqrt(float x) { return ::sqrtf(x); }
+EFFVIT_DEVICE int32_t round_to_int(float x) { return __float2int_rn(x); }  // ties to even, saturating; NaN gives 0
 
 #endif
 

@@ -23,7 +23,7 @@ EFFVIT_DEVICE Piece<T> load_piece(const T* from, int n, bool vec) {
   if (n == kVec<T> && vec) return prim::load_global_vec<Piece<T>>(from);
   Piece<T> x;
   EFFVIT_UNROLL
-  for (int e = 0; e < kVec<T>; ++e) x.v[e] = e < n ? prim::load_global(from + e) : prim::from_float<T>(0.f);
+  for (int e = 0; e < kVec<T>; ++e) x.v[e] = e < n ? prim::load_global(from + e) : T{};
   return x;
 }
 template <class T>
