@@ -13,24 +13,6 @@ EFFVIT_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 #include "../rows/math.h"
 #undef EFFVIT_FN
 
-// Phi(x), the normal distribution function, to 2e-7: 1/2 plus an odd rational function that is closest to it up to 5.5,
-// where what is left is below half a unit in the last place of 1.
-EFFVIT_INLINE vf normal_cdf_near(vf x) {
-  x = min(max(x, set1(-5.5f)), set1(5.5f));
-  const vf t = x * x;
-  vf p = fma(t, set1(2.27480133e-08f), set1(6.35192146e-06f));
-  p = fma(t, p, set1(0.000168825645f));
-  p = fma(t, p, set1(0.0046772575f));
-  p = fma(t, p, set1(0.0338528566f));
-  p = fma(t, p, set1(0.398942232f));
-  vf q = fma(t, set1(1.19744982e-06f), set1(7.36464644e-05f));
-  q = fma(t, q, set1(0.00188444543f));
-  q = fma(t, q, set1(0.0286459494f));
-  q = fma(t, q, set1(0.251522452f));
-  q = fma(t, q, set1(1.f));
-  return fma(x, p / q, set1(0.5f));
-}
-
 template <Activation kAct>
 EFFVIT_INLINE vf activate(vf y) {
   if constexpr (kAct == Activation::kRelu) {

@@ -3,23 +3,16 @@
 #pragma once
 #include "../rows/params.h"
 #include "common.cuh"
+#include "math.cuh"
 #include "tile/rows.cuh"
 
 namespace effvit {
 namespace cuda {
 namespace EFFVIT_OP {
 
+using namespace math;
+
 #define EFFVIT_FN EFFVIT_DEVICE
-template <class V>
-EFFVIT_DEVICE V splat(float x) {
-  return x;
-}
-EFFVIT_DEVICE float select(bool condition, float a, float b) { return condition ? a : b; }
-EFFVIT_DEVICE float max(float a, float b) { return a > b ? a : b; }
-EFFVIT_DEVICE float min(float a, float b) { return a < b ? a : b; }
-EFFVIT_DEVICE float fma(float a, float b, float c) { return fmaf(a, b, c); }
-EFFVIT_DEVICE float exp_full(float x) { return expf(x); }
-#include "../rows/math.h"
 #define EFFVIT_ROWS
 #include EFFVIT_ROWS_HEADER
 #undef EFFVIT_ROWS

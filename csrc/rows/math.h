@@ -32,3 +32,22 @@ EFFVIT_FN V normal_cdf(V x, V* density) {
   const V tail = 0.5f * e * (t * p);
   return select(x < 0.f, tail, 1.f - tail);
 }
+
+// Phi(x) alone, to 2e-7 of 1: 1/2 plus an odd rational function that is closest to it up to 5.5, where what is left is
+// below half a unit in the last place of 1.
+template <class V>
+EFFVIT_FN V normal_cdf_near(V x) {
+  x = min(max(x, splat<V>(-5.5f)), splat<V>(5.5f));
+  const V t = x * x;
+  V p = fma(t, splat<V>(2.27480133e-08f), splat<V>(6.35192146e-06f));
+  p = fma(t, p, splat<V>(0.000168825645f));
+  p = fma(t, p, splat<V>(0.0046772575f));
+  p = fma(t, p, splat<V>(0.0338528566f));
+  p = fma(t, p, splat<V>(0.398942232f));
+  V q = fma(t, splat<V>(1.19744982e-06f), splat<V>(7.36464644e-05f));
+  q = fma(t, q, splat<V>(0.00188444543f));
+  q = fma(t, q, splat<V>(0.0286459494f));
+  q = fma(t, q, splat<V>(0.251522452f));
+  q = fma(t, q, splat<V>(1.f));
+  return fma(x, p / q, splat<V>(0.5f));
+}
