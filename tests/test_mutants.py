@@ -43,12 +43,14 @@ def compiled(source, include, to, level="-O0"):
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    """The emulator's object file, which no mutant changes."""
+    """The emulator's object files, which no mutant changes."""
     if shutil.which("g++") is None:
         pytest.skip("g++ was not found")
-    path = tmp_path_factory.mktemp("emulator") / "emulator.o"
-    assert compiled(ROOT / "csrc" / "emu" / "emulator.cpp", ROOT / "csrc", path, "-O2") == ""
-    return path
+    folder, objects = tmp_path_factory.mktemp("emulator"), []
+    for source in sorted((ROOT / "csrc" / "emu").glob("*.cpp")):
+        objects.append(folder / f"{source.stem}.o")
+        assert compiled(source, ROOT / "csrc", objects[-1], "-O2") == ""
+    return objects
 
 
 def compile_and_run(folder, emulator, program, mutant=None):
@@ -68,7 +70,7 @@ def compile_and_run(folder, emulator, program, mutant=None):
     if message:
         return "does not compile: " + message, None
     library, results = folder / "mutant.so", folder / "results.npz"
-    subprocess.run(["g++", "-shared", program_object, emulator, "-o", library], check=True, cwd=folder)
+    subprocess.run(["g++", "-shared", program_object, *emulator, "-o", library], check=True, cwd=folder)
     command = [sys.executable, RUNNER, program, library, results]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode != 0:

@@ -133,7 +133,7 @@ int8_linear_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
     EFFVIT_NO_UNROLL
     for (int step = 0; step < steps; ++step) {
       prim::cp_async_wait<S::kStages - 2>();
-      prim::sync_threads();  // this step's operands; and the last step's readers: the next copies go there
+      prim::sync_threads();  // this step's operands, and the last step's readers, over which it copies
       load(step + S::kStages - 1);
       const Shared<int8_t> from = operands.from(step % S::kStages * S::kStageBytes);
       multiply<S>(acc, from, from.from(S::kM * S::kStride));

@@ -30,7 +30,7 @@ OUT_SCALE = 0.02
 MUTANTS = [
     Mutant("walk_barrier", KERNEL, "    prim::sync_threads();  // the previous tile's readers\n", "", "race"),
     Mutant("step_barrier", KERNEL,
-           "      prim::sync_threads();  // this step's operands; and the last step's readers: the next copies go there\n",
+           "      prim::sync_threads();  // this step's operands, and the last step's readers, over which it copies\n",
            "", "race|uninitialised"),
     Mutant("sums_barrier", KERNEL,
            "    prim::sync_threads();  // the readers of the operands, over which the sums are staged\n", "", "race"),

@@ -88,7 +88,7 @@ SPEC = OpSpec(
     random_calls=160,
     bad_inputs=[
         *_int8.bad_inputs("sparse24_int8_linear", good_call),
-        *(_bad(f"meta_{byte:02x}", "meta", r"two positions i0 < i1 in every nibble, as i0 \| i1 << 2, got .* at \[1, 0\]",
+        *(_bad(f"meta_{byte:02x}", "meta", r"two positions i0 < i1 in every nibble, as i0 \| i1 << 2, got .* at \[1, 0",
                meta=_wrong_meta(byte)) for byte in (0xE0, 0xE5, 0xEA, 0xEF, 0x1E, 0xFF)),
         _bad("depth_not_of_fours", "x", r"\[M, K\] with K a multiple of 4", x=torch.zeros(6, 14, dtype=torch.int8)),
         _bad("values_wide", "values", r"\[N, K / 2\] = \[5, 6\]", values=torch.zeros(5, 12, dtype=torch.int8)),
