@@ -1,5 +1,6 @@
 """The operators. Each module defines `torch.ops.effvit.<name>` and a public function of the same name."""
 
+from .fake_quantize_int8 import fake_quantize_int8
 from .glu import glu
 from .int8_linear import int8_linear
 from .int8_prepack import int8_prepack
@@ -14,6 +15,7 @@ from .sparse24_prepack import sparse24_prepack
 from .window_attention import window_attention
 
 __all__ = [
-    "glu", "int8_linear", "int8_prepack", "linear_attention", "newton_pinv", "quantize_int8", "rbf_gram",
-    "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear", "sparse24_prepack", "window_attention",
+    "fake_quantize_int8", "glu", "int8_linear", "int8_prepack", "linear_attention", "newton_pinv", "quantize_int8",
+    "rbf_gram", "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear", "sparse24_prepack",
+    "window_attention",
 ]  # fmt: skip
