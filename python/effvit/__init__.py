@@ -7,14 +7,22 @@ from .ops import *  # noqa: F403
 from .patch import patch, unpatch
 
 __version__ = "0.1.0"
-__all__ = ["decompositions", "explain", "ops", "patch", "unpatch"] + ops.__all__
+_FLOWS = {
+    "QuantizeConfig": "quantize", "convert_": "quantize", "load_quantized_": "quantize", "quantize_": "quantize",
+    "save_quantized": "quantize", "sparsify_": "sparsify", "unquantize_": "quantize", "unsparsify_": "sparsify",
+}  # fmt: skip
+__all__ = ["decompositions", "explain", "ops", "patch", "unpatch"] + list(_FLOWS) + ops.__all__
 
 _load.load()
 register_flop_formulas()
 
 
-def __getattr__(name):
-    if name in ("distributed", "layers", "reference", "testing"):
+def __getattr__(name):  # what is not imported with the operators
+    if name in _FLOWS:
+        import importlib
+
+        return getattr(importlib.import_module(f"{__name__}.{_FLOWS[name]}"), name)
+    if name in ("distributed", "layers", "quantize", "recipes", "reference", "sparsify", "testing"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")

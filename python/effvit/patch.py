@@ -9,6 +9,7 @@ import dataclasses
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ._report import class_name, grouped, number, table
 from .adapters import Adapter, Fused, adapters
 
 
@@ -48,29 +49,20 @@ class Report:
         return len(self.rows)
 
     def __str__(self):
-        def number(x):
-            return "-" if x is None else f"{x:.2e}"
-
         head = ("module", "class", "dtype", "error before", "after", "bound", "")
-        table = [
-            (r.name, r.module, r.dtype, number(r.error_original), number(r.error_effvit), number(r.bound), r.detail)
-            for r in self.replaced
-        ]
-        lines = []
-        if table:
-            table.insert(0, head)
-            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-            lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines = table(
+            head,
+            (
+                (r.name, r.module, r.dtype, number(r.error_original), number(r.error_effvit), number(r.bound), r.detail)
+                for r in self.replaced
+            ),
+        )
+        if lines:
             lines.append(
                 "errors: largest |y - y64| relative to its token's largest |y64|, y64 being the original in float64; "
                 "bound: 2 * before + 2 * eps"
             )
-        groups = collections.defaultdict(list)
-        for r in self.not_replaced:
-            groups[r.module, r.detail].append(r.name)
-        for (module, detail), names in groups.items():
-            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            lines.append(f"not replaced: {len(names)} x {module} ({some}): {detail}")
+        lines += grouped("not replaced", ((r.name, r.module, r.detail) for r in self.not_replaced))
         return "\n".join(lines)
 
 
@@ -93,11 +85,6 @@ def compare(original, effvit, exact):
         return float("nan"), float("inf"), float("nan"), False
     before = measure(original, exact)
     return before.max_error, float("inf") if after.problem else after.max_error, after.max_allowed, after.ok
-
-
-def _class_name(module):
-    cls = type(module)
-    return f"{cls.__module__.split('.')[0]}.{cls.__qualname__}"
 
 
 def _clone(module):
@@ -197,7 +184,7 @@ def _scan(model):
         if adapter is not None or detail is not None:
             done = (*done, f"{name}." if name else "")
         if detail is not None:
-            rows.append(Row(name, _class_name(module), False, detail))
+            rows.append(Row(name, class_name(module), False, detail))
     return chosen, rows
 
 
@@ -234,12 +221,12 @@ def patch(model: torch.nn.Module, verify: bool = True, example=None, verbose: bo
         what = "; ".join(f"{n} x {module}: {detail}" for (module, detail), n in kinds.items()) or "no attention module"
         raise ValueError(
             "effvit.patch: model must contain a block that effvit replaces (timm's Swin v1 SwinTransformerBlock, "
-            f"EfficientViT (MIT) LiteMLA), got {_class_name(model)} with {what}"
+            f"EfficientViT (MIT) LiteMLA), got {class_name(model)} with {what}"
         )
     rows, wrong = [], []
     generator = torch.Generator().manual_seed(0)
     for name, module, adapter in chosen:
-        row = Row(name, _class_name(module), True, adapter.describe(module))
+        row = Row(name, class_name(module), True, adapter.describe(module))
         if verify and _float_parameter(module).is_meta:
             raise ValueError("effvit.patch: model must have materialised parameters to be verified, got meta tensors")
         if verify:
@@ -248,7 +235,7 @@ def patch(model: torch.nn.Module, verify: bool = True, example=None, verbose: bo
                 wrong.append(row)
         rows.append(row)
     if verify and example is not None and chosen:
-        row = Row("(whole model)", _class_name(model), True, "on the example")
+        row = Row("(whole model)", class_name(model), True, "on the example")
         row.dtype, row.error_original, row.error_effvit, row.bound, row.ok = _verify_model(model, chosen, example)
         if not row.ok:
             wrong.append(row)
@@ -286,5 +273,5 @@ def unpatch(model: torch.nn.Module, verbose: bool = True) -> list[str]:
             module.__class__ = _unfused(type(module))
             restored.append(name)
     if verbose and not restored:
-        print(f"effvit.unpatch: nothing to undo, {_class_name(model)} is not patched")
+        print(f"effvit.unpatch: nothing to undo, {class_name(model)} is not patched")
     return restored

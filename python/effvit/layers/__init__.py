@@ -14,6 +14,7 @@ from .hit_sr import (
     NGramSCC,
     NGramWindowPartition,
 )
+from .int8 import Int8Linear, OutlierLinear, QATLinear
 from .l2vit import LCM, LGABlock, LinearGlobalAttention
 from .mlla import MLLABlock, MLLAttention
 from .mpcvit import MPCViTAttention, XNormAttention
@@ -28,6 +29,7 @@ from .sana import (
 )
 from .slab import LinearNorm, RepBN, SimplifiedLinearAttention, fold_affine, fuse_prepbn
 from .soft import SoftmaxFreeAttention, SoftmaxFreeNormAttention
+from .sparse24 import Sparse24Int8Linear, Sparse24Linear
 from .swin_block import SwinTransformerBlock
 from .vssd import NonCausalSSD, VMAMBA2Block
 from .window_attention import WindowAttention
@@ -42,6 +44,7 @@ __all__ = [
     "fold_affine",
     "fuse_prepbn",
     "HierarchicalTransformerBlock",
+    "Int8Linear",
     "LCM",
     "LGABlock",
     "LinearGlobalAttention",
@@ -57,9 +60,11 @@ __all__ = [
     "NGramSCC",
     "NGramWindowPartition",
     "NonCausalSSD",
+    "OutlierLinear",
     "PAGCFGSanaLinearAttnProcessor",
     "PAGIdentitySanaLinearAttnProcessor",
     "PositionAwareTokenModule",
+    "QATLinear",
     "RepBN",
     "sana_attn_processors",
     "SanaLinearAttention",
@@ -68,6 +73,8 @@ __all__ = [
     "SimplifiedLinearAttention",
     "SoftmaxFreeAttention",
     "SoftmaxFreeNormAttention",
+    "Sparse24Int8Linear",
+    "Sparse24Linear",
     "SwinTransformerBlock",
     "TokenToMapAttention",
     "VMAMBA2Block",

@@ -74,3 +74,11 @@ def newton_pinv(a, *, iterations):
     if _covered(a.dtype, a.shape[-1]):
         return effvit.ops.newton_pinv(a, iterations=iterations)
     return _reference("newton_pinv", a, iterations=iterations).to(a.dtype)
+
+
+def sparse24_linear(x, values, meta, bias=None):
+    """effvit.sparse24_linear; float64 in plain PyTorch."""
+    x = _dense(x)
+    if x.dtype != torch.float64:
+        return effvit.ops.sparse24_linear(x, values, meta, bias)
+    return torch.nn.functional.linear(x, effvit.reference.sparse24_decompress(values, meta), bias)

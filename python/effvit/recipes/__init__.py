@@ -1,0 +1,1 @@
+"""End-to-end recipes, each a command: `python -m effvit.recipes.<name>`."""
