@@ -40,9 +40,11 @@ class QuantizeConfig:
             The factors go into the LayerNorm before, in timm's ViT, DeiT and Swin blocks, else into the layer.
         calibration: batches: an input, (input, target, ...) or a mapping of keyword arguments each.
         batches: how many of them to use; None: all.
-        fuse: in timm's Mlp, GELU (ReLU, SiLU) becomes part of fc1, whose result goes to a static fc2 as int8. An int8
-            result has no gradient.
-        threshold: of kind "outlier", the |x| from which a column stays in floating point.
+        fuse: in timm's Mlp, GELU (ReLU, SiLU) becomes part of fc1, whose result goes to a static fc2 as int8.
+        threshold: of kind "outlier", the |x| from which a column stays in floating point; with mode "static" the
+            columns are those of the calibration data.
+        keep_weight: of kind "outlier", multiply these columns with the float weights, which are kept; else with the
+            int8 ones.
         algorithm: of kind "sparse24_int8", how to prune: "magnitude" or "transposable".
         budget: of kind "auto", the share of the float layers' size or time that the chosen ones may take.
         budget_of: "size" or "latency".
@@ -61,6 +63,7 @@ class QuantizeConfig:
     batches: int | None = None
     fuse: bool = True
     threshold: float = 6.0
+    keep_weight: bool = True
     algorithm: str = "magnitude"
     budget: float | None = None
     budget_of: str = "size"
@@ -309,7 +312,10 @@ class Plan:
         if config.qat:
             self.layer = QATLinear(self.module, self.kind, algorithm=config.algorithm, **options)
         elif self.kind == "outlier":
-            self.layer = OutlierLinear.from_linear(self.module, threshold=config.threshold)
+            columns = (self.seen.largest >= config.threshold).nonzero()[:, 0] if config.mode == "static" else None
+            self.layer = OutlierLinear.from_linear(
+                self.module, threshold=config.threshold, keep_weight=config.keep_weight, columns=columns
+            )
         elif self.kind == "sparse24_int8":
             self.layer = Sparse24Int8Linear.from_linear(self.module, algorithm=config.algorithm, **options)
         else:
@@ -368,16 +374,13 @@ def fuse_mlps(model: nn.Module, keep: bool) -> dict[nn.Module, str]:
         name = _activation_name(mlp.act)
         if name is None or mlp.fc1.activation != "none":
             continue
-        mlp.fc1.activation = name
-        notes[mlp.fc1] = f"{name} fused"
-        stand_in(model, mlp.act, FusedActivation(), keep)
         fc2 = mlp.fc2
         between = type(mlp.norm) is nn.Identity and mlp.drop1.p == 0
         takes = isinstance(fc2, QuantisedLinear) and fc2.input_scale is not None and fc2.smooth is None
-        if between and takes and mlp.fc1.input_scale is not None:
-            mlp.fc1.output_scale = fc2.input_scale.clone()
-            mlp.fc1.prepare()
-            notes[mlp.fc1] += ", int8 out"
+        to_int8 = between and takes and mlp.fc1.input_scale is not None
+        mlp.fc1.fuse(name, fc2.input_scale if to_int8 else None)
+        notes[mlp.fc1] = f"{name} fused" + (", int8 out" if to_int8 else "")
+        stand_in(model, mlp.act, FusedActivation(), keep)
     return notes
 
 
@@ -486,6 +489,11 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("effvit.quantize_: model must have materialised parameters, got meta tensors")
     chosen, rows = scan(model, config.skip, lambda module: None)
+    if not chosen and not any("already" in r.detail for r in rows):
+        raise ValueError(
+            f"effvit.quantize_: model must contain a Linear to quantise, got {class_name(model)} with "
+            f"{Report(rows) if rows else 'no Linear'}"
+        )
     seen: dict[str, Statistics | None] = dict.fromkeys(chosen)
     if config.calibration is not None:
         seen.update(calibrate(model, chosen, config.calibration, config.batches, config.progress))
@@ -511,11 +519,6 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
             plan.smooth = smoothing(plan.module.weight, plan.seen.largest, config.smooth)
             plan.norm = norms.get(plan.module)
         plan.build(config)
-    if not plans and not any("already" in r.detail for r in rows):
-        raise ValueError(
-            f"effvit.quantize_: model must contain a Linear to quantise, got {class_name(model)} with "
-            f"{Report(rows) if rows else 'no Linear'}"
-        )
     changed = []
     for plan in plans:
         errors = plan.errors()

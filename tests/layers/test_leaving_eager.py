@@ -21,6 +21,11 @@ H, W, C = 4, 6, 8
 ROTATIONS = torch.polar(torch.ones(H * W, 2), tokens(H * W, 2, seed=9))[None, None]
 TOKENS, MAP = (2, H * W, C), (2, H, W, C)
 
+
+def quantised(layer, **options):
+    return layer.from_linear(randomise(torch.nn.Linear(C, 12)), **options)
+
+
 # name: (module, shape of its input, call). Every exported module is here: see test_every_layer_is_here.
 LAYERS = {
     "ConvFFN": (lambda: layers.ConvFFN(C, 2 * C), TOKENS, lambda m, x: m(x, (H, W))),
@@ -43,6 +48,7 @@ LAYERS = {
     "HierarchicalTransformerBlock": (
         lambda: layers.HierarchicalTransformerBlock(C, (H, W), 2, (2, 2), (2, 2)), TOKENS, lambda m, x: m(x, (H, W))
     ),
+    "Int8Linear": (lambda: quantised(layers.Int8Linear, activation="gelu"), TOKENS, None),
     "LCM": (lambda: layers.LCM(C), TOKENS, lambda m, x: m(x, (H, W))),
     "LGABlock": (lambda: layers.LGABlock(C, 2, enhanced=True), TOKENS, lambda m, x: m(x, (H, W))[0]),
     "LinearGlobalAttention": (lambda: layers.LinearGlobalAttention(C, 2), TOKENS, None),
@@ -66,16 +72,20 @@ LAYERS = {
         lambda: layers.NGramWindowPartition(C, 2, 2, 2), MAP, lambda m, x: m(x).unflatten(0, (x.shape[0], -1))
     ),
     "NonCausalSSD": (lambda: layers.NonCausalSSD(C, headdim=8, d_state=4), TOKENS, lambda m, x: m(x, H, W)),
+    "OutlierLinear": (lambda: quantised(layers.OutlierLinear, threshold=1.5), TOKENS, None),
     "PositionAwareTokenModule": (
         lambda: layers.PositionAwareTokenModule(C, 2, token_size=(2, 3), num_downsamples=1),
         MAP, lambda m, x: m(x, x[:, :2, :3].flatten(1, 2))[0],
     ),
+    "QATLinear": (lambda: layers.QATLinear(randomise(torch.nn.Linear(C, 12)), activation="gelu"), TOKENS, None),
     "RepBN": (lambda: layers.RepBN(C), TOKENS, None),
     "SanaLinearAttention": (lambda: layers.SanaLinearAttention(C, heads=2, dim_head=4), TOKENS, None),
     "SCC": (lambda: layers.SCC(C, (2, 2), (2, 2), 2), MAP, None),
     "SimplifiedLinearAttention": (lambda: layers.SimplifiedLinearAttention(C, (H, W), 2, kernel_size=3), TOKENS, None),
     "SoftmaxFreeAttention": (lambda: layers.SoftmaxFreeAttention(C, 2, 2, 3), TOKENS, lambda m, x: m(x, H, W)),
     "SoftmaxFreeNormAttention": (lambda: layers.SoftmaxFreeNormAttention(C, 2, 2, 3), TOKENS, lambda m, x: m(x, H, W)),
+    "Sparse24Int8Linear": (lambda: quantised(layers.Sparse24Int8Linear, activation="silu"), TOKENS, None),
+    "Sparse24Linear": (lambda: layers.Sparse24Linear(C, 12), TOKENS, None),
     "SwinTransformerBlock": (lambda: layers.SwinTransformerBlock(C, (H, W), 2, window_size=4, shift_size=2), MAP, None),
     "TokenToMapAttention": (
         lambda: layers.TokenToMapAttention(C, 2, feature_map="relu"), TOKENS, lambda m, x: m(x, x[:, :3])

@@ -9,6 +9,7 @@ import effvit.ops
 
 from ..ops import _checks, _dispatcher
 from ..ops._int8 import DTYPES, NAMES
+from ..reference.fake_quantize_int8 import fake_quantize_int8 as _fake_quantize
 from ..reference.int8_linear import ACTIVATIONS
 from ._ops import _dense
 from ._written import LastSeen
@@ -64,8 +65,6 @@ class _StraightThrough(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:9])
         ctx.activation = inputs[9]
-        if inputs[11] is not None:
-            ctx.mark_non_differentiable(output)
 
     @staticmethod
     def backward(ctx, g):
@@ -104,11 +103,17 @@ def _formula(x, bias, residual, weight, meta, packed, w_scale, input_scale, excl
 
 def quantised_product(*arguments):
     """Int8 products as a layer calls them, by what differentiates here."""
-    if torch.jit.is_tracing() or arguments[-1] is not None:  # a trace cannot save a function; int8 has no derivative
+    if torch.jit.is_tracing() or arguments[-1] is not None:  # a trace cannot save a function; int8 has no gradient
         return _StraightThrough.forward(*arguments)
     if not torch.compiler.is_compiling() and _dispatcher.in_transform():
         return _formula(*arguments)
     return (_StraightThrough.apply if torch.is_grad_enabled() else _StraightThrough.forward)(*arguments)
+
+
+def _in_steps(y, scale):
+    """What an int8 result holds, with the gradient straight through."""
+    steps = (y / scale).clamp(-128, 127)
+    return (steps + (steps.round() - steps).detach()) * scale
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
@@ -136,13 +141,21 @@ class QuantisedLinear(nn.Module):
 
         bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=self.dtype)) if bias else None
         self.register_parameter("bias", bias)
-        self.register_buffer("weight_scale", ones(out_features))
-        self.register_buffer("input_scale", ones(1) if static else None)
-        self.register_buffer("output_scale", ones(1) if int8_output else None)
-        self.register_buffer("smooth", ones(in_features) if smooth else None)
-        self.register_buffer("packed", None, persistent=False)
+        self.hold("weight_scale", ones(out_features))
+        self.hold("input_scale", ones(1) if static else None)
+        self.hold("output_scale", ones(1) if int8_output else None)
+        self.hold("smooth", ones(in_features) if smooth else None)
         self.out_scale = None
         self.seen = LastSeen()  # what packed and out_scale were made from
+
+    def hold(self, name, t, persistent=True):
+        """A buffer, where there is a tensor; else an attribute: torch.export miscounts buffers that are None."""
+        vars(self).pop(name, None)
+        self._buffers.pop(name, None)
+        if t is None:
+            vars(self)[name] = None
+        else:
+            self.register_buffer(name, t, persistent)
 
     # ---- what follows from the state
 
@@ -161,7 +174,7 @@ class QuantisedLinear(nn.Module):
         """Derive the packed weight and the output scale again; done wherever the state changes by PyTorch's means."""
         first = getattr(self, self.integers[0])
         with torch.no_grad():
-            self.packed = self.pack() if first.device.type == "cpu" else None
+            self.hold("packed", self.pack() if first.device.type == "cpu" else None, persistent=False)
         scale = self.output_scale
         if scale is not None and not scale.is_meta and type(scale) is torch.Tensor:
             self.out_scale = float(scale)
@@ -170,7 +183,7 @@ class QuantisedLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         kept = {name: t for name in self.scales if (t := getattr(self, name)) is not None}
-        self.packed = None  # made again for the new device
+        self.hold("packed", None)  # made again for the new device
         super()._apply(fn, recurse)
         for name, t in kept.items():  # scales stay in float32, whatever the model is cast to
             if getattr(self, name).dtype != torch.float32:
@@ -197,10 +210,15 @@ class QuantisedLinear(nn.Module):
 
     # ---- the call
 
+    def _asks_for_a_gradient(self, x):
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return False
+        recorded = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        return recorded or (not torch.compiler.is_compiling() and _dispatcher.in_forward_mode())
+
     def _output_dtype(self, x):
-        if self.output_scale is not None:
-            return torch.int8
-        if torch.is_autocast_enabled(x.device.type):
+        """Of a floating-point result."""
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
         return self.dtype if x.dtype == torch.int8 else x.dtype
 
@@ -224,12 +242,19 @@ class QuantisedLinear(nn.Module):
         return None, None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> [..., out_features] in the dtype of x; int8 if the layer has an output scale."""
+        """x [..., in_features] -> [..., out_features] in the dtype of x; int8 where the layer has an output scale.
+
+        Where a gradient is asked for, which int8 cannot have, these are the same values in floating point.
+        """
         self._check_input(x)
         dtype, weights = self._output_dtype(x), self.weights()
+        to_int8 = self.output_scale is not None
+        as_float = to_int8 and self._asks_for_a_gradient(x)
         bias = self.bias if self.bias is None or self.bias.dtype != torch.float64 else self.bias.float()
-        wide = dtype == torch.float64  # the kernels end at float32
-        last = (self.activation, torch.float32 if wide else dtype, self.out_scale)
+        if as_float or dtype == torch.float64:  # the kernels end at float32
+            last = (self.activation, torch.float32, None)
+        else:
+            last = (self.activation, torch.int8 if to_int8 else dtype, self.out_scale)
         rows = _dense(x.reshape(-1, self.in_features))
         if rows.dtype == torch.int8:
             scale = self.input_scale.expand(rows.shape[0])
@@ -241,10 +266,18 @@ class QuantisedLinear(nn.Module):
             y = quantised_product(
                 rows, bias, residual, *weights, self.weight_scale, self.input_scale, excluded, *last
             )  # fmt: skip
+        y = _in_steps(y, self.output_scale) if as_float else y
         y = y.view(*x.shape[:-1], self.out_features)
-        return y.double() if wide else y
+        return y if y.dtype == torch.int8 else y.to(dtype)
 
     # ---- construction
+
+    def fuse(self, activation, output_scale=None):
+        """Take over an activation that follows, and the quantisation after that. Returns self."""
+        self.activation = activation
+        if output_scale is not None:
+            self.hold("output_scale", output_scale.detach().float().reshape(1).clone())
+        return self.prepare()
 
     def options(self) -> dict:
         """The constructor's arguments for a layer that takes this one's state_dict; plain Python values."""
@@ -258,14 +291,14 @@ class QuantisedLinear(nn.Module):
         """The state from tensors of any kind; smooth: the factor of the weights."""
         with torch.no_grad():
             for name, t in (*q.items(), ("weight_scale", w_scale)):
-                setattr(self, name, t)
+                self.hold(name, t)
             for name, value in (("input_scale", input_scale), ("output_scale", output_scale)):
                 if value is not None:
                     value = torch.as_tensor(value, dtype=torch.float32, device=weight.device).detach().reshape(1)
                     _checks.check_scales(type(self).__name__, {name: value}, name)
-                    setattr(self, name, value.clone())
+                    self.hold(name, value.clone())
             if smooth is not None:
-                self.smooth = smooth.float().reciprocal()
+                self.hold("smooth", smooth.float().reciprocal())
         self.bias = bias
         return self.prepare()
 
@@ -304,10 +337,10 @@ class Int8Linear(QuantisedLinear):
     Weights have one scale an output channel. Activations have one a token, found in every call, or with `static` one
     for all, `input_scale`, found by calibration. `smooth` [in_features] multiplies x before that (SmoothQuant; the
     weights hold its reciprocal). With `int8_output` the result is int8 in steps of `output_scale`: what a following
-    static layer takes as it is.
+    static layer takes as it is. Where a gradient is asked for, the same values come in floating point.
 
     The output has the dtype of x, or autocast's. The gradient goes straight through the rounding, to x and to bias, as
-    that of a float layer of the same weights; not through an int8 output. Training the weights is `QATLinear`'s.
+    that of a float layer of the same weights. Training the weights is `QATLinear`'s.
 
     The state_dict holds weight int8 [N, K], scales float32, bias, and nothing that depends on the machine; the scales
     stay in float32 whatever the model is cast to. On a CPU a second copy of the weight, in the kernels' order, is
@@ -363,9 +396,9 @@ class OutlierLinear(QuantisedLinear):
         self.threshold = _checks.as_positive("OutlierLinear", "threshold", threshold)
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
         weight_float = torch.zeros(out_features, in_features, dtype=self.dtype, device=device) if keep_weight else None
-        self.register_buffer("weight_float", weight_float)
+        self.hold("weight_float", weight_float)
         fixed = None if columns is None else torch.zeros(columns, dtype=torch.int64, device=device)
-        self.register_buffer("columns", fixed)  # columns: their number
+        self.hold("columns", fixed)  # columns: their number
         self.prepare()
 
     def pack(self):
@@ -397,7 +430,7 @@ class OutlierLinear(QuantisedLinear):
         else:
             found = (x.detach().abs() >= self.threshold).any(0)
             excluded = found.to(torch.int8)
-            if torch.compiler.is_compiling() or torch.jit.is_tracing() or _dispatcher.in_transform():
+            if x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing() or _dispatcher.in_transform():
                 return excluded, F.linear(torch.where(found, wide, 0.0), self.float_weight())
             columns = found.nonzero()[:, 0]
         if columns.numel() == 0:
@@ -484,7 +517,7 @@ class QATLinear(nn.Module):
     @staticmethod
     def rounded(x, scale=None):
         if x.dtype == torch.float64:  # the kernels end at float32
-            return effvit.reference.fake_quantize_int8(x, scale if scale is None else scale.expand(x.shape[:-1]))
+            return _fake_quantize(x, scale if scale is None else scale.expand(x.shape[:-1]))
         scale = scale if scale is None else scale.float()
         return effvit.ops.fake_quantize_int8(_dense(x), scale)
 

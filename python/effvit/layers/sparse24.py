@@ -37,12 +37,12 @@ def pruned(owner, weight, algorithm):
 class Sparse24Int8Linear(QuantisedLinear):
     """`Int8Linear` with two of every four weights along in_features zero: :func:`effvit.ops.sparse24_int8_linear`.
 
-    The state_dict holds values int8 [N, K/2] and meta uint8 [N, K/8] in the canonical form of
+    The state_dict holds values int8 [N, K/2] and metadata uint8 [N, K/8] in the canonical form of
     :func:`effvit.ops.sparse24_compress`; on a CPU a copy in the kernels' order is derived from them. Everything else is
     as in `Int8Linear`; in_features is a multiple of 4.
     """
 
-    integers = ("values", "meta")
+    integers = ("values", "metadata")
 
     def __init__(
         self, in_features, out_features, bias=True, activation="none", static=False, smooth=False, int8_output=False,
@@ -52,14 +52,14 @@ class Sparse24Int8Linear(QuantisedLinear):
         super().__init__(in_features, out_features, bias, activation, static, smooth, int8_output, device, dtype)
         values, meta = empty_parts(out_features, in_features, torch.int8, device)
         self.register_buffer("values", values)
-        self.register_buffer("meta", meta)
+        self.register_buffer("metadata", meta)
         self.prepare()
 
     def pack(self):
-        return effvit.ops.sparse24_prepack(self.values, self.meta)
+        return effvit.ops.sparse24_prepack(self.values, self.metadata)
 
     def plain_weight(self):
-        return effvit.ops.sparse24_decompress(self.values, self.meta)
+        return effvit.ops.sparse24_decompress(self.values, self.metadata)
 
     @classmethod
     def from_linear(
@@ -74,16 +74,16 @@ class Sparse24Int8Linear(QuantisedLinear):
         values, meta = effvit.ops.sparse24_compress(q)
         inside = None if folded else smooth
         layer = cls.empty_like(linear, activation, input_scale, output_scale, inside)
-        tensors = {"values": values, "meta": meta}
+        tensors = {"values": values, "metadata": meta}
         return layer.fill(linear.weight, tensors, scale, linear.bias, input_scale, output_scale, inside)
 
 
 class Sparse24Linear(nn.Module):
     """nn.Linear with a 2:4 sparse weight in floating point, by :func:`effvit.ops.sparse24_linear`.
 
-    `values` [N, K/2] are parameters, which training changes in their places; `meta` uint8 [N, K/8] says which places
-    these are, in the canonical form of :func:`effvit.ops.sparse24_compress`. in_features is a multiple of 4. To train
-    the choice of places as well, use `effvit.sparsify_`.
+    `values` [N, K/2] are parameters, which training changes in their places; `metadata` uint8 [N, K/8] says which
+    places these are, in the canonical form of :func:`effvit.ops.sparse24_compress`. in_features is a multiple of 4. To
+    train the choice of places as well, use `effvit.sparsify_`.
     """
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
@@ -94,7 +94,7 @@ class Sparse24Linear(nn.Module):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         values, meta = empty_parts(out_features, in_features, dtype, device)
         self.values = nn.Parameter(values)
-        self.register_buffer("meta", meta)
+        self.register_buffer("metadata", meta)
         bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", bias)
         self.reset_parameters()
@@ -107,18 +107,18 @@ class Sparse24Linear(nn.Module):
 
     def plain_weight(self):
         """[out_features, in_features] with zeros, differentiable."""
-        return effvit.ops.sparse24_decompress(self.values, self.meta)
+        return effvit.ops.sparse24_decompress(self.values, self.metadata)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        return _ops.sparse24_linear(x, self.values, self.meta, self.bias)
+        return _ops.sparse24_linear(x, self.values, self.metadata, self.bias)
 
     @classmethod
     def from_linear(cls, linear, *, algorithm="magnitude"):
         """The layer of an nn.Linear, pruned by `algorithm` ("magnitude" or "transposable"); it shares the bias."""
         weight = pruned(cls.__name__, linear.weight, algorithm)
         layer = cls(linear.in_features, linear.out_features, False, device="meta", dtype=weight.dtype)
-        values, layer.meta = effvit.ops.sparse24_compress(weight)
+        values, layer.metadata = effvit.ops.sparse24_compress(weight)
         layer.values = nn.Parameter(values, requires_grad=linear.weight.requires_grad)
         layer.bias = linear.bias
         return layer
