@@ -81,4 +81,6 @@ def sparse24_linear(x, values, meta, bias=None):
     x = _dense(x)
     if x.dtype != torch.float64:
         return effvit.ops.sparse24_linear(x, values, meta, bias)
-    return torch.nn.functional.linear(x, effvit.reference.sparse24_decompress(values, meta), bias)
+    from ..reference.sparse24_compress import sparse24_decompress
+
+    return torch.nn.functional.linear(x, sparse24_decompress(values, meta), bias)

@@ -9,6 +9,7 @@ import effvit.ops
 
 from ..ops import _checks, _dispatcher
 from ..ops._int8 import DTYPES, NAMES
+from ..ops._op import OPS
 from ..reference.fake_quantize_int8 import fake_quantize_int8 as _fake_quantize
 from ..reference.int8_linear import ACTIVATIONS
 from ._ops import _dense
@@ -17,12 +18,12 @@ from ._written import LastSeen
 # ---- the product, and its derivative straight through the rounding ---------------------------------------------------
 
 
-_OPS = torch.ops.effvit  # called without the checks of the public functions, which no compiler traces in a backward
+# The ops are called without the checks of their public functions, which no compiler traces in a backward.
 
 
 def _quantised(x, input_scale, excluded):
     """x [M, K] in floating point -> (int8 [M, K], scale [M])."""
-    return _OPS.quantize_int8(x, None if input_scale is None else input_scale.expand(x.shape[0]), excluded)
+    return OPS["quantize_int8"](x, None if input_scale is None else input_scale.expand(x.shape[0]), excluded)
 
 
 def _product(q, scale, weights, w_scale, bias, residual, activation, out_dtype, out_scale):
@@ -30,13 +31,13 @@ def _product(q, scale, weights, w_scale, bias, residual, activation, out_dtype, 
     weight, meta, packed = weights
     options = {"activation": NAMES.index(activation), "out_dtype": DTYPES.index(out_dtype), "out_scale": out_scale}
     if meta is None:
-        return _OPS.int8_linear(q, weight if packed is None else packed, scale, w_scale, bias, residual, **options)
+        return OPS["int8_linear"](q, weight if packed is None else packed, scale, w_scale, bias, residual, **options)
     parts = (weight, meta) if packed is None else (packed, None)
-    return _OPS.sparse24_int8_linear(q, *parts, scale, w_scale, bias, residual, **options)
+    return OPS["sparse24_int8_linear"](q, *parts, scale, w_scale, bias, residual, **options)
 
 
 def _plain(weight, meta):
-    return weight if meta is None else _OPS.sparse24_decompress(weight, meta)
+    return weight if meta is None else OPS["sparse24_decompress"](weight, meta)
 
 
 def _slope(z, activation):
@@ -235,7 +236,9 @@ class QuantisedLinear(nn.Module):
         if not torch.compiler.is_compiling() and not self.seen.is_current(self._sources()):
             self.prepare()
         parts = [getattr(self, name) for name in self.integers]
-        return parts[0], parts[1] if len(parts) > 1 else None, self.packed
+        exporting = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        packed = None if exporting and torch.onnx.is_in_onnx_export() else self.packed  # there it would be unpacked
+        return parts[0], parts[1] if len(parts) > 1 else None, packed
 
     def outliers(self, x):
         """(columns to leave out as int8 [K], their product [M, N]), or Nones, for x [M, K] in floating point."""

@@ -15,7 +15,7 @@ ACTIVATIONS = {
 
 def integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x weightᵀ, exact: float64 holds every sum of int8 products up to K = 2^38."""
-    return x.double() @ weight.double().mT
+    return x.double() @ weight.double().transpose(0, 1)  # the TorchScript exporter has no mT
 
 
 def epilogue(acc, x_scale, w_scale, bias, residual, *, activation="none", out_scale=None):
