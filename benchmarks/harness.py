@@ -97,6 +97,8 @@ class Case:
     compiled: str | None = "eager"
     unchecked: tuple[str, ...] = ()
     memory: bool = False
+    products: torch.dtype | None = None  # of its matrix products, where that is not the dtype: int8
+    directions: tuple[str, ...] = DIRECTIONS
     tags: tuple[str, ...] = field(default=("default",))  # default | extended | smoke
 
 
@@ -295,15 +297,16 @@ def time_interleaved(calls, timer, budget_s, min_rounds, max_rounds=40):
 class Roofline:
     """Copy bandwidth and GEMM rate of this machine, measured in this run with PyTorch."""
 
-    def __init__(self, device, timer, dtypes):
+    def __init__(self, device, timer, dtypes, products=()):
         self.device, self.gemm = device, {}
         size = 1 << (26 if device.type == "cpu" else 30)  # elements; far beyond the last-level cache
         src, dst = torch.rand(size, device=device), torch.empty(size, device=device)
         self.copy = 2 * src.nbytes / self._best(timer, lambda: dst.copy_(src))
-        for dtype in {torch.float32, *dtypes}:
+        for dtype in {torch.float32, *dtypes, *products}:
             for n in (512, 1024, 2048) if device.type == "cpu" else (8192,):
-                a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-                seconds = self._best(timer, lambda a=a, b=b: torch.mm(a, b))
+                a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+                product = torch._int_mm if dtype == torch.int8 else torch.mm
+                seconds = self._best(timer, lambda a=a, b=b, product=product: product(a, b))
                 self.gemm[dtype] = max(self.gemm.get(dtype, 0), 2 * n**3 / seconds)
                 if seconds > 0.1:
                     break
@@ -497,7 +500,7 @@ def run_case(case, dtype, direction, device, timer, roofline, facts, options):
             row |= {"mode": t.mode, "rounds": t.rounds, "calls": t.calls}
             row |= {f"{k}_ms": f"{1e3 * getattr(t, k):.4f}" for k in ("median", "p20", "p80")}
             if cost:
-                least = roofline.seconds(cost, dtype, copy.median)
+                least = roofline.seconds(cost, case.products or dtype, copy.median)
                 row["gb_per_s"] = f"{cost.bytes / t.median / 1e9:.2f}"
                 row["tflop_per_s"] = f"{cost.flops / t.median / 1e12:.4f}"
                 row["roofline_share"] = f"{least / t.median:.3f}"
@@ -660,7 +663,7 @@ def main(op: str, cases: Iterable[Case], kernel_op: str | None = None, argv=None
 
     path = options.csv or (None if options.quick or options.smoke else csv_path(device))
     facts = environment(device, op, kernel_op or op)
-    roofline = Roofline(device, timer, dtypes)
+    roofline = Roofline(device, timer, dtypes, {c.products for c in cases if c.products})
     facts["copy_gb_per_s"] = f"{roofline.copy / 1e9:.2f}"
     print(f"{op} on {facts['device']} ({facts['isa']}), kernel {facts['kernel']}, {THREADS} threads, ", end="")
     print(f"torch {facts['torch']}")
@@ -672,7 +675,7 @@ def main(op: str, cases: Iterable[Case], kernel_op: str | None = None, argv=None
     for dtype in dtypes:
         for direction in options.direction or DIRECTIONS:
             ratios = []
-            for case in cases:
+            for case in (c for c in cases if direction in c.directions):
                 done = run_case(case, dtype, direction, device, timer, roofline, facts, options)
                 for row in done:
                     row |= facts | {"gemm_tflop_per_s": f"{roofline.rate(dtype) / 1e12:.4f}"}
