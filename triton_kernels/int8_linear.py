@@ -48,15 +48,8 @@ def _plan_forward(x, weight, x_scale, w_scale, bias=None, residual=None, *, acti
     return e.out, [Launch(int8_linear_fwd_kernel, cdiv(M, m) * cdiv(N, n), args, warps_of(m, n), num_stages=3)]
 
 
-def can_run(x, weight, *others, **options):
-    """None, or why these kernels do not take the arguments."""
-    if weight.shape[1] > x.shape[1]:
-        return "weight is packed by int8_prepack, which is for CPUs: pass the plain one, [N, K]"
-    return None
-
-
 def forward(x, weight, x_scale, w_scale, bias=None, residual=None, *, activation=0, out_dtype=0, out_scale=None):
-    """effvit::int8_linear. The arguments must have been validated, and can_run must be None."""
+    """effvit::int8_linear. The arguments must have been validated; the weight is plain."""
     options = {"activation": activation, "out_dtype": out_dtype, "out_scale": out_scale}
     out, launches = _plan_forward(x, weight, x_scale, w_scale, bias, residual, **options)
     run(launches, x.device)

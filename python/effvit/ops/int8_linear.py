@@ -17,6 +17,8 @@ def _derive(op, dims, options, tensors):
     if weight != [n, k] and weight != packed:
         expected = f"[N, K] = [{n}, {k}] or packed by int8_prepack, [{packed[0]}, {packed[1]}], like w_scale and x"
         raise value_error(op, "weight", expected, shape(tensors["weight"]))
+    if weight != [n, k] and tensors["x"].is_cuda:
+        raise value_error(op, "weight", "plain [N, K] on a GPU", "packed")
 
 
 def _flops(dims, options):
@@ -58,7 +60,7 @@ def int8_linear(
     Args:
         x: [..., K] int8, a last stride of 1; K from 0 to 131072, up to which no sum of products can overflow int32.
         weight: [N, K] int8, or what :func:`effvit.ops.int8_prepack` made of it, which saves packing it in every call
-            on a CPU. The result is the same.
+            on a CPU; GPUs take the plain one. The result is the same.
         x_scale: what one step of x is worth: [1], or one number a row, [...] like x without its last dim; float32.
         w_scale: likewise for the output channels of weight: [N] (or [1], if weight is not packed); float32.
         bias: [N]; residual: [..., N]; each float32, bfloat16 or float16.

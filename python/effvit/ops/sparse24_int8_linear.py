@@ -23,6 +23,8 @@ def _derive(op, dims, options, tensors):
     if tensors["meta"] is None and given != packed:
         expected = f"packed by sparse24_prepack, {packed}, where meta is not given"
         raise value_error(op, "values", expected, shape(tensors["values"]))
+    if tensors["meta"] is None and tensors["x"].is_cuda:
+        raise value_error(op, "meta", "given on a GPU, beside values that are not packed", None)
 
 
 def _check(op, dims, options, tensors):
@@ -67,7 +69,7 @@ def sparse24_int8_linear(
         x: [..., K] int8, a last stride of 1; K a multiple of 4 from 0 to 131072.
         values, meta: the weight in the canonical form of :func:`effvit.ops.sparse24_compress`, [N, K / 2] int8 and
             [N, ceil(K / 8)] uint8; or the result of :func:`effvit.ops.sparse24_prepack` and None, which saves packing
-            in every call on a CPU. The result is the same.
+            in every call on a CPU; GPUs take the canonical form. The result is the same.
         x_scale, w_scale, bias, residual, activation, out_dtype, out_scale: as of int8_linear.
 
     Returns:
