@@ -19,10 +19,19 @@ ROWS = "csrc/rows/{op}.h"
 ROWS_STAND_FOR = ("declaration in C++", "params", "cpu kernel", "cuda kernel", "cuda binding")
 # (op, layer): why the op does without this file.
 _NATIVE = ("declaration in C++", "params", "cpu kernel", "cuda kernel", "cuda binding", "triton")
+_CUDA = ("cuda kernel", "cuda binding")
 _ONCE = "done once, when weights are prepared: its definition runs on every device"
+_TRAINING = "a few elementwise passes while a model is trained: its definition runs on every device"
 WAIVERS: dict[tuple[str, str], str] = {
-    (op, layer): _ONCE
-    for op in ("sparse24_compress", "sparse24_decompress", "sparse24_prepack")
-    for layer in (*_NATIVE, "benchmark")
+    **{
+        (op, layer): _ONCE
+        for op in ("int8_prepack", "sparse24_compress", "sparse24_decompress", "sparse24_prepack")
+        for layer in (*_NATIVE, "benchmark")
+    },
+    **{(op, layer): _TRAINING for op in ("fake_quantize_int8",) for layer in (*_NATIVE, "benchmark")},
+    **{("quantize_int8", layer): "bound by memory: the Triton kernel does" for layer in _CUDA},
+    **{
+        ("sparse24_int8_linear", layer): "not written yet: the Triton kernel runs, or the definition" for layer in _CUDA
+    },
 }
 WAIVERS["sparse24_decompress", "reference"] = "in sparse24_compress.py, as the inverse of what is defined there"
