@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 OP_NAMES = [name for name, op in OPS.items() if op.backward_of is None]
 # Files of these folders that belong to no op.
 SHARED = {
-    "__init__", "_checks", "_declaration", "_dispatcher", "_op", "_sparse24", "_int8", "_transforms", "_common", "_tiles",
-    "_rows", "_int8_epilogue", "_gemm", "abi", "common", "rows", "rows_op", "declared", "math", "int8_epilogue",
+    "__init__", "_checks", "_declaration", "_dispatcher", "_op", "_sparse24", "_int8", "_transforms", "_common",
+    "_tiles", "_rows", "_int8_epilogue", "_gemm", "_sparse24_tiles", "abi", "common", "rows", "rows_op", "declared", "math",
+    "int8_epilogue",
 }  # fmt: skip
 
 
