@@ -10,7 +10,7 @@ import effvit
 from effvit.ops._op import OPS
 from effvit.testing import assert_bitwise_equal, assert_same_layout, oracle_of
 from effvit.testing._oracle import random_output_grads
-from effvit.testing._spec import as_tuple, map_tensors, named_tensors, with_grad
+from effvit.testing._spec import as_tuple, differentiable_tensors, map_tensors, named_tensors, with_grad
 
 
 def _has_cxx():
@@ -125,7 +125,7 @@ class FrameworkSuite:
             assert result.dtype == spec.output_dtypes(cast, kwargs)[name]
             assert_bitwise_equal(result, e, name=name)
         if spec.backward_call:
-            inputs = named_tensors(spec, leaves)
+            inputs = differentiable_tensors(spec, leaves)
             sums = [r.float().sum() for r in results]
             grads = torch.autograd.grad(sums, list(inputs.values()), retain_graph=True)
             with torch.autocast("cpu", torch.bfloat16):
@@ -222,14 +222,14 @@ class FrameworkSuite:
             pytest.skip(f"{spec.name} has no gradient")
         args, kwargs = framework_sample.build()
         leaves = with_grad(args)
-        inputs = list(named_tensors(spec, leaves).values())
+        inputs = list(differentiable_tensors(spec, leaves).values())
         outputs = as_tuple(spec.op()(*leaves, **kwargs))
         one = random_output_grads(spec, framework_sample, torch.float32, outputs)
         many = [torch.stack((g, -0.5 * g, g.flip(0))) for g in one]
         found = torch.autograd.grad(outputs, inputs, many, is_grads_batched=True, retain_graph=True)
         for i in range(3):
             expected = torch.autograd.grad(outputs, inputs, [g[i] for g in many], retain_graph=True)
-            for name, f, e in zip(named_tensors(spec, args), found, expected, strict=True):
+            for name, f, e in zip(differentiable_tensors(spec, args), found, expected, strict=True):
                 assert_bitwise_equal(f[i], e, name=f"gradient of {name}")
 
     # ---- compilers --------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ class FrameworkSuite:
         outputs = as_tuple(function(*leaves))
         if not self.spec.backward_call:
             return outputs, ()
-        inputs = [t for t in leaves if t is not None]
+        inputs = list(differentiable_tensors(self.spec, leaves).values())
         return outputs, torch.autograd.grad([(o.float() * o.float()).sum() for o in outputs], inputs)
 
     def _check_compiled(self, sample, backend):
@@ -266,7 +266,7 @@ class FrameworkSuite:
                 assert_bitwise_equal(result, e, name=name)
             if spec.backward_call:
                 _, e_grads = self._loss_and_grads(function, call_args)
-                inputs = [t for t in leaves if t is not None]
+                inputs = list(differentiable_tensors(spec, leaves).values())
                 grads = torch.autograd.grad([(o.float() * o.float()).sum() for o in results], inputs)
                 for i, (g, e) in enumerate(zip(grads, e_grads, strict=True)):
                     assert_bitwise_equal(g, e, name=f"gradient {i}")
@@ -402,7 +402,7 @@ class FrameworkSuite:
         args, kwargs = framework_sample.build()
 
         def call(*a):
-            return spec.op()(*(None if x is None else x * 1.25 for x in a), **kwargs)
+            return spec.op()(*map_tensors(lambda t: t * 1.25 if t.is_floating_point() else t, a), **kwargs)
 
         def checkpointed(*a):
             return torch.utils.checkpoint.checkpoint(call, *a, use_reentrant=False)
@@ -421,7 +421,7 @@ class FrameworkSuite:
         leaves = with_grad(args)
         outputs = as_tuple(spec.op()(*leaves, **kwargs))
         grads = random_output_grads(spec, framework_sample, torch.float32, outputs)
-        inputs = named_tensors(spec, leaves)
+        inputs = differentiable_tensors(spec, leaves)
         found = dict(zip(inputs, torch.autograd.grad(outputs, list(inputs.values()), grads), strict=True))
         with torch.no_grad():
             bargs, bkwargs = spec.backward_call(args, kwargs, tuple(o.detach() for o in outputs), grads)
@@ -436,7 +436,7 @@ class FrameworkSuite:
             pytest.skip(f"{spec.name} has no gradient")
         args, kwargs = framework_sample.build()
         _, all_grads = self._loss_and_grads(lambda *a: spec.op()(*a, **kwargs), args)
-        for g, name in zip(all_grads, named_tensors(spec, args), strict=True):
+        for g, name in zip(all_grads, differentiable_tensors(spec, args), strict=True):
             one = tuple(
                 a.detach().requires_grad_(n == name) if a is not None else None
                 for n, a in zip(spec.tensors, args, strict=False)

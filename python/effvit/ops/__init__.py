@@ -11,11 +11,14 @@ from .rbf_gram import rbf_gram
 from .sparse24_compress import sparse24_compress
 from .sparse24_decompress import sparse24_decompress
 from .sparse24_int8_linear import sparse24_int8_linear
+from .sparse24_linear import sparse24_linear
+from .sparse24_mask import sparse24_mask
 from .sparse24_prepack import sparse24_prepack
+from .sparse24_prune import sparse24_prune
 from .window_attention import window_attention
 
 __all__ = [
     "fake_quantize_int8", "glu", "int8_linear", "int8_prepack", "linear_attention", "newton_pinv", "quantize_int8",
-    "rbf_gram", "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear", "sparse24_prepack",
-    "window_attention",
+    "rbf_gram", "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear", "sparse24_linear", "sparse24_mask",
+    "sparse24_prepack", "sparse24_prune", "window_attention",
 ]  # fmt: skip

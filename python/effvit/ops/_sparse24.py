@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from ..reference.sparse24_mask import ALGORITHMS as _MASKS
 from ._checks import has_readable_values, shape, value_error
+
+ALGORITHMS = tuple(_MASKS)  # the schema's int is an index into these
 
 
 def derive_meta(op, dims, options, tensors) -> None:
@@ -41,3 +44,11 @@ def check_sparse(op, dims, options, tensors) -> None:
         row, group = wrong.nonzero()[0].tolist()
         given = f"{count[row, group].item()} in row {row}, columns {4 * group} to {4 * group + 3}"
         raise value_error(op, "w", "2:4 sparse, with at most 2 nonzero of each 4 neighbours in a row", given)
+
+
+def derive_groups(op, dims, options, tensors) -> None:
+    """K, and N where blocks are masked, a multiple of 4."""
+    blocks = options["algorithm"] == ALGORITHMS.index("transposable")
+    if dims["K"] % 4 or (blocks and dims["N"] % 4):
+        expected = "[N, K] with N and K multiples of 4" if blocks else "[N, K] with K a multiple of 4"
+        raise value_error(op, "w", expected, shape(tensors["w"]))
