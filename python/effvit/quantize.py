@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import fnmatch
@@ -249,19 +250,26 @@ def _key(module):
     return cls.__module__, cls.__qualname__
 
 
+def places(model: nn.Module) -> collections.Counter:
+    """How often each module is a child of another: what has several places is several things at once."""
+    return collections.Counter(child for m in model.modules() for child in m._modules.values() if child is not None)
+
+
 def foldable(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """{linear layer: the LayerNorm whose output it alone reads}."""
-    found = {}
+    found, count = {}, places(model)
     for module in model.modules():
         for norm, linear in _FOLDS.get(_key(module), ()):
             block, path = module, linear.split(".")
             if len(path) == 2:  # attention or MLP, of which only the known ones read their input once
                 block = getattr(module, path[0])
                 known = ("Attention", "WindowAttention") if path[0] == "attn" else ("Mlp",)
-                if _key(block)[1] not in known or getattr(block, "gate", None) is not None:
+                library, name = _key(block)[0].split(".")[0], _key(block)[1]
+                if library not in ("timm", "effvit") or name not in known or getattr(block, "gate", None) is not None:
                     continue
             before, layer = getattr(module, norm), getattr(block, path[-1], None)
-            if _key(before) in _NORMS and before.weight is not None and layer is not None:
+            once = count[before] == count[layer] == 1
+            if once and _key(before) in _NORMS and before.weight is not None:
                 found[layer] = before
     return found
 
@@ -367,9 +375,11 @@ def _activation_name(act: nn.Module) -> str | None:
 
 def fuse_mlps(model: nn.Module, keep: bool) -> dict[nn.Module, str]:
     """In every timm Mlp: fc1 with its activation, and int8 to a static fc2. Returns what to add to the report."""
-    notes = {}
+    notes, count = {}, places(model)
     for mlp in list(model.modules()):
         if _key(mlp) != ("timm.layers.mlp", "Mlp") or not isinstance(mlp.fc1, QuantisedLinear):
+            continue
+        if count[mlp.fc1] > 1 or count[mlp.act] > 1:
             continue
         name = _activation_name(mlp.act)
         if name is None or mlp.fc1.activation != "none":
@@ -568,7 +578,7 @@ def convert_(model: nn.Module, fuse: bool = True, verbose: bool = True) -> Repor
         rows.append(
             Row(name, class_name(module), True, type(layer).__name__, error, None, size_of(module), size_of(layer))
         )  # fmt: skip
-        kept = vars(module).get(ORIGINAL)
+        kept = vars(module).get(ORIGINAL, (module.linear,))
         stand_in(model, module, layer)
         vars(layer)[ORIGINAL] = kept
         layers.append(layer)

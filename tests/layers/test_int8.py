@@ -203,6 +203,27 @@ def test_gradients_of_outliers():
     assert_close_to_truth(dx, g.double() @ w, g @ w.float())
 
 
+def test_second_derivatives_are_refused():
+    """That of the activation would be missing without a word; torch.func takes the float formula, and has it."""
+    layer, x = Int8Linear.from_linear(linear(), activation="gelu"), tokens(5, K).requires_grad_()
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+    second = torch.func.grad(lambda x: torch.func.grad(lambda x: layer(x).sum())(x).sum())(x.detach())
+    assert float(second.abs().max()) > 0
+
+
+def test_qat_compiled():
+    """One graph, the same gradients."""
+    torch._dynamo.reset()
+    layer, x = QATLinear(linear(), activation="gelu", input_scale=0.02), tokens(5, K)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(f(x).square().sum(), (layer.linear.weight, layer.linear.bias))
+               for f in (compiled, layer)]  # fmt: skip
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_qat_is_what_is_deployed():
     """The float result that is trained and the int8 one, and the gradient of the weights: that of the rounded layer."""
     for kind, prune in (("int8", lambda w: w), ("sparse24_int8", two_of_four)):

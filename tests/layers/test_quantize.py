@@ -169,6 +169,19 @@ def test_layers_that_share_hook_or_subclass():
     assert model["a"] is model["b"][0] is shared
 
 
+def test_what_has_two_places_is_not_fused():
+    """An fc1, an activation or a norm that two blocks share would be changed for both by what is meant for one."""
+    model = vit()
+    first, second = model.blocks
+    second.mlp.fc1, second.norm1 = first.mlp.fc1, first.norm1
+    y = model(IMAGES)
+    quantize(model, smooth=0.5, calibration=data())
+    assert first.mlp.fc1 is second.mlp.fc1 and first.mlp.fc1.activation == "none" and type(first.mlp.act) is nn.GELU
+    norms = [first.norm1, first.norm2, second.norm2]  # norm1 is read by two qkv, fc1 reads two norms
+    assert first.norm1 is second.norm1 and not any(ORIGINAL in vars(m) for m in norms)
+    assert error(model(IMAGES), y) < 0.1
+
+
 def test_what_is_never_called_stays_float():
     """A layer whose weight something else multiplies by hand needs its floats."""
 
@@ -515,6 +528,24 @@ def test_compiled_and_exported(mode):
     lowered = program.run_decompositions(effvit.decompositions())
     names = {n.target.namespace for n in lowered.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
     assert names == {"aten"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+def test_onnx(dynamo, mode, tmp_path):
+    """The integers are plain ones there, at any batch size."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, file = vit(), tmp_path / "model.onnx"
+    quantize(model, mode=mode, calibration=data())
+    kind = {"dynamic_shapes": {"x": {0: "batch"}}} if dynamo else {"dynamic_axes": {"x": {0: "batch"}}}
+    with torch.no_grad():
+        torch.onnx.export(model, (IMAGES,), str(file), dynamo=dynamo, input_names=["x"], **kind)
+        session = onnxruntime.InferenceSession(str(file))
+        for x in (IMAGES, tokens(3, 1, 8, 8, seed=2)):
+            (result,) = session.run(None, {"x": x.numpy()})
+            assert error(torch.from_numpy(result), model(x)) < 0.02  # where a rounding difference becomes a step
 
 
 def test_with_patch():

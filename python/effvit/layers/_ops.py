@@ -7,6 +7,8 @@ import torch
 import effvit.ops
 import effvit.reference
 
+from ..reference.sparse24_compress import sparse24_decompress
+
 
 def _dense(t):
     """A convolution may return any memory format: the operators want a last stride of 1."""
@@ -81,6 +83,4 @@ def sparse24_linear(x, values, meta, bias=None):
     x = _dense(x)
     if x.dtype != torch.float64:
         return effvit.ops.sparse24_linear(x, values, meta, bias)
-    from ..reference.sparse24_compress import sparse24_decompress
-
     return torch.nn.functional.linear(x, sparse24_decompress(values, meta), bias)

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 import effvit.ops
@@ -68,6 +69,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.activation = inputs[9]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         x, bias, residual, weight, meta, packed, w_scale, input_scale, excluded = ctx.saved_tensors
         g = g.float()
@@ -184,13 +186,17 @@ class QuantisedLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         kept = {name: t for name in self.scales if (t := getattr(self, name)) is not None}
+        had_values = not self.weight_scale.is_meta
         self.hold("packed", None)  # made again for the new device
         super()._apply(fn, recurse)
         for name, t in kept.items():  # scales stay in float32, whatever the model is cast to
             if getattr(self, name).dtype != torch.float32:
                 setattr(self, name, t.to(getattr(self, name).device))
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_scale.device)).dtype
-        return self.prepare()
+        if had_values:
+            return self.prepare()
+        self.seen = LastSeen()  # memory that something will be loaded into: until then there is nothing to pack
+        return self
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -207,6 +213,7 @@ class QuantisedLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )  # fmt: skip
+        self.dtype = self.dtype if self.bias is None else self.bias.dtype
         self.prepare()
 
     # ---- the call

@@ -7,11 +7,21 @@ import torch
 from ..reference.fake_quantize_int8 import fake_quantize_int8 as _definition
 from . import _checks
 from ._op import op
-from .quantize_int8 import NAMES
+from .quantize_int8 import NAMES, ROUNDINGS
 
 
 def _check(op, dims, options, tensors):
     _checks.check_scales(op, tensors, "scale")
+
+
+def _backward(grad_out, x, scale, *, round):
+    if scale is None:
+        return grad_out, None
+    g, x = grad_out.float(), x.float()
+    y = x / scale[..., None]
+    inside = y.abs() <= 127
+    steps = torch.where(inside, ROUNDINGS[NAMES[round]](y) - y, 127 * y.sign()).detach()  # rounding moves with y
+    return torch.where(inside, g, torch.zeros_like(g)), (g * steps).sum(-1)
 
 
 def _flops(dims, options):
@@ -24,6 +34,7 @@ OP = op(
     "x: ... K, scale?: ... | float32 strided -> out: ... K",
     "round: int in 0..1 = 0",
     reference=lambda x, scale, round: _definition(x, scale, round=NAMES[round]),
+    backward=_backward,
     check=_check,
     empty="... K",
     batch="...",
