@@ -203,14 +203,24 @@ def test_gradients_of_outliers():
     assert_close_to_truth(dx, g.double() @ w, g @ w.float())
 
 
-def test_second_derivatives_are_refused():
-    """That of the activation would be missing without a word; torch.func takes the float formula, and has it."""
-    layer, x = Int8Linear.from_linear(linear(), activation="gelu"), tokens(5, K).requires_grad_()
-    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-    second = torch.func.grad(lambda x: torch.func.grad(lambda x: layer(x).sum())(x).sum())(x.detach())
-    assert float(second.abs().max()) > 0
+@pytest.mark.parametrize("make", [Int8Linear, Sparse24Int8Linear])
+def test_second_derivatives(make):
+    """Of the activation at least: those of the float formula, as torch.func has them, and in float64."""
+    layer, x = make.from_linear(linear(), activation="gelu"), tokens(5, K).requires_grad_()
+    (dx,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    (found,) = torch.autograd.grad(dx.square().sum(), x)
+    double = torch.func.grad(lambda x: torch.func.grad(lambda x: layer(x).sum())(x).square().sum())(x.detach())
+    torch.testing.assert_close(found, double)
+
+    def penalty(x, dtype):
+        q, scale = round_to_int8(x)
+        z = (torch.from_numpy(q) * torch.from_numpy(scale).double()[:, None]).to(dtype).requires_grad_()
+        y = F.gelu(z @ dequantised(layer).to(dtype).T + layer.bias.detach().to(dtype))
+        (dz,) = torch.autograd.grad(y.sum(), z, create_graph=True)
+        return torch.autograd.grad(dz.square().sum(), z)[0]
+
+    truth = penalty(x, torch.float64)
+    assert_close_to_truth(found, truth, penalty(x, torch.float32), magnitude=truth.abs().max().expand_as(truth))
 
 
 def test_qat_compiled():

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 import effvit.ops
@@ -66,12 +65,21 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:9])
-        ctx.activation = inputs[9]
+        ctx.activation, ctx.last = inputs[9], inputs[9:]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
         x, bias, residual, weight, meta, packed, w_scale, input_scale, excluded = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # to be differentiated again
+            inputs = [
+                t if needed else None for t, needed in zip((x, bias, residual), ctx.needs_input_grad, strict=False)
+            ]
+            found = iter(
+                torch.autograd.grad(
+                    _formula(*ctx.saved_tensors, *ctx.last), [t for t in inputs if t is not None], g, create_graph=True
+                )
+            )
+            return (*(None if t is None else next(found) for t in inputs), *(None,) * 9)
         g = g.float()
         if ctx.activation != "none":
             q, scale = _quantised(x, input_scale, excluded)
