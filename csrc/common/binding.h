@@ -1,10 +1,9 @@
 // The binding of every operator: takes a call off torch's stack, checks it against the declaration, allocates the
 // outputs, and hands it to a backend (cpu/binding.h, cuda/binding.h).
 //
-// An operator is a struct of csrc/common/<op>.h, derived from OpDefaults: the declarations kForward and kBackward (null:
-// none),
-// kEmpty (dims of which one that is 0 leaves nothing to compute), hooks, and params(call). A successful check allocates
-// nothing; messages are put together on failure.
+// An operator is a struct of csrc/common/<op>.h, derived from OpDefaults: the declarations kForward and kBackward
+// (null: none), kEmpty (dims of which one that is 0 leaves nothing to compute), hooks, and params(call). A successful
+// check allocates nothing; messages are put together on failure.
 #pragma once
 
 #include "declaration.h"
@@ -106,10 +105,10 @@ class Binding {
       const TensorSpec& spec = d_.outputs[i];
       View& view = call.views[n + i];
       const bool absent = spec.optional && !tensors_[spec.like];
-      view.dtype = spec.type == Type::kFixed   ? spec.dtype
+      view.dtype = spec.type == Type::kFixed    ? spec.dtype
                    : spec.type == Type::kOption ? static_cast<DType>(call.integer("out_dtype"))
-                   : spec.type == Type::kFloat ? (absent ? DType::kFloat32 : call.views[spec.like].dtype)
-                                               : call.views[d_.first].dtype;
+                   : spec.type == Type::kFloat  ? (absent ? DType::kFloat32 : call.views[spec.like].dtype)
+                                                : call.views[d_.first].dtype;
       const int before = spec.leading && !absent ? call.lead_dims : 0;
       view.dim = absent ? 1 : before + static_cast<int32_t>(spec.dims.size());
       std::copy_n(call.lead, before, view.size);

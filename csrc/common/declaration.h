@@ -6,7 +6,8 @@
 //   DIM    := NAME | NAME' (a value of its own, shown without the prime) | INTEGER | a sum of products without spaces,
 //             such as 2*wh-1+2*halo_h; NAME+INTEGER finds NAME where it is unknown. A first DIM of ... is any number of
 //             dims, the same for every tensor that has it
-//   MARK   := float (any of the three, its own) | float32 | bfloat16 | float16 | int32 | int8 | uint8 | out_dtype (of an
+//   MARK   := float (any of the three, its own) | float32 | bfloat16 | float16 | int32 | int8 | uint8 | out_dtype (of
+//   an
 //             output: the DType that the option of that name counts); else like the first one
 //             strided (any strides; else the last one is 1) | packed (a contiguous copy is made where it is not) |
 //             whole (must be contiguous, as the forward returned it)
@@ -351,12 +352,8 @@ inline TensorSpec Declaration::parse_tensor(const std::string& s) {
   static const struct {
     const char* name;
     DType dtype;
-  } fixed[] = {{"float32", DType::kFloat32},
-               {"bfloat16", DType::kBFloat16},
-               {"float16", DType::kFloat16},
-               {"int32", DType::kInt32},
-               {"int8", DType::kInt8},
-               {"uint8", DType::kUInt8}};
+  } fixed[] = {{"float32", DType::kFloat32}, {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16},
+               {"int32", DType::kInt32},     {"int8", DType::kInt8},         {"uint8", DType::kUInt8}};
   for (const std::string& mark : parts.size() > 1 ? split(parts[1], ' ') : std::vector<std::string>()) {
     bool known = mark == "float" || mark == "strided" || mark == "packed" || mark == "whole";
     if (mark == "float") spec.type = Type::kFloat;

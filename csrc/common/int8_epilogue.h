@@ -4,7 +4,7 @@
 #include "declaration.h"
 #include "int8_linear_params.h"
 
-#define EFFVIT_INT8_EPILOGUE \
+#define EFFVIT_INT8_EPILOGUE                                                                                     \
   "x_scale: M | float32 strided, w_scale: N | float32 packed, bias?: N | float packed, residual?: M N | float; " \
   "activation: int in 0..3 = 0, out_dtype: int in 0..4 = 0, out_scale: float? > 0 = None) -> out: M N | out_dtype"
 

@@ -6,8 +6,8 @@ namespace effvit {
 
 enum class Activation : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };
 
-// out = act(acc * x_scale * w_scale + bias + residual), rounded to out_dtype; int8: divided by out_scale, to the nearest
-// step, ties to even, saturating; int32: acc itself.
+// out = act(acc * x_scale * w_scale + bias + residual), rounded to out_dtype; int8: divided by out_scale, to the
+// nearest step, ties to even, saturating; int32: acc itself.
 struct Int8Epilogue {
   const float* x_scale = nullptr;  // [M], any stride
   const float* w_scale = nullptr;  // [N], contiguous

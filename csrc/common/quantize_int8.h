@@ -43,8 +43,8 @@ struct quantize_int8 : OpDefaults {
       if (c.lead[k] == 1) continue;
       const int64_t of_x = x.stride[k], of_scale = scale ? scale->stride[k] : 0;
       const int last = p.dims - 1;
-      const bool follows = p.dims > 0 && p.x_stride[last] == of_x * c.lead[k] &&
-                           p.scale_stride[last] == of_scale * c.lead[k];
+      const bool follows =
+          p.dims > 0 && p.x_stride[last] == of_x * c.lead[k] && p.scale_stride[last] == of_scale * c.lead[k];
       const int at = follows ? last : p.dims++;
       p.size[at] = (follows ? p.size[at] : 1) * c.lead[k];
       p.x_stride[at] = of_x, p.scale_stride[at] = of_scale;

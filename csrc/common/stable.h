@@ -69,14 +69,15 @@ inline Device device_of(const Handle& t) {
 // torch's numbers of the element types that operators take, by DType.
 inline int32_t torch_dtype(DType type) {
   static const int32_t numbers[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16(),
-                                    aoti_torch_dtype_int32(), aoti_torch_dtype_int8(), aoti_torch_dtype_uint8()};
+                                    aoti_torch_dtype_int32(),   aoti_torch_dtype_int8(),     aoti_torch_dtype_uint8()};
   return numbers[static_cast<int>(type)];
 }
 
 inline DType dtype_of(const Handle& t) {
   int32_t number = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
-  for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt32, DType::kInt8, DType::kUInt8}) {
+  for (const DType type :
+       {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt32, DType::kInt8, DType::kUInt8}) {
     if (number == torch_dtype(type)) return type;
   }
   return DType::kOther;
@@ -108,7 +109,8 @@ inline const char* dtype_name(ScalarType t) {
 }
 
 inline const char* dtype_name(DType t) {
-  static const char* const names[] = {"torch.float32", "torch.bfloat16", "torch.float16", "torch.int32", "torch.int8", "torch.uint8"};
+  static const char* const names[] = {"torch.float32", "torch.bfloat16", "torch.float16",
+                                      "torch.int32",   "torch.int8",     "torch.uint8"};
   return names[static_cast<int>(t)];
 }
 

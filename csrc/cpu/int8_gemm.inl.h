@@ -51,8 +51,8 @@ EFFVIT_INLINE void with_constant(int n, const F& f) {
   f(std::integral_constant<int, kMost>{});
 }
 
-// A unit of work. `Tiles` takes the rows of a chunk, then a panel of columns, and computes acc[rows][kMostColumns] of up
-// to height() rows of them.
+// A unit of work. `Tiles` takes the rows of a chunk, then a panel of columns, and computes acc[rows][kMostColumns] of
+// up to height() rows of them.
 template <class Tiles, class Params>
 void run_unit(const Params& p, const typename Tiles::Weights& weights, int64_t unit, Finish finish) {
   const Chunks chunks(p.M, p.N, p.K);

@@ -43,8 +43,8 @@ void pack(const Params& p, float* workspace, int64_t begin, int64_t end) {
     for (; 4 * g < p.K; ++g) {
       for (int c = 0; c < kBlock; ++c) {
         const int n = g < groups ? 4 : static_cast<int>(rest);
-        const int32_t word = (c < columns ? load_bytes(from + c * stride + 4 * g, n) : 0) ^
-                             static_cast<int32_t>(0x80808080);
+        const int32_t word =
+            (c < columns ? load_bytes(from + c * stride + 4 * g, n) : 0) ^ static_cast<int32_t>(0x80808080);
         std::memcpy(to + 64 * g + 4 * c, &word, 4);
       }
     }
@@ -52,8 +52,9 @@ void pack(const Params& p, float* workspace, int64_t begin, int64_t end) {
 }
 
 void run(const Params& p, float* workspace, int64_t begin, int64_t end) {
-  const PackedWeights weights = {p.packed ? reinterpret_cast<const uint8_t*>(p.weight) : reinterpret_cast<uint8_t*>(workspace),
-                                 p.packed ? p.weight_stride_n : packed_width(p)};
+  const PackedWeights weights = {
+      p.packed ? reinterpret_cast<const uint8_t*>(p.weight) : reinterpret_cast<uint8_t*>(workspace),
+      p.packed ? p.weight_stride_n : packed_width(p)};
 #if defined(EFFVIT_HAS_INT8_DOT)
 #if defined(EFFVIT_HAS_TILES)
   if (p.M > kRowsOfTile / 2) return run_units<AmxTiles>(p, weights, begin, end);

@@ -173,8 +173,12 @@ class AmxTiles {
   using Weights = PackedWeights;
   static constexpr bool kTakesRowSums = true;
   AmxTiles(Scratch& scratch, int rows, int64_t K)
-      : rows_(rows), K_(K), steps_((K + 63) / 64), stride_(64 * steps_),
-        x_(scratch.take<int8_t>(round_up(rows, 16) * stride_)), tail_(scratch.take<uint8_t>(2 * 1024)) {}
+      : rows_(rows),
+        K_(K),
+        steps_((K + 63) / 64),
+        stride_(64 * steps_),
+        x_(scratch.take<int8_t>(round_up(rows, 16) * stride_)),
+        tail_(scratch.take<uint8_t>(2 * 1024)) {}
   int height() const { return 32; }
   int panel() const { return 32; }
   void take_rows(const int8_t* x, int64_t stride) {

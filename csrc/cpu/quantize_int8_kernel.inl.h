@@ -97,8 +97,7 @@ void rows(const Params& p, int64_t begin, int64_t end) {
 
 void run(const Params& p, float*, int64_t begin, int64_t end) {
   const int64_t unit = rows_of_unit(p);
-  dispatch_dtype(p.dtype,
-                 [&](auto type) { rows<decltype(type)>(p, begin * unit, std::min(end * unit, p.rows)); });
+  dispatch_dtype(p.dtype, [&](auto type) { rows<decltype(type)>(p, begin * unit, std::min(end * unit, p.rows)); });
 }
 
 constexpr Step<Params> kForward[] = {{units, run}};

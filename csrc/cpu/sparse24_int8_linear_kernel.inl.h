@@ -3,9 +3,9 @@
 //
 // Packed weights: per block of 16 columns [K8][16][4] bytes of values, [K32][16] words of positions and 16 int32, the
 // sums of the block's columns; K8 = ceil(K / 8), K32 = ceil(K / 32). Of eight neighbours along K a column has four
-// values, of the first and the second group in turn (v0 v0' v1 v1': as int16 they are split by shifts). Byte b of a word
-// of positions belongs to the b-th of these; it has the position within its group for four times eight neighbours, two
-// bits each. Beyond N and K values are 0.
+// values, of the first and the second group in turn (v0 v0' v1 v1': as int16 they are split by shifts). Byte b of a
+// word of positions belongs to the b-th of these; it has the position within its group for four times eight neighbours,
+// two bits each. Beyond N and K values are 0.
 //
 // It is x that is brought into the order of the values: eight bytes of a row, broadcast, go through a byte shuffle by
 // the positions, and one dot product then does the work of two dense ones. The operand that dot products of bytes want
@@ -138,7 +138,10 @@ class SparseDotTiles {
   using Weights = SparseWeights;
   static constexpr bool kTakesRowSums = false;
   SparseDotTiles(Scratch& scratch, int rows, int64_t K)
-      : few_(rows <= kRowsOfTile / 2), rows_(rows), K_(K), stride_((K + 7) / 8 * 8),
+      : few_(rows <= kRowsOfTile / 2),
+        rows_(rows),
+        K_(K),
+        stride_((K + 7) / 8 * 8),
         x_(scratch.take<uint8_t>(rows * stride_)) {}
   int height() const { return kRowsOfTile; }
   int panel() const { return (few_ ? kFewVectors : 2) * kLanes; }

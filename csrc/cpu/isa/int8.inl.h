@@ -53,9 +53,9 @@ EFFVIT_INLINE void store(int8_t* p, vi x) {
 #if defined(EFFVIT_HAS_AVX512)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
 #elif defined(EFFVIT_HAS_AVX2)
-  const __m256i low = _mm256_shuffle_epi8(
-      (__m256i)x, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1,
-                                   -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m256i low =
+      _mm256_shuffle_epi8((__m256i)x, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0,
+                                                       4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
   const int32_t halves[2] = {_mm256_extract_epi32(low, 0), _mm256_extract_epi32(low, 4)};
   std::memcpy(p, halves, 8);
 #else

@@ -1,10 +1,10 @@
 // The instruction sets that CPU kernels are compiled for: the one table of them, best last, emulated ones after it.
 // CMake reads these lines, C++ includes them with EFFVIT_ISA defined, tests ask the library.
 //
-// name, base: what serves an op that has no use for what this one adds; adds: the products that it has instructions for,
-// BF16 or INT8: only ops that have such products are compiled for it ("": it adds something for every op); lanes: floats
-// in a vector; emulates: whose code it runs, compiled for any AVX2 machine, in test builds ("-": it is real); target:
-// groups of what compilers call features, below; has: EFFVIT_HAS_<X> in the kernels.
+// name, base: what serves an op that has no use for what this one adds; adds: the products that it has instructions
+// for, BF16 or INT8: only ops that have such products are compiled for it ("": it adds something for every op); lanes:
+// floats in a vector; emulates: whose code it runs, compiled for any AVX2 machine, in test builds ("-": it is real);
+// target: groups of what compilers call features, below; has: EFFVIT_HAS_<X> in the kernels.
 //
 // AVX512_BF16, AVX_VNNI and AVX512_VNNI are instructions, BF16_PRODUCTS, INT8_DOT and TILES are paths in the code,
 // EMULATED_TILES are tiles in memory.
