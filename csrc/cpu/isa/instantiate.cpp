@@ -16,6 +16,19 @@
 #include "isa.h"
 #include "tiles.h"
 
+#if defined(EFFVIT_HAS_AVX512_BF16)  // CPUs that have it have VNNI
+#define EFFVIT_HAS_AVX512_VNNI 1
+#define EFFVIT_HAS_BF16_PRODUCTS 1
+#endif
+#if defined(EFFVIT_HAS_EMULATED_TILES)
+#define EFFVIT_HAS_TILES 1
+#define EFFVIT_HAS_BF16_PRODUCTS 1
+#define EFFVIT_HAS_INT8_DOT 1
+#endif
+#if defined(EFFVIT_HAS_AVX_VNNI) || defined(EFFVIT_HAS_AVX512_VNNI)
+#define EFFVIT_HAS_INT8_DOT 1
+#endif
+
 // Kernel entry points: `EFFVIT_KERNEL_NAME(op)` is op_<isa>.
 #define EFFVIT_CONCAT2(a, b) a##_##b
 #define EFFVIT_CONCAT(a, b) EFFVIT_CONCAT2(a, b)
