@@ -45,17 +45,28 @@ struct Plan {
 };
 
 // Starts to copy kRows rows and kDepth columns from (row, k) on; zeros beyond the matrix. A cp_async_commit must
-// follow.
+// follow. What is not aligned goes through registers, in a loop that is kept short: it would outweigh the rest of the
+// kernel.
 template <class S, int kRows>
 EFFVIT_DEVICE void load_tile(const Shared<int8_t>& to, const Matrix& from, int64_t row, int k) {
-  constexpr int kPieces = S::kDepth / kVec<int8_t>;
-  EFFVIT_UNROLL
-  for (int first = 0; first < kRows * kPieces; first += S::kThreads) {
-    const int i = first + prim::thread_id(), r = i / kPieces, col = i % kPieces * kVec<int8_t>;
-    if (kRows * kPieces % S::kThreads != 0 && r >= kRows) break;
-    const int left = row + r < from.rows ? from.depth - k - col : 0;
-    copy_piece(to, r * S::kStride + col, from.base + (row + r) * from.stride + k + col, piece_length<int8_t>(left),
-               from.vec);
+  constexpr int kPieces = S::kDepth / kVec<int8_t>, kCount = kRows * kPieces;
+  static_assert(kCount % S::kThreads == 0, "every thread has as many pieces");
+  const auto copy = [&](int i, bool vec) {
+    const int r = i / kPieces, col = i % kPieces * kVec<int8_t>, at = r * S::kStride + col;
+    const int n = piece_length<int8_t>(row + r < from.rows ? from.depth - k - col : 0);
+    const int8_t* const p = from.base + (row + r) * from.stride + k + col;
+    if (vec) {
+      prim::cp_async16(to, at, p, n);
+    } else {
+      to.store_vec(at, load_piece(p, n, false));
+    }
+  };
+  if (from.vec) {
+    EFFVIT_UNROLL
+    for (int i = 0; i < kCount; i += S::kThreads) copy(i + prim::thread_id(), true);
+  } else {
+    EFFVIT_NO_UNROLL
+    for (int i = 0; i < kCount; i += S::kThreads) copy(i + prim::thread_id(), false);
   }
 }
 
@@ -128,7 +139,7 @@ int8_linear_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
     };
     int32_t acc[S::kTilesM][S::kTilesN][4] = {};
     prim::sync_threads();  // the previous tile's readers
-    EFFVIT_UNROLL
+    EFFVIT_NO_UNROLL
     for (int step = 0; step < S::kStages - 1; ++step) load(step);
     EFFVIT_NO_UNROLL
     for (int step = 0; step < steps; ++step) {
