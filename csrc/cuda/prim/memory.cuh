@@ -156,7 +156,13 @@ EFFVIT_DEVICE void store_global(T* p, T x) {
 }
 template <class V, class T>
 EFFVIT_DEVICE void store_global_vec(T* p, V x) {
-  *reinterpret_cast<Word<V>*>(p) = bit_cast<Word<V>>(x);
+  if constexpr (sizeof(V) == 16) {  // nvcc makes four stores of an assignment where it has computed the elements
+    const auto w = bit_cast<Vec<uint32_t, 4>>(x);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w.v[0]), "r"(w.v[1]), "r"(w.v[2]), "r"(w.v[3])
+                 : "memory");
+  } else {
+    *reinterpret_cast<Word<V>*>(p) = bit_cast<Word<V>>(x);
+  }
 }
 
 // Copies `bytes` (0 to 16) and fills the rest of the 16 with zeros. Both addresses are multiples of 16.

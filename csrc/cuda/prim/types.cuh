@@ -46,8 +46,9 @@ struct alignas(sizeof(T) * N) Vec {
   T v[N];
 };
 
+// By value: of a reference nvcc forgets the alignment, and copies from memory byte by byte.
 template <class To, class From>
-EFFVIT_DEVICE To bit_cast(const From& from) {
+EFFVIT_DEVICE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast between types of different sizes");
   To to;
   memcpy(&to, &from, sizeof(To));
