@@ -22,7 +22,7 @@ def __getattr__(name):  # what is not imported with the operators
         import importlib
 
         return getattr(importlib.import_module(f"{__name__}.{_FLOWS[name]}"), name)
-    if name in ("distributed", "layers", "quantize", "recipes", "reference", "sparsify", "testing"):
+    if name in ("distributed", "layers", "quantize", "recipes", "reference", "sparse24_formats", "sparsify", "testing"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")
