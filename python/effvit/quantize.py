@@ -184,6 +184,8 @@ def matching(name: str, patterns: Iterable[str]) -> str | None:
 def scan(model: nn.Module, skip: Sequence[str], reason_not) -> tuple[dict[str, nn.Module], list[Row]]:
     """(layers to change by name, rows of linear layers that are left alone); a layer with two names has its first."""
     chosen, rows, inside = {}, [], ()
+    read = {m for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer)
+            for m in (layer.linear1, layer.linear2)}  # fmt: skip
     for name, module in model.named_modules():
         if name.startswith(inside):
             continue
@@ -194,6 +196,8 @@ def scan(model: nn.Module, skip: Sequence[str], reason_not) -> tuple[dict[str, n
         elif is_linear(module):
             pattern = matching(name, skip)
             reason = f"skipped by the pattern {pattern!r}" if pattern is not None else reason_not(module)
+            if module in read:
+                reason = "nn.TransformerEncoderLayer reads its weight itself, in evaluation"
             if reason is None:
                 chosen[name] = module
             else:

@@ -200,6 +200,16 @@ def test_what_is_never_called_stays_float():
     model(tokens(3, 8))
 
 
+def test_torchs_own_encoder_layer():
+    """Its fast path hands the weights of its linear layers to a kernel for floats."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    report = quantize(model)
+    assert [r.name for r in report.changed] == ["0"]
+    assert sum("reads its weight itself" in r.detail for r in report.unchanged) == 2
+    with torch.inference_mode():
+        assert model(tokens(2, 5, 8)).shape == (2, 5, 8)
+
+
 # ---- calibration, smoothing, fusing ----------------------------------------------------------------------------------
 
 
