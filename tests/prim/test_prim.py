@@ -5,6 +5,7 @@ do, report an undefined access, is tested on it alone.
 """
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -239,3 +240,14 @@ def test_compiles_with_nvcc(tmp_path):
     assert done.returncode == 0, done.stderr
     spills = [line for line in done.stderr.splitlines() if "spill" in line]
     assert spills and all(" 0 bytes spill stores" in line for line in spills), done.stderr
+
+
+def test_accesses_of_memory_are_whole(tmp_path):
+    """nvcc splits an access whose alignment it forgets into bytes: right, and slow. No kernel here asks for bytes."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc was not found")
+    path = tmp_path / "prim.ptx"
+    subprocess.run(["nvcc", "-std=c++17", "-O3", "-arch=sm_80", "-ptx", SOURCE, "-o", path], check=True)
+    found = set(re.findall(r"\b((?:ld|st)\.(?:global|shared)\S*)", path.read_text()))
+    assert {"ld.global.v4.u32", "st.global.v4.b32"} <= found, found
+    assert not [access for access in found if re.search(r"\.[bsu]8$", access)], found
