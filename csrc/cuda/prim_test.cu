@@ -138,6 +138,37 @@ mma_s8_kernel(const int8_t* a, const int8_t* b, int32_t* out) {
   for (int e = 0; e < 4; ++e) store_global(out + (g + e / 2 * 8) * 8 + t * 2 + e % 2, c[e]);
 }
 
+// a: values [16, 32], then metadata [16, 8] bytes; b [8, 64] -> out [16, 8] = A b^T + 1 with the sparse A.
+template <bool kLdmatrix>
+EFFVIT_KERNEL(kThreads, 1)
+mma_sp_s8_kernel(const int8_t* a, const int8_t* b, int32_t* out) {
+  constexpr int kStride = 80;
+  using V = Vec<uint32_t, 4>;
+  const Shared<int8_t> sa(0, 16 * kStride), sb(16 * kStride, 8 * kStride);
+  const int thread = thread_id();
+  if (thread < 32) {
+    sa.store_vec(thread / 2 * kStride + thread % 2 * 16, load_global_vec<V>(a + thread * 16));
+    sb.store_vec(thread / 4 * kStride + thread % 4 * 16, load_global_vec<V>(b + thread * 16));
+  }
+  sync_threads();  // mma_sp
+  if (thread >= kWarpSize) return;
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  uint32_t af[4], bf[4];
+  if (kLdmatrix) {
+    const int low = lane_id() % 8, half = lane_id() / 8 % 2, quarter = lane_id() / 16;
+    ldmatrix_x4<false>(af, sa, (low + half * 8) * kStride + quarter * 16);
+    ldmatrix_x4<false>(bf, sb, low * kStride + lane_id() / 8 * 16);
+  } else {
+    for (int i = 0; i < 4; ++i) {
+      af[i] = load_global_vec<uint32_t>(a + (g + i % 2 * 8) * 32 + i / 2 * 16 + t * 4);
+      bf[i] = load_global_vec<uint32_t>(b + g * 64 + i * 16 + t * 4);
+    }
+  }
+  int32_t c[4] = {1, 1, 1, 1};
+  mma_sp_m16n8k64(c, af, bf, load_global_vec<uint32_t>(a + 512 + (g + t % 2 * 8) * 8 + t / 2 * 4));
+  for (int e = 0; e < 4; ++e) store_global(out + (g + e / 2 * 8) * 8 + t * 2 + e % 2, c[e]);
+}
+
 // in [2, threads, 16] bytes; thread t copies t % 17 bytes of each, zero filled -> out like in.
 EFFVIT_KERNEL(kThreads, 1) cp_async_kernel(const uint8_t* in, uint8_t* out) {
   using V = Vec<uint32_t, 4>;
@@ -273,6 +304,8 @@ cudaError_t run(const std::string& name, const void* a, const void* b, void* out
   EFFVIT_TYPED_CASE("mma_ldmatrix_bf16", mma_ldmatrix_kernel<bfloat16>, 2 * 16 * 24 * 2, ba, bb, fo);
   EFFVIT_TYPED_CASE("mma_s8", mma_s8_kernel<false>, 24 * 48, ia, ib, static_cast<int32_t*>(out));
   EFFVIT_TYPED_CASE("mma_ldmatrix_s8", mma_s8_kernel<true>, 24 * 48, ia, ib, static_cast<int32_t*>(out));
+  EFFVIT_TYPED_CASE("mma_sp_s8", mma_sp_s8_kernel<false>, 24 * 80, ia, ib, static_cast<int32_t*>(out));
+  EFFVIT_TYPED_CASE("mma_sp_ldmatrix_s8", mma_sp_s8_kernel<true>, 24 * 80, ia, ib, static_cast<int32_t*>(out));
 #if defined(EFFVIT_EMU)
   EFFVIT_CASE(fault, 1, (kThreads + 4) * 4, fa, fo, argument);
 #else

@@ -78,6 +78,35 @@ void mma_s8(void** lanes) {
   }
 }
 
+void mma_sp_s8(void** lanes) {
+  int32_t a[16][64] = {}, b[64][8];
+  for (int l = 0; l < kWarpSize; ++l) {
+    const auto& args = *static_cast<MmaSparseArgs*>(lanes[l]);
+    const int group = l / 4, t = l % 4;
+    for (int i = 0; i < 16; ++i) b[i / 4 * 16 + t * 4 + i % 4][group] = static_cast<int8_t>(args.b[i / 4] >> i % 4 * 8);
+    const int row = group + t % 2 * 8, half = t / 2;
+    for (int quad = 0; quad < 8; ++quad) {
+      const uint32_t nibble = args.metadata >> 4 * quad & 15u, kept[2] = {nibble & 3u, nibble >> 2};
+      if (kept[0] >= kept[1])
+        fail("mma.sp with metadata nibble " + std::to_string(nibble) + " in lane " + std::to_string(l));
+      for (int i = 0; i < 2; ++i) {
+        const int at = quad * 2 + i;  // of the 16 kept numbers of this half row
+        const auto& holder = *static_cast<MmaSparseArgs*>(lanes[group * 4 + at / 4]);
+        a[row][half * 32 + quad * 4 + static_cast<int>(kept[i])] =
+            static_cast<int8_t>(holder.a[half * 2 + t % 2] >> at % 4 * 8);
+      }
+    }
+  }
+  for (int l = 0; l < kWarpSize; ++l) {
+    const auto& args = *static_cast<MmaSparseArgs*>(lanes[l]);
+    for (int e = 0; e < 4; ++e) {
+      auto sum = static_cast<uint32_t>(args.c[e]);  // it wraps
+      for (int k = 0; k < 64; ++k) sum += static_cast<uint32_t>(a[l / 4 + e / 2 * 8][k] * b[k][l % 4 * 2 + e % 2]);
+      args.c[e] = static_cast<int32_t>(sum);
+    }
+  }
+}
+
 int32_t float_to_int(float f) {
   if (std::isnan(f)) return 0;
   const double rounded = std::nearbyint(static_cast<double>(f));

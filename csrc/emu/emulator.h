@@ -93,6 +93,14 @@ struct MmaInt8Args {
 };
 void mma_s8(void** lanes);
 
+struct MmaSparseArgs {
+  const uint32_t* a;
+  const uint32_t* b;
+  int32_t* c;
+  uint32_t metadata;
+};
+void mma_sp_s8(void** lanes);
+
 float half_to_float(uint16_t h);
 uint16_t float_to_half(float f);
 int32_t float_to_int(float f);  // to the nearest, ties to even, saturating; NaN gives 0

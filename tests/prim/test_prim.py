@@ -158,6 +158,59 @@ def test_mma_int8(device, seed, numbers, through):
     assert (out == a.astype(np.int64) @ b.astype(np.int64).T + 1).all()
 
 
+KEPT = np.array([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], np.uint8)  # i0 | i1 << 2 with i0 < i1
+
+
+def sparse_weight(values, nibbles):
+    """Dense [rows, 4 groups] of kept values [rows, 2 groups] and nibbles [rows, groups]."""
+    dense = np.zeros((*nibbles.shape, 4), np.int64)
+    pairs = values.reshape(*nibbles.shape, 2)
+    for i, position in enumerate((nibbles & 3, nibbles >> 2)):
+        np.put_along_axis(dense, position[..., None].astype(np.int64), pairs[..., i : i + 1], -1)
+    return dense.reshape(len(values), -1)
+
+
+@pytest.mark.parametrize("numbers", ["random", "lowest"])
+@pytest.mark.parametrize("nibble", [None, *KEPT], ids=lambda x: "any" if x is None else f"{x:04b}")
+@pytest.mark.parametrize("through", ["mma_sp", "mma_sp_ldmatrix"])
+def test_mma_sparse_int8(device, seed, numbers, nibble, through):
+    low, high = (-128, 128) if numbers == "random" else (-128, -127)
+    random = rng()
+    values, b = (random.integers(low, high, s).astype(np.int8) for s in ((16, 32), (8, 64)))
+    nibbles = random.choice(KEPT, (16, 16)) if nibble is None else np.full((16, 16), nibble)
+    meta = nibbles[:, ::2] | nibbles[:, 1::2] << 4
+    out = device(f"{through}_s8", [np.concatenate((values.view(np.uint8).ravel(), meta.ravel())), b], (16, 8), np.int32)
+    assert (out == sparse_weight(values, nibbles) @ b.astype(np.int64).T + 1).all()
+
+
+def test_metadata_layout():
+    """A lane's metadata, as mma.cuh has it, are where PyTorch puts them for CUTLASS's sm_80 kernels."""
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+    random = rng()
+    nibbles = random.choice(KEPT, (32, 16))
+    dense = sparse_weight(random.integers(1, 128, (32, 32)), nibbles).astype(np.int8)
+    values, meta = sparse_semi_structured_from_dense_cutlass(torch.from_numpy(dense))
+    assert (sparse_weight(values.numpy(), nibbles) == dense).all()
+    words = (nibbles[:, ::2] | nibbles[:, 1::2] << 4).view("<i4")  # [32, 2], of 32 columns each
+    lane = np.arange(32)
+    rows, halves = lane // 4 + lane % 2 * 8, lane % 4 // 2
+    for block in range(2):
+        assert (meta.numpy().reshape(2, 32)[block] == words[16 * block + rows, halves]).all()
+
+
+@pytest.mark.parametrize("nibble", sorted(set(range(16)) - set(KEPT.tolist())))
+def test_emulator_refuses_metadata(nibble):
+    library, reason = emulator.load()
+    if library is None:
+        pytest.skip(reason)
+    a = np.zeros(16 * 32 + 16 * 8, np.uint8)
+    a[512:] = 0x44
+    a[512 + 37] = 0x40 | nibble
+    with pytest.raises(RuntimeError, match=f"mma.sp with metadata nibble {nibble} "):
+        Device(library, "cpu")("mma_sp_s8", [a, np.zeros((8, 64), np.int8)], (16, 8), np.int32)
+
+
 def test_cp_async(device, seed):
     x = rng().integers(1, 256, (2, THREADS, 16)).astype(np.uint8)
     kept = np.arange(16) < (np.arange(THREADS) % 17)[:, None]

@@ -4,6 +4,9 @@
 //   C [16, 8]:  c[0], c[1] (g, 2t..), c[2], c[3] (g + 8, 2t..)
 // Of int8 the depth is 32, and a register has four numbers where it has two of 16 bits: the same bytes of a row that
 // has the depth last. So one ldmatrix loads either.
+// Sparse int8: of every four numbers in a row of A two are kept. A's fragments are those of the [16, 32] kept ones, B
+// is [64, 8] with b[i] (16 i + 4t.., g), and a lane's metadata say which ones were kept of row g + 8 (t % 2), columns
+// 32 (t / 2).. : eight nibbles i0 | i1 << 2 with i0 < i1, the first one lowest.
 #pragma once
 #include "memory.cuh"
 
@@ -81,6 +84,23 @@ EFFVIT_DEVICE void mma_m16n8k32(int32_t (&c)[4], const uint32_t (&a)[4], uint32_
       "{%0, %1, %2, %3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
+
+// c += a b of int8 with 2:4 sparse A.
+#if defined(EFFVIT_EMU)
+EFFVIT_DEVICE void mma_sp_m16n8k64(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata,
+                                   int line = __builtin_LINE()) {
+  emu::MmaSparseArgs args{a, b, c, metadata};
+  emu::collective(emu::Op::kMma, line, &args, emu::mma_sp_s8);
+}
+#else
+EFFVIT_DEVICE void mma_sp_m16n8k64(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata));
 }
 #endif
 
