@@ -30,7 +30,6 @@ WAIVERS: dict[tuple[str, str], str] = {
     },
     **{(op, layer): _TRAINING for op in ("fake_quantize_int8",) for layer in (*_NATIVE, "benchmark")},
     **{("quantize_int8", layer): "bound by memory: the Triton kernel does" for layer in _CUDA},
-    **{("sparse24_int8_linear", layer): "not written: the Triton kernel runs, or the definition" for layer in _CUDA},
 }
 _TRAINED = "of weights, not of tokens: its definition runs on every device, in a small part of a training step"
 _DENSE = "training in PyTorch's own products of the decompressed weight; int8 is what 2:4 is deployed in"
