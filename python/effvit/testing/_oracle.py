@@ -105,10 +105,11 @@ def oracle_of(spec, args, kwargs, output_grads, allowance=1.0):
 def random_output_grads(spec, sample, dtype, outputs):
     """Cotangents of the outputs' shapes: a half-precision op may still return float32 statistics."""
     generator = torch.Generator("cpu").manual_seed(len(sample.name) + 1)
+    declared = {t.name: getattr(torch, t.dtype, dtype) if t.dtype else dtype for t in spec.declared.declaration.outputs}
     return tuple(
-        torch.randn(o.shape, generator=generator, dtype=torch.float32).to(
-            o.dtype if spec.declared.declaration.output(n).dtype else dtype
-        )
+        torch.randn(o.shape, generator=generator, dtype=torch.float32).to(declared[n])
+        for n, o in zip(spec.outputs, outputs, strict=True)
+    )
         for n, o in zip(spec.outputs, outputs, strict=True)
     )
 
