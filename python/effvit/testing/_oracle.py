@@ -110,8 +110,6 @@ def random_output_grads(spec, sample, dtype, outputs):
         torch.randn(o.shape, generator=generator, dtype=torch.float32).to(declared[n])
         for n, o in zip(spec.outputs, outputs, strict=True)
     )
-        for n, o in zip(spec.outputs, outputs, strict=True)
-    )
 
 
 @lru_cache(maxsize=4)
