@@ -13,6 +13,7 @@ from effvit.ops._op import OPS
 def nested(layout, like, requires_grad=False):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they are a prototype
+        requires_grad = requires_grad and like.is_floating_point()
         return torch.nested.nested_tensor([*torch.atleast_2d(like)], layout=layout, requires_grad=requires_grad)
 
 
