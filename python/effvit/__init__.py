@@ -11,6 +11,10 @@ _FLOWS = {
     "QuantizeConfig": "quantize", "convert_": "quantize", "load_quantized_": "quantize", "quantize_": "quantize",
     "save_quantized": "quantize", "sparsify_": "sparsify", "unquantize_": "quantize", "unsparsify_": "sparsify",
 }  # fmt: skip
+_MODULES = (
+    "block_sparse", "distributed", "layers", "quantize", "recipes", "reference", "sparse24_formats", "sparsify",
+    "testing",
+)  # fmt: skip
 __all__ = ["decompositions", "explain", "ops", "patch", "unpatch"] + list(_FLOWS) + ops.__all__
 
 _load.load()
@@ -22,7 +26,7 @@ def __getattr__(name):  # what is not imported with the operators
         import importlib
 
         return getattr(importlib.import_module(f"{__name__}.{_FLOWS[name]}"), name)
-    if name in ("distributed", "layers", "quantize", "recipes", "reference", "sparse24_formats", "sparsify", "testing"):
+    if name in _MODULES:
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")
