@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from effvit.ops._op import OPS
+from layout import WAIVERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PRIM = ROOT / "tests" / "prim"
@@ -90,7 +91,7 @@ def error(got, expected):
 
 def test_every_op_has_mutants():
     row_wise = {path.stem for path in (ROOT / "csrc" / "rows").glob("*.h")}
-    names = {name for name, op in OPS.items() if op.backward_of is None}
+    names = {name for name, op in OPS.items() if op.backward_of is None and (name, "cuda kernel") not in WAIVERS}
     assert PROGRAMS.keys() == (names - row_wise) | {"prim", "rows"}
     for program, module in PROGRAMS.items():
         assert len(module.MUTANTS) >= 5, program

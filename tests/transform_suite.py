@@ -164,7 +164,10 @@ class TransformSuite:
         found = vmap(grad(loss, every))(*several)
         for j in range(3):
             for i, (a, b) in enumerate(zip(found, by_autograd([t[j] for t in several]), strict=True)):
-                assert_bitwise_equal(a[j], b, name=f"gradient {i} of sample {j}")
+                if self.spec.backward_call:
+                    assert_bitwise_equal(a[j], b, name=f"gradient {i} of sample {j}")
+                else:  # by the definition, whose sums PyTorch may group otherwise for several samples
+                    torch.testing.assert_close(a[j], b)
 
     def test_func_grad_under_autocast(self, framework_sample):
         args, kwargs = framework_sample.build()
