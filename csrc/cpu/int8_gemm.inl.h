@@ -20,19 +20,26 @@ constexpr int kRowsOfTile = kLanes == 16 ? 12 : 6;  // 32 or 16 registers
 // Few rows take wide panels, for enough sums at once, and wait for weights: the next panel's are fetched ahead.
 constexpr int kFewVectors = 4;
 constexpr int kRowsOfChunk = 96;  // a multiple of the rows of every tile
-constexpr int64_t kUnitProducts = 1 << 23;  // of a unit, at least
+constexpr int64_t kUnitProducts = 1 << 22;  // of a unit, about
+constexpr int64_t kRowsThatWait = 8;
 
-// Chunks of rows and of columns, from the shape alone.
+// Chunks of rows and of columns, of about the same size, from the shape alone.
 struct Chunks {
   int64_t rows, columns, m, n;
 
   Chunks(int64_t M, int64_t N, int64_t K) {
-    const int64_t most = small_tiles() ? kRowsOfTile * (kInt8Tiles ? 8 : 1) : kRowsOfChunk;
-    rows = std::min(M, most);
-    const int64_t per_column = std::max<int64_t>(1, rows * K);
-    columns = small_tiles() ? kMostColumns : (kUnitProducts / per_column + kMostColumns) / kMostColumns * kMostColumns;
-    columns = std::max<int64_t>(columns, kMostColumns);
+    constexpr int kTile = kInt8Tiles ? 32 : kRowsOfTile;
+    const int64_t most = small_tiles() ? kTile : kRowsOfChunk;
+    rows = even(M, ceil_div(M, most), kTile);
+    // Of few rows it is the weights that take time.
+    const int64_t work = std::max<int64_t>(rows, kRowsThatWait) * K * N;
+    columns = small_tiles() ? kMostColumns : even(N, std::max<int64_t>(1, work / kUnitProducts), kMostColumns);
     m = ceil_div(M, rows), n = ceil_div(N, columns);
+  }
+
+  // Size of `count` equal parts, in multiples of `step`.
+  static int64_t even(int64_t size, int64_t count, int64_t step) {
+    return ceil_div(ceil_div(size, count), step) * step;
   }
 };
 
