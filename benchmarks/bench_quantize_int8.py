@@ -1,13 +1,13 @@
 """quantize_int8 against its formula in eager PyTorch and torch.compile: a token's largest |x|, division, rounding."""
 
-from harness import Case, main, price_of  # first: it pins the threads before torch starts any
+from harness import Case, main  # first: it pins the threads before torch starts any
 
 # isort: split
 import torch
 
 import effvit
+from effvit.ops._op import Cost
 from effvit.reference.quantize_int8 import row_scale, steps
-from effvit.testing.quantize_int8 import SPEC
 
 SHAPES = {  # rows, K, tag
     "DeiT-S 8x197x384": (1576, 384, "default"),
@@ -39,7 +39,7 @@ def cases():
             effvit=lambda x: lambda: effvit.ops.quantize_int8(x)[0],
             peers={"eager": formula},
             reference=exact,
-            cost=price_of(SPEC.cost, [(rows, k)]),
+            cost=lambda direction, dtype, rows=rows, n=rows * k: Cost(3 * n, n * (dtype.itemsize + 1) + 4 * rows),
             unchecked=("effvit", "compile"),  # the suite does, bit by bit; a tie of float64 may fall otherwise
             directions=("forward",),
             tags=(tag,),
