@@ -115,7 +115,7 @@ sanitize() {  # the bare kernels that have a microbenchmark, under each tool, al
 sanitize_python() {  # every op and feature at small sizes, through PyTorch's own allocations; the ops at once
   local op pid failed=0 pids=()
   for op in $OPS; do
-    if [[ -f tests/ops/test_$op.py ]]; then
+    if [[ -f tests/ops/test_$op.py && ( -f csrc/cuda/$op.cu || -f csrc/rows/$op.h ) ]]; then
       run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
         --target-processes all "$PYTHON" -m pytest -q -x --timeout 60 -p no:cacheprovider \
         -k "test_results and small and cuda" "tests/ops/test_$op.py" &

@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 
 from effvit.ops._op import OPS
+from layout import WAIVERS
 
 ROOT = Path(__file__).resolve().parent.parent
 OP_NAMES = [name for name, op in OPS.items() if op.backward_of is None]
+ON_GPU = {
+    backend: [op for op in OP_NAMES if (op, layer) not in WAIVERS]
+    for backend, layer in (("cuda", "cuda kernel"), ("triton", "triton"))
+}
 PRETEND_GPU = '''"""Collects what a machine with a GPU and the CUDA library would."""
 import torch
 
@@ -64,9 +69,9 @@ def selections(commands):
 @pytest.mark.slow
 def test_suite_selection(commands, tmp_path):
     tests = collected(tmp_path, selections(commands)[0])
-    for op in OP_NAMES:
-        for test in ("test_results", "test_repeats_are_equal"):
-            for backend in ("cuda", "triton"):
+    for backend, ops in ON_GPU.items():
+        for op in ops:
+            for test in ("test_results", "test_repeats_are_equal"):
                 found = [t for t in tests if t.startswith(f"tests/ops/test_{op}.py::") and f"::{test}[" in t]
                 assert any(t.endswith(f"-{backend}]") for t in found), (op, test, backend)
     assert any(t.startswith("tests/prim/test_prim.py::") and "cuda" in t for t in tests)
@@ -79,9 +84,9 @@ def test_sanitizer_selection(commands, tmp_path):
     sanitized = selections(commands)[1]
     assert len({tuple(arguments[:-1]) for arguments in sanitized}) == 1
     files = [arguments[-1] for arguments in sanitized]
-    assert sorted(files) == sorted(f"tests/ops/test_{op}.py" for op in OP_NAMES)
+    assert sorted(files) == sorted(f"tests/ops/test_{op}.py" for op in ON_GPU["cuda"])
     tests = collected(tmp_path, [*sanitized[0][:-1], *files])
-    for op in OP_NAMES:
+    for op in ON_GPU["cuda"]:
         found = [t for t in tests if t.startswith(f"tests/ops/test_{op}.py::")]
         for dtype in ("float32", "bfloat16", "float16"):
             assert any("::test_results[small" in t and t.endswith(f"-{dtype}-cuda]") for t in found), (op, dtype)

@@ -291,15 +291,14 @@ def vmap_rule(o, batch: Sequence[str], alone: str) -> Callable:
     def rule(n, in_dims, args, options):
         mapped = [d is not None and a is not None for d, a in zip(in_dims, args, strict=True)]
         together = alone and any(t.name == alone and a is not None for t, a in zip(tensors, args, strict=False))
-        if n == 0 and any(m and not a.is_floating_point() for a, m in zip(args, mapped, strict=True)):
-            # Zeros, of which the other case makes a call of the right shapes, may not be valid integers.
+        if n == 0:  # no call: there are no values that every operator would take
             like = [
                 None if a is None else a.new_empty(a.movedim(d, 0).shape[1:] if m else a.shape, device="meta")
                 for a, d, m in zip(args, in_dims, mapped, strict=True)
             ]
             make = lambda t, size, dtype: next(a for a in args if a is not None).new_empty((0, *size), dtype=dtype)
             outs = o.outputs(like, options, make)
-        elif n > 0 and can_fold and not together and all(f or not m for f, m in zip(foldable, mapped, strict=False)):
+        elif can_fold and not together and all(f or not m for f, m in zip(foldable, mapped, strict=False)):
             moved = list(args)
             for i, a in enumerate(args):
                 if foldable[i] and a is not None:
@@ -308,13 +307,13 @@ def vmap_rule(o, batch: Sequence[str], alone: str) -> Callable:
             outs = [x.reshape(n, x.shape[0] // n, *x.shape[1:]) for x in as_tuple(o.overload(*moved, **options))]
         else:
             rows = []
-            for j in range(max(n, 1)):
+            for j in range(n):
                 one = (
-                    a if not m else as_declared(t, a.select(d, j) if n else a.new_ones(a.movedim(d, 0).shape[1:]))
+                    a if not m else as_declared(t, a.select(d, j))
                     for t, a, d, m in zip(tensors, args, in_dims, mapped, strict=False)
                 )
                 rows.append(as_tuple(o.overload(*one, **options)))
-            outs = [torch.stack(column)[:n] for column in zip(*rows, strict=True)]
+            outs = [torch.stack(column) for column in zip(*rows, strict=True)]
         return outs[0] if len(outputs) == 1 else tuple(outs)
 
     return rule
