@@ -1,4 +1,4 @@
-"""Swin-T end to end, batch 8 at 224x224: timm's model as it is and after effvit.patch, inference and training step."""
+"""Swin-T and DeiT-S end to end, batch 8 at 224x224: timm's before and after effvit.patch, inference, training."""
 
 import copy
 
@@ -43,6 +43,7 @@ def model_case(label, name, batch, size, tags, **options):
 
 def cases():
     yield model_case("Swin-T 224 batch 8", "swin_tiny_patch4_window7_224", 8, 224, ("default",))
+    yield model_case("DeiT-S 224 batch 8", "deit_small_patch16_224", 8, 224, ("default",))
     yield model_case("Swin-S 384 batch 2", "swin_small_patch4_window7_224", 2, 384, ("extended",), img_size=384)
     tiny = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)}
     yield model_case("smoke 32 batch 1", "swin_tiny_patch4_window7_224", 1, 32, ("smoke",), **tiny)

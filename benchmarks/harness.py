@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib import metadata
 
 
 def _early_option(name, default):
@@ -83,7 +84,7 @@ class Case:
     ``(fn, {name: [tensors to differentiate]})``; the default is to differentiate the inputs in ``wrt``.
     ``reference`` is a builder that receives the inputs in float64. The contender named ``baseline`` is the plain
     formula in PyTorch, the yardstick of effvit's error. ``compiled`` names the one given to torch.compile as well.
-    A contender in ``unchecked`` computes something else at the same size: it is timed, not compared.
+    One in ``unchecked`` computes something else: it is timed, not compared. ``approximate``: allowed relative errors.
     """
 
     shape: str
@@ -96,9 +97,11 @@ class Case:
     baseline: str = "eager"
     compiled: str | None = "eager"
     unchecked: tuple[str, ...] = ()
+    approximate: dict[str, float] = field(default_factory=dict)
     memory: bool = False
     products: torch.dtype | None = None  # of its matrix products, where that is not the dtype: int8
     directions: tuple[str, ...] = DIRECTIONS
+    dtypes: tuple[str, ...] = tuple(DTYPES)
     tags: tuple[str, ...] = field(default=("default",))  # default | extended | smoke
 
 
@@ -470,8 +473,9 @@ def run_case(case, dtype, direction, device, timer, roofline, facts, options):
             continue
         errors[name] = max(relative_error(got[key], want[key]) for key in want)
         yardstick = got if name == case.baseline else yardstick
-        wrong = why_wrong(got, want, yardstick) if name == "effvit" else None
-        if wrong is None and not errors[name] <= math.sqrt(torch.finfo(dtype).eps):
+        bound = case.approximate.get(name, math.sqrt(torch.finfo(dtype).eps))
+        wrong = why_wrong(got, want, yardstick) if name == "effvit" and name not in case.approximate else None
+        if wrong is None and not errors[name] <= bound:
             wrong = f"relative error {errors[name]:.1e}: it computes something else"
         if wrong:
             statuses[name] = f"wrong: {wrong}"
@@ -529,18 +533,13 @@ def environment(device, op, kernel_op):
 
     dirty = "+" if git("status", "--porcelain", "--", "csrc", "python", "triton_kernels", "benchmarks/*.py") else ""
     now = datetime.datetime.now(datetime.timezone.utc)
-    try:
-        import timm
 
-        timm_version = timm.__version__
-    except ImportError:
-        timm_version = ""
-    from importlib import metadata
+    def version(package):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return ""
 
-    try:
-        effvit_version = metadata.version("effvit")
-    except metadata.PackageNotFoundError:
-        effvit_version = ""
     return {
         "run": now.strftime("%Y%m%dT%H%M%SZ"),
         "date": now.strftime("%Y-%m-%d"),
@@ -550,8 +549,8 @@ def environment(device, op, kernel_op):
         "threads": THREADS,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "timm": timm_version,
-        "effvit": effvit_version,
+        "timm": version("timm"),
+        "effvit": version("effvit"),
         "kernel": _backends.chosen(kernel_op, device.type).name,
         "op": op,
         "kernel_op": kernel_op,  # not a column
@@ -675,7 +674,7 @@ def main(op: str, cases: Iterable[Case], kernel_op: str | None = None, argv=None
     for dtype in dtypes:
         for direction in options.direction or DIRECTIONS:
             ratios = []
-            for case in (c for c in cases if direction in c.directions):
+            for case in (c for c in cases if direction in c.directions and str(dtype)[6:] in c.dtypes):
                 done = run_case(case, dtype, direction, device, timer, roofline, facts, options)
                 for row in done:
                     row |= facts | {"gemm_tflop_per_s": f"{roofline.rate(dtype) / 1e12:.4f}"}

@@ -7,10 +7,23 @@ import warnings
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+class Record(TorchDispatchMode):
+    """Names of the operators called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def randomise(module, seed=0, scale=0.4):

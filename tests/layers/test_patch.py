@@ -12,7 +12,7 @@ import pytest
 import timm
 import timm.models.swin_transformer as timm_swin
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from layer_suite import Record
 
 import effvit
 import effvit.ops
@@ -43,18 +43,6 @@ def excite(model, seed=0):
 
 def images(n, *size, seed=0):
     return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(seed))
-
-
-class Record(TorchDispatchMode):
-    """Names of the operators called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def run(model, x, gradients):
@@ -374,9 +362,9 @@ def test_what_is_not_replaced_has_a_reason():
 def test_models_without_swin_blocks():
     with pytest.raises(ValueError, match=r"got torch.Linear with no attention module"):
         effvit.patch(torch.nn.Linear(2, 2))
-    vit = timm.create_model("vit_tiny_patch16_224", depth=2)
-    with pytest.raises(ValueError, match=r"got timm.VisionTransformer with 2 x timm.Attention: no effvit adapter"):
-        effvit.patch(vit)
+    xcit = timm.create_model("xcit_nano_12_p16_224")
+    with pytest.raises(ValueError, match=r"got timm.Xcit with .*2 x timm.ClassAttentionBlock: no effvit adapter"):
+        effvit.patch(xcit)
     for f in (effvit.patch, effvit.unpatch):
         with pytest.raises(TypeError, match=r"must be a torch.nn.Module, got dict"):
             f({})

@@ -15,6 +15,8 @@ SMALL = {"img_size": SIZE, "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6
 MODELS = {
     "swin_tiny_patch4_window7_224": SMALL,
     "swin_s3_tiny_224": {**SMALL, "window_size": 7},
+    "deit_tiny_patch16_224": {"img_size": SIZE, "depth": 3},
+    "vit_base_patch16_gap_224": {"img_size": SIZE, "embed_dim": 48, "num_heads": 3, "depth": 3, "qk_norm": True},
     "efficientvit_b0": {},
     "efficientvit_b1": {},
 }
