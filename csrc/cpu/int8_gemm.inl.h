@@ -81,12 +81,18 @@ void run_unit(const Params& p, const typename Tiles::Weights& weights, int64_t u
   }
   alignas(64) int32_t acc[32 * kMostColumns];
   Columns columns;
+  const char* const out = static_cast<const char*>(p.out);
+  const int size = static_cast<int>(element_bytes(p.out_dtype));
   for (int64_t c = column; c < end; c += tiles.panel()) {
     const int width = static_cast<int>(std::min<int64_t>(tiles.panel(), end - c));
     columns.set(p, c, width);
     tiles.take_panel(weights, c, width);
     for (int r = 0; r < rows; r += tiles.height()) {
       const int n = std::min(tiles.height(), rows - r);
+      for (int i = 0; i < n; ++i) {  // lines of the result arrive while their sums are computed
+        const char* const to = out + ((row + r + i) * p.N + c) * size;
+        for (int b = 0; b < width * size; b += 64) __builtin_prefetch(to + b, 1);
+      }
       tiles.multiply(r, n, width, acc);
       finish(p, acc, kMostColumns, sums + r, row + r, n, columns);
     }

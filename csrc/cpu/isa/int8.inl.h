@@ -157,6 +157,19 @@ EFFVIT_INLINE int32_t reduce_add(vi v) {
 #endif
 }
 
+#if defined(EFFVIT_HAS_INT8_DOT)
+// The first n < 4 * kLanes bytes, zeros beyond.
+EFFVIT_INLINE vi load_first_bytes(const int8_t* p, int n) {
+#if defined(EFFVIT_HAS_AVX512)
+  return (vi)_mm512_maskz_loadu_epi8((uint64_t{1} << n) - 1, p);
+#else
+  vi x{};
+  std::memcpy(&x, p, static_cast<size_t>(n));
+  return x;
+#endif
+}
+#endif
+
 // Sum of n int8; n at most 131072.
 EFFVIT_INLINE int32_t sum_bytes(const int8_t* p, int64_t n) {
   int64_t i = 0;
@@ -167,11 +180,7 @@ EFFVIT_INLINE int32_t sum_bytes(const int8_t* p, int64_t n) {
     std::memcpy(&x, p + i, sizeof(x));
     sums = dot_bytes(sums, ones, x);
   }
-  if (i < n) {
-    x = vi{};
-    std::memcpy(&x, p + i, static_cast<size_t>(n - i));
-    sums = dot_bytes(sums, ones, x);
-  }
+  if (i < n) sums = dot_bytes(sums, ones, load_first_bytes(p + i, static_cast<int>(n - i)));
   return reduce_add(sums);
 #else
   int32_t total = 0;
