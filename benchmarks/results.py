@@ -10,7 +10,15 @@ MACHINE = ("device", "isa", "threads", "kernel")  # what rows of one table have 
 # Names that are shown together, by the operator that heads them. Any other is a family of its own.
 FAMILIES = {
     "window_attention": ("window_attention", "swin"),
-    "int8_linear": ("int8_linear", "sparse24_int8_linear", "quantize_int8"),
+    "int8_linear": (
+        "int8_linear",
+        "sparse24_int8_linear",
+        "block_sparse_int8_linear",
+        "quantize_int8",
+        "quantize",
+        "sparse24_linear",
+        "block_sparse_linear",
+    ),
     "linear_attention": ("linear_attention", "soft", "rbf_gram", "newton_pinv"),
 }
 

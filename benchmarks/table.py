@@ -5,6 +5,7 @@ What is between two markers becomes the latest rows in results/cpu.csv:
     <!-- bench:window_attention -->           a table of all shapes, up to <!-- /bench:window_attention -->
     <!-- bench:window_attention isa=avx2 -->  on the last machine with this instruction set
     <!-- bench-summary:window_attention -->   a row per name of the family and instruction set: means and least ratios
+    <!-- bench-peers:quantize -->             times and errors of every contender, forward
 
 `results=nvidia-h200` in a marker stands for results/nvidia-h200.csv.
 """
@@ -28,7 +29,8 @@ from results import (
 )
 
 MARKER = re.compile(
-    r"(<!-- (bench|bench-summary):(\w+)((?: (?:results|isa)=[\w.-]+)*) -->\n)(.*?)(<!-- /\2:\3 -->)", re.DOTALL
+    r"(<!-- (bench|bench-summary|bench-peers):(\w+)((?: (?:results|isa)=[\w.-]+)*) -->\n)(.*?)(<!-- /\2:\3 -->)",
+    re.DOTALL,
 )
 
 
@@ -108,6 +110,26 @@ def markdown(op, results="cpu", run=None, isa=None):
     return "\n".join([*lines, *notes(rows)]) + "\n"
 
 
+def peers(op, results="cpu", isa=None):
+    """The table of one op with a column per contender: forward times, and errors of results."""
+    rows = [r for r in latest(op, results, isa=isa) if r["direction"] == "forward"]
+    names, dtypes = distinct(rows, "contender"), distinct(rows, "dtype")
+    lines = [row_of(["shape", *names]), "|---" * (len(names) + 1) + "|"]
+    for dtype in dtypes:
+        for shape in distinct(rows, "shape"):
+            cells = [shape if len(dtypes) == 1 else f"{shape} {dtype}"]
+            for name in names:
+                row = find(rows, shape=shape, dtype=dtype, direction="forward", contender=name)
+                if row is None or not row["median_ms"]:
+                    cells.append("" if row is None else row["status"].split(":")[0])
+                    continue
+                error = f" ({float(row['error']):.0e})" if row["error"] else ""
+                cells.append(f"{milliseconds(row['median_ms'])} ms{error}")
+            lines.append(row_of(cells))
+    lines += ["", f"Milliseconds (error relative to float64). {describe(rows)}."]
+    return "\n".join(lines) + "\n"
+
+
 def summary(name, results="cpu", isa=None):
     """The table of a family: a row per op and instruction set."""
     found = [(op, i) for op in family(name, results) for i in instruction_sets(op, results) if isa in (None, i)]
@@ -130,7 +152,8 @@ def rewritten(text):
     def replace(found):
         start, kind, name, options, _, end = found.groups()
         options = dict(option.split("=") for option in options.split())
-        return start + (markdown if kind == "bench" else summary)(name, **options) + end
+        table = {"bench": markdown, "bench-summary": summary, "bench-peers": peers}[kind]
+        return start + table(name, **options) + end
 
     return MARKER.subn(replace, text)
 

@@ -83,6 +83,8 @@ def test_the_page_of_a_new_machine(tmp_path):
     assert "| a | **4.0×** (1.00 ms; eager 4.00) | **2.0×** (1.00 ms; eager 2.00) |" in table.markdown(
         "relu_scale", path, isa="avx2"
     )
+    rows = table.peers("relu_scale", path).splitlines()
+    assert rows[0] == "| shape | effvit | eager |" and rows[3] == "| b | 1.00 ms | 32.0 ms |"
     for unknown in ({"isa": "avx512"}, {"run": "2000"}):
         with pytest.raises(LookupError, match="no run of relu_scale"):
             latest("relu_scale", path, **unknown)
