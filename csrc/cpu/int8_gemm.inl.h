@@ -17,8 +17,8 @@ namespace int8_impl {
 
 constexpr int kBlock = 16;  // columns of a packed block
 constexpr int kRowsOfTile = kLanes == 16 ? 12 : 6;  // 32 or 16 registers
-// Few rows take wide panels, for enough sums at once, and wait for weights: the next panel's are fetched ahead.
-constexpr int kFewVectors = 4;
+// Few rows take wide panels, for enough sums at once, and wait for weights, which are fetched so many bytes ahead.
+constexpr int kFewVectors = 4, kAhead = 1024;
 constexpr int kRowsOfChunk = 96;  // a multiple of the rows of every tile
 constexpr int64_t kUnitProducts = 1 << 22;  // of a unit, about
 constexpr int64_t kRowsThatWait = 8;

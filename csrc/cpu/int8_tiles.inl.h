@@ -29,7 +29,7 @@ void multiply(const int8_t* x, int64_t stride, int64_t K, const uint8_t* w, int6
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
       v[j] = load(reinterpret_cast<const int32_t*>(from[j] + 64 * g));
-      if constexpr (kVectors == kFewVectors) __builtin_prefetch(from[j] + 64 * g + kVectors / kPerBlock * block);
+      if constexpr (kVectors == kFewVectors) __builtin_prefetch(from[j] + 64 * g + kAhead);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -52,13 +52,19 @@ void multiply(const int8_t* x, int64_t stride, int64_t K, const uint8_t* w, int6
   }
 }
 
+// Of tiles of as good as the same height: a low one has too few sums for the weights that it loads.
+inline int even_height(int rows) {
+  const int tiles = std::max(1, (rows + kRowsOfTile - 1) / kRowsOfTile);
+  return (rows + tiles - 1) / tiles;
+}
+
 // x is read where it lies.
 class DotTiles {
  public:
   using Weights = PackedWeights;
   static constexpr bool kTakesRowSums = true;
-  DotTiles(Scratch&, int rows, int64_t K) : few_(rows <= kRowsOfTile / 2), K_(K) {}
-  int height() const { return kRowsOfTile; }
+  DotTiles(Scratch&, int rows, int64_t K) : height_(even_height(rows)), few_(rows <= kRowsOfTile / 2), K_(K) {}
+  int height() const { return height_; }
   int panel() const { return (few_ ? kFewVectors : 2) * kLanes; }
   void take_rows(const int8_t* x, int64_t stride) { x_ = x, stride_ = stride; }
   void take_panel(const Weights& w, int64_t column, int) {
@@ -80,6 +86,7 @@ class DotTiles {
     with_constant<kMost>(vectors, [&](auto n) { int8_impl::multiply<kRows, n>(x, stride_, K_, w_, block_, acc); });
   }
 
+  int height_;
   bool few_;
   int64_t K_, stride_ = 0, block_ = 0;
   const int8_t* x_ = nullptr;

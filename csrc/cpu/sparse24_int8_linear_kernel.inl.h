@@ -110,10 +110,9 @@ void multiply(const uint8_t* x, const SparseWeights& w, int64_t column, int32_t*
     for (int j = 0; j < kVectors; ++j) {
       value[j] = load(reinterpret_cast<const int32_t*>(p.values[j] + 64 * k));
       if constexpr (kVectors == kFewVectors) {
-        const int64_t next = kVectors / Panel<kVectors>::kPerBlock * w.stride;
-        __builtin_prefetch(p.values[j] + 64 * k + next);
+        __builtin_prefetch(p.values[j] + 64 * k + kAhead);
         if constexpr (quarter == 0)
-          __builtin_prefetch(reinterpret_cast<const uint8_t*>(p.positions[j] + k / 4 * kBlock) + next);
+          __builtin_prefetch(reinterpret_cast<const uint8_t*>(p.positions[j] + k / 4 * kBlock) + kAhead);
       }
       at[j] = ((load(p.positions[j] + k / 4 * kBlock) >> 2 * quarter) & 0x03030303) | 0x04000400;
     }
@@ -138,12 +137,13 @@ class SparseDotTiles {
   using Weights = SparseWeights;
   static constexpr bool kTakesRowSums = false;
   SparseDotTiles(Scratch& scratch, int rows, int64_t K)
-      : few_(rows <= kRowsOfTile / 2),
+      : height_(even_height(rows)),
+        few_(rows <= kRowsOfTile / 2),
         rows_(rows),
         K_(K),
         stride_((K + 7) / 8 * 8),
         x_(scratch.take<uint8_t>(rows * stride_)) {}
-  int height() const { return kRowsOfTile; }
+  int height() const { return height_; }
   int panel() const { return (few_ ? kFewVectors : 2) * kLanes; }
   void take_rows(const int8_t* x, int64_t stride) {
     for (int r = 0; r < rows_; ++r) {
@@ -171,6 +171,7 @@ class SparseDotTiles {
     with_constant<kMost>(vectors, [&](auto n) { sparse24_int8_linear_impl::multiply<kRows, n>(x, w_, column_, acc); });
   }
 
+  int height_;
   bool few_;
   int rows_;
   int64_t K_, stride_, column_ = 0;
