@@ -94,6 +94,15 @@ def test_float64_and_no_tokens_are_timms():
         assert torch.equal(patched(m)(x), m(x))
 
 
+def test_very_many_tokens_are_timms():
+    torch.manual_seed(0)
+    module = timm_vit.Attention(128, num_heads=1).requires_grad_(False)
+    for tokens, ours in ((2048, 1), (2049, 0)):
+        with Record() as calls:
+            patched(module)(torch.randn(1, tokens, 128))
+        assert calls.names.count("window_attention") == ours
+
+
 def test_a_hook_on_the_dropout_fires_where_timms_does():
     for fused in (True, False):
         module, seen = attention(), []

@@ -10,7 +10,7 @@ import effvit.ops
 from ..layers._tokens import is_hooked
 from . import Adapter, Fused
 
-MOST = 32768  # tokens of a window
+TOKENS, ELEMENTS = 32768, 1 << 18  # of a window and a head: what the operator takes; beyond it PyTorch is as fast
 
 
 def varies(size):
@@ -24,9 +24,9 @@ def varies(size):
 class FusedAttention(Fused, timm_vit.Attention):
     """timm's Attention, on the CPU by :func:`effvit.ops.window_attention` with one window of all tokens.
 
-    On GPUs, with a mask, causal, with active attention dropout or in float64 it is timm's own forward, on PyTorch's
-    scaled_dot_product_attention. So it is where a compiler is told that the number of tokens varies: a window has one
-    size.
+    On GPUs, for more than 4,096 tokens (64 channels a head), with a mask, causal, with active attention dropout or in
+    float64 it is timm's own forward, on PyTorch's scaled_dot_product_attention. So it is where a compiler is told that
+    the number of tokens varies: a window has one size.
     """
 
     original = timm_vit.Attention
@@ -51,7 +51,7 @@ class FusedAttention(Fused, timm_vit.Attention):
         drops = self.training and dropout.p > 0
         if x.device.type != "cpu" or x.dtype == torch.float64 or observed or drops or varies(tokens):
             return True
-        return not 0 < tokens <= MOST
+        return not 0 < tokens <= min(TOKENS, ELEMENTS // self.head_dim)
 
 
 class AttentionAdapter(Adapter):
