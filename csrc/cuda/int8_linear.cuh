@@ -3,8 +3,7 @@
 // A CTA computes tiles of x Wᵀ. Rows of both operands have the depth last, as the tensor cores want it. They are copied
 // kStages - 1 steps ahead, with one barrier a step; the exact sums then take the epilogue's way to memory.
 #pragma once
-#include "int8_epilogue.cuh"
-#include "tile/product.cuh"
+#include "int8_tiles.cuh"
 
 namespace effvit {
 namespace cuda {
@@ -30,45 +29,12 @@ using Large = Shape<128, 128, 64, 2, 4, 2>;
 using Medium = Shape<64, 64, 64, 2, 2, 4>;
 using Small = Shape<16, 64, 128, 1, 4, 4>;
 
-struct Matrix {
-  const int8_t* base;  // [rows, depth], last stride 1
-  int64_t rows, stride;
-  int32_t depth;
-  bool vec;  // every row is a multiple of 16 bytes
-};
-
 struct Plan {
   Int8LinearParams p;
   Matrix x, weight;
   EpilogueAccess access;
   int64_t column_tiles, units;  // units: tiles of the result; CTA i computes i, i + ctas, ...
 };
-
-// Starts to copy kRows rows and kDepth columns from (row, k) on; zeros beyond the matrix. A cp_async_commit must
-// follow. What is not aligned goes through registers, in a loop that is kept short: it would outweigh the rest of the
-// kernel.
-template <class S, int kRows>
-EFFVIT_DEVICE void load_tile(const Shared<int8_t>& to, const Matrix& from, int64_t row, int k) {
-  constexpr int kPieces = S::kDepth / kVec<int8_t>, kCount = kRows * kPieces;
-  static_assert(kCount % S::kThreads == 0, "every thread has as many pieces");
-  const auto copy = [&](int i, bool vec) {
-    const int r = i / kPieces, col = i % kPieces * kVec<int8_t>, at = r * S::kStride + col;
-    const int n = piece_length<int8_t>(row + r < from.rows ? from.depth - k - col : 0);
-    const int8_t* const p = from.base + (row + r) * from.stride + k + col;
-    if (vec) {
-      prim::cp_async16(to, at, p, n);
-    } else {
-      to.store_vec(at, load_piece(p, n, false));
-    }
-  };
-  if (from.vec) {
-    EFFVIT_UNROLL
-    for (int i = 0; i < kCount; i += S::kThreads) copy(i + prim::thread_id(), true);
-  } else {
-    EFFVIT_NO_UNROLL
-    for (int i = 0; i < kCount; i += S::kThreads) copy(i + prim::thread_id(), false);
-  }
-}
 
 template <class S>
 EFFVIT_DEVICE int warp_row() {
@@ -132,8 +98,9 @@ int8_linear_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
     const auto load = [&](int step) {
       if (step < steps) {
         const Shared<int8_t> to = operands.from(step % S::kStages * S::kStageBytes);
-        load_tile<S, S::kM>(to, g.x, row, step * S::kDepth);
-        load_tile<S, S::kN>(to.from(S::kM * S::kStride), g.weight, col, step * S::kDepth);
+        const int k = step * S::kDepth;
+        load_tile<S::kM, S::kDepth, S::kStride, S::kThreads>(to, g.x, row, k);
+        load_tile<S::kN, S::kDepth, S::kStride, S::kThreads>(to.from(S::kM * S::kStride), g.weight, col, k);
       }
       prim::cp_async_commit();  // an empty group beyond the last step: so the waits below count alike
     };
@@ -162,22 +129,13 @@ int8_linear_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
 // ---- plan and launch ----
 
 template <class S>
-int64_t tile_count(const Int8LinearParams& p) {
-  return ceil_div(p.M, S::kM) * ceil_div(p.N, S::kN);
-}
-
-inline Matrix make_matrix(const int8_t* base, int64_t rows, int64_t depth, int64_t stride) {
-  return {base, rows, stride, static_cast<int32_t>(depth), aligned16(base, 1, {stride})};
-}
-
-template <class S>
 cudaError_t launch_tiles(const Int8LinearParams& p, cudaStream_t stream) {
   const Plan g = {p,
                   make_matrix(p.x, p.M, p.K, p.x_stride_m),
                   make_matrix(p.weight, p.N, p.K, p.weight_stride_n),
                   epilogue_access(p),
                   ceil_div(p.N, S::kN),
-                  tile_count<S>(p)};
+                  ceil_div(p.M, S::kM) * ceil_div(p.N, S::kN)};
   return dispatch_output(p.out_dtype, [&](auto out) {
     return EFFVIT_LAUNCH((int8_linear_fwd_kernel<S, decltype(out)>), grid_size(g.units), S::kThreads, S::kSharedBytes,
                          stream, g);
@@ -187,8 +145,6 @@ cudaError_t launch_tiles(const Int8LinearParams& p, cudaStream_t stream) {
 }  // namespace int8_linear_impl
 }  // namespace cuda
 
-// The largest tile that the result fills by more than half and that occupies the GPU: every multiprocessor with large
-// tiles, every other one with medium ones.
 inline cudaError_t launch_int8_linear_fwd(const Int8LinearParams& p, cudaStream_t stream) {
   using namespace cuda;
   using namespace cuda::int8_linear_impl;
@@ -197,12 +153,10 @@ inline cudaError_t launch_int8_linear_fwd(const Int8LinearParams& p, cudaStream_
   ranges.read(p.x, extent_bytes(DType::kInt8, {{p.M, p.x_stride_m}, {p.K, 1}}));
   ranges.read(p.weight, extent_bytes(DType::kInt8, {{p.N, p.weight_stride_n}, {p.K, 1}}));
   register_epilogue(ranges, p);
-  const int64_t multiprocessors = prim::target_ctas() / 8;
-  const bool large = p.M > Large::kM / 2 && p.N > Large::kN / 2 && tile_count<Large>(p) >= multiprocessors;
-  const bool medium = p.M > Small::kM && tile_count<Medium>(p) >= multiprocessors / 2;
-  const cudaError_t error = large    ? launch_tiles<Large>(p, stream)
-                            : medium ? launch_tiles<Medium>(p, stream)
-                                     : launch_tiles<Small>(p, stream);
+  const int rows = tile_rows(p.M, p.N);
+  const cudaError_t error = rows == Large::kM    ? launch_tiles<Large>(p, stream)
+                            : rows == Medium::kM ? launch_tiles<Medium>(p, stream)
+                                                 : launch_tiles<Small>(p, stream);
   ranges.finish();
   return error;
 }

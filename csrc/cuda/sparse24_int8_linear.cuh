@@ -5,8 +5,7 @@
 // as they are in the canonical form; a lane's metadata are four bytes of a row.
 #pragma once
 #include "../common/sparse24_int8_linear_params.h"
-#include "int8_epilogue.cuh"
-#include "tile/product.cuh"
+#include "int8_tiles.cuh"
 
 namespace effvit {
 namespace cuda {
@@ -37,13 +36,6 @@ using Large = Shape<128, 128, 2, 4, 3, 2>;
 using Medium = Shape<64, 64, 2, 2, 3, 4>;
 using Small = Shape<64, 16, 4, 1, 4, 4>;
 
-struct Matrix {
-  const int8_t* base;  // [rows, cols], last stride 1
-  int64_t rows, stride;
-  int32_t cols;
-  bool vec;  // every row is a multiple of 16 bytes
-};
-
 struct Plan {
   Sparse24Int8LinearParams p;
   Matrix x, values, meta;
@@ -52,35 +44,6 @@ struct Plan {
 };
 
 constexpr uint8_t kUnused = 0xee;  // metadata where there are none: zeros would be undefined
-
-// Starts to copy kRows rows and kCols columns from (row, col) on; kFill beyond the matrix. Metadata that are aligned
-// have whole pieces only. A cp_async_commit must follow. What is not aligned goes through registers, in a short loop.
-template <int kRows, int kCols, int kStride, int kThreads, uint8_t kFill = 0>
-EFFVIT_DEVICE void load_tile(const Shared<int8_t>& to, const Matrix& from, int64_t row, int col) {
-  constexpr int kPieces = kCols / kVec<int8_t>, kCount = kRows * kPieces;
-  const auto copy = [&](int i, bool vec) {
-    if (kCount % kThreads != 0 && i >= kCount) return;
-    const int r = i / kPieces, c = i % kPieces * kVec<int8_t>, at = r * kStride + c;
-    const int n = piece_length<int8_t>(row + r < from.rows ? from.cols - col - c : 0);
-    const int8_t* const p = from.base + (row + r) * from.stride + col + c;
-    if (vec && (kFill == 0 || n != 0)) {
-      prim::cp_async16(to, at, p, n);
-    } else {
-      Piece<int8_t> x;
-      EFFVIT_UNROLL
-      for (int e = 0; e < kVec<int8_t>; ++e)
-        x.v[e] = !vec && e < n ? prim::load_global(p + e) : static_cast<int8_t>(kFill);
-      to.store_vec(at, x);
-    }
-  };
-  if (from.vec) {
-    EFFVIT_UNROLL
-    for (int i = 0; i < kCount; i += kThreads) copy(i + prim::thread_id(), true);
-  } else {
-    EFFVIT_NO_UNROLL
-    for (int i = 0; i < kCount; i += kThreads) copy(i + prim::thread_id(), false);
-  }
-}
 
 template <class S>
 EFFVIT_DEVICE int warp_channel() {
@@ -176,15 +139,6 @@ sparse24_int8_linear_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
 // ---- plan and launch ----
 
 template <class S>
-int64_t tile_count(const Sparse24Int8LinearParams& p) {
-  return ceil_div(p.M, S::kTokens) * ceil_div(p.N, S::kChannels);
-}
-
-inline Matrix make_matrix(const void* base, int64_t rows, int64_t cols, int64_t stride) {
-  return {static_cast<const int8_t*>(base), rows, stride, static_cast<int32_t>(cols), aligned16(base, 1, {stride})};
-}
-
-template <class S>
 cudaError_t launch_tiles(const Sparse24Int8LinearParams& p, cudaStream_t stream) {
   const Plan g = {p,
                   make_matrix(p.x, p.M, p.K, p.x_stride_m),
@@ -192,7 +146,7 @@ cudaError_t launch_tiles(const Sparse24Int8LinearParams& p, cudaStream_t stream)
                   make_matrix(p.meta, p.N, ceil_div(p.K, 8), ceil_div(p.K, 8)),
                   epilogue_access(p),
                   ceil_div(p.N, S::kChannels),
-                  tile_count<S>(p)};
+                  ceil_div(p.M, S::kTokens) * ceil_div(p.N, S::kChannels)};
   return dispatch_output(p.out_dtype, [&](auto out) {
     return EFFVIT_LAUNCH((sparse24_int8_linear_fwd_kernel<S, decltype(out)>), grid_size(g.units), S::kThreads,
                          S::kSharedBytes, stream, g);
@@ -202,7 +156,6 @@ cudaError_t launch_tiles(const Sparse24Int8LinearParams& p, cudaStream_t stream)
 }  // namespace sparse24_int8_linear_impl
 }  // namespace cuda
 
-// The rule of int8_linear for the size of tiles.
 inline cudaError_t launch_sparse24_int8_linear_fwd(const Sparse24Int8LinearParams& p, cudaStream_t stream) {
   using namespace cuda;
   using namespace cuda::sparse24_int8_linear_impl;
@@ -212,12 +165,10 @@ inline cudaError_t launch_sparse24_int8_linear_fwd(const Sparse24Int8LinearParam
   ranges.read(p.values, extent_bytes(DType::kInt8, {{p.N, p.values_stride_n}, {p.K / 2, 1}}));
   ranges.read(p.meta, tensor_bytes(DType::kUInt8, p.N * ceil_div(p.K, 8)));
   register_epilogue(ranges, p);
-  const int64_t multiprocessors = prim::target_ctas() / 8;
-  const bool large = p.M > Large::kTokens / 2 && p.N > Large::kChannels / 2 && tile_count<Large>(p) >= multiprocessors;
-  const bool medium = p.M > Small::kTokens && tile_count<Medium>(p) >= multiprocessors / 2;
-  const cudaError_t error = large    ? launch_tiles<Large>(p, stream)
-                            : medium ? launch_tiles<Medium>(p, stream)
-                                     : launch_tiles<Small>(p, stream);
+  const int rows = tile_rows(p.M, p.N);
+  const cudaError_t error = rows == Large::kTokens    ? launch_tiles<Large>(p, stream)
+                            : rows == Medium::kTokens ? launch_tiles<Medium>(p, stream)
+                                                      : launch_tiles<Small>(p, stream);
   ranges.finish();
   return error;
 }

@@ -7,6 +7,7 @@ from mutants import Mutant, bf16, call, check_seeds, from_bf16, pointer
 
 HARNESS = "tests/prim/int8_linear_harness.cpp"
 KERNEL, EPILOGUE = "csrc/cuda/int8_linear.cuh", "csrc/cuda/int8_epilogue.cuh"
+TILES = "csrc/cuda/int8_tiles.cuh"
 FLOAT32, BFLOAT16, FLOAT16, INT32, INT8 = range(5)
 NUMPY = (np.float32, np.uint16, np.float16, np.int32, np.int8)
 NONE, RELU, GELU, SILU = range(4)
@@ -41,9 +42,9 @@ MUTANTS = [
     Mutant("early_copy", KERNEL, "load(step + S::kStages - 1);", "load(step + S::kStages);", "race|before its wait"),
     Mutant("no_empty_groups", KERNEL, "      prim::cp_async_commit();  // an empty", "      if (step < steps) "
            "prim::cp_async_commit();  // an empty", "before its wait"),
-    Mutant("row_bound", KERNEL, "row + r < from.rows", "row + r <= from.rows", "outside"),
-    Mutant("depth_bound", KERNEL, "? from.depth - k - col : 0", "? from.depth - k : 0", "outside"),
-    Mutant("alignment", KERNEL, "aligned16(base, 1, {stride})}", "aligned16(base, 1, {})}", "not aligned"),
+    Mutant("row_bound", TILES, "row + r < from.rows", "row + r <= from.rows", "outside"),
+    Mutant("depth_bound", TILES, "? from.cols - col - c : 0", "? from.cols - col : 0", "outside"),
+    Mutant("alignment", TILES, "aligned16(base, 1, {stride})}", "aligned16(base, 1, {})}", "not aligned"),
     Mutant("x_fragment", KERNEL, "(warp_row<S>() + at.low + at.half) * S::kStride + 2 * at.quarter",
            "(warp_row<S>() + at.low + at.quarter) * S::kStride + 2 * at.half"),
     Mutant("weight_fragment", KERNEL, "(warp_col<S>() + at.low + at.quarter) * S::kStride + 2 * at.half",

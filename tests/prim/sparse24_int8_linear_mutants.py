@@ -6,7 +6,7 @@ import numpy as np
 from mutants import Mutant, bf16, call, check_seeds, from_bf16, pointer
 
 HARNESS = "tests/prim/sparse24_int8_linear_harness.cpp"
-KERNEL = "csrc/cuda/sparse24_int8_linear.cuh"
+KERNEL, TILES = "csrc/cuda/sparse24_int8_linear.cuh", "csrc/cuda/int8_tiles.cuh"
 FLOAT32, BFLOAT16, FLOAT16, INT32, INT8 = range(5)
 NONE, RELU = 0, 1
 KEPT = np.array([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], np.uint8)
@@ -33,9 +33,9 @@ MUTANTS = [
     Mutant("no_empty_group", KERNEL, "      prim::cp_async_commit();  // an empty", "      if (step < steps) "
            "prim::cp_async_commit();  // an empty", "before its wait"),
     Mutant("zero_metadata", KERNEL, "kUnused = 0xee;", "kUnused = 0;", "metadata nibble"),
-    Mutant("zero_rows_of_metadata", KERNEL, "if (vec && (kFill == 0 || n != 0)) {", "if (vec) {", "metadata nibble"),
-    Mutant("row_bound", KERNEL, "row + r < from.rows ?", "row + r <= from.rows ?", "outside"),
-    Mutant("depth_bound", KERNEL, "? from.cols - col - c : 0", "? from.cols - col : 0", "outside"),
+    Mutant("zero_rows_of_metadata", TILES, "if (vec && (kFill == 0 || n != 0)) {", "if (vec) {", "metadata nibble"),
+    Mutant("row_bound", TILES, "row + r < from.rows ?", "row + r <= from.rows ?", "outside"),
+    Mutant("depth_bound", TILES, "? from.cols - col - c : 0", "? from.cols - col : 0", "outside"),
     Mutant("metadata_lanes", KERNEL, "lane % 2 * 8) * S::kMetaBytes + lane % 4 / 2 * 4",
            "lane % 4 / 2 * 8) * S::kMetaBytes + lane % 2 * 4"),
     Mutant("metadata_step", KERNEL, "c * 16 * S::kMetaBytes + k / 8)", "c * 16 * S::kMetaBytes + k / 16)"),
@@ -54,7 +54,7 @@ MUTANTS = [
     Mutant("token_bound", KERNEL, "static_cast<int>(least(S::kTokens, g.p.M - token))", "S::kTokens",
            "outside|written twice"),
     Mutant("lost_step", KERNEL, "static_cast<int>(ceil_div(g.p.K, S::kDepth))", "static_cast<int>(g.p.K / S::kDepth)"),
-    Mutant("alignment", KERNEL, "aligned16(base, 1, {stride})}", "aligned16(base, 1, {})}", "not aligned"),
+    Mutant("alignment", TILES, "aligned16(base, 1, {stride})}", "aligned16(base, 1, {})}", "not aligned"),
 ]  # fmt: skip
 
 
