@@ -17,6 +17,16 @@ using namespace tile;
 // int32 from row to row of the sums: lanes that write pairs of columns of four rows meet no bank twice.
 EFFVIT_HD constexpr int sum_stride(int cols) { return cols + 8; }
 
+// Sums in shared memory, a row sum_stride(kCols) from the next.
+template <int kCols>
+struct StagedSums {
+  Shared<int32_t> at;
+  template <class V>
+  EFFVIT_DEVICE V load_vec(int row, int col) const {
+    return at.template load_vec<V>(row * sum_stride(kCols) + col);
+  }
+};
+
 // Where a tile lies in the result, and how much of it there is.
 struct Place {
   int64_t row, col;
@@ -96,10 +106,9 @@ EFFVIT_DEVICE void load_four(const void* from, DType type, int64_t at, int n, bo
   }
 }
 
-// Writes the tile whose sums are [row][sum_stride(kCols)]. A barrier must come between their writers and this.
-template <class Out, int kThreads, int kCols>
-EFFVIT_DEVICE void finish_tile(const Int8Epilogue& p, const EpilogueAccess& vec, const Shared<int32_t>& sums,
-                               const Place& at) {
+// Writes the tile whose sums are at sums.load_vec<V>(row, col). A barrier must come between their writers and this.
+template <class Out, int kThreads, int kCols, class Sums>
+EFFVIT_DEVICE void finish_tile(const Int8Epilogue& p, const EpilogueAccess& vec, const Sums& sums, const Place& at) {
   constexpr int kPieces = kCols / kVec<Out>, kRowStep = kThreads / kPieces;
   static_assert(kThreads % kPieces == 0, "a thread's pieces are in the same columns");
   constexpr bool kRaw = std::is_same<Out, int32_t>::value;
@@ -120,7 +129,7 @@ EFFVIT_DEVICE void finish_tile(const Int8Epilogue& p, const EpilogueAccess& vec,
     Piece<Out> out;
     EFFVIT_UNROLL
     for (int i = 0; i < kVec<Out>; i += 4) {
-      const auto acc = sums.template load_vec<Vec<int32_t, 4>>(r * sum_stride(kCols) + col + i);
+      const auto acc = sums.template load_vec<Vec<int32_t, 4>>(r, col + i);
       float residual[4] = {};
       if (!kRaw && p.residual)
         load_four(p.residual, p.residual_dtype, row * p.residual_stride_m + at.col + col + i, n - i,

@@ -122,7 +122,7 @@ int8_linear_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
     prim::sync_threads();
     const Place at = {row, col, static_cast<int>(least(S::kM, g.p.M - row)),
                       static_cast<int>(least(S::kN, g.p.N - col))};
-    finish_tile<Out, S::kThreads, S::kN>(g.p, g.access, sums, at);
+    finish_tile<Out, S::kThreads, S::kN>(g.p, g.access, StagedSums<S::kN>{sums}, at);
   }
 }
 

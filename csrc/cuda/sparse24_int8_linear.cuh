@@ -132,7 +132,7 @@ sparse24_int8_linear_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
     prim::sync_threads();
     const Place at = {token, channel, static_cast<int>(least(S::kTokens, g.p.M - token)),
                       static_cast<int>(least(S::kChannels, g.p.N - channel))};
-    finish_tile<Out, S::kThreads, S::kChannels>(g.p, g.access, sums, at);
+    finish_tile<Out, S::kThreads, S::kChannels>(g.p, g.access, StagedSums<S::kChannels>{sums}, at);
   }
 }
 

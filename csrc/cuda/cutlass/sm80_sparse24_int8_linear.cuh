@@ -1,0 +1,30 @@
+// sparse24_int8_linear on sm_80 and later, by CUTLASS.
+#pragma once
+#include "sm80.cuh"
+
+namespace effvit {
+namespace cuda {
+namespace cutlass_sm80 {
+
+constexpr int kSparseDepth = 128;
+using Sparse = ::cutlass::gemm::device::SparseGemmWithVisitor<
+    int8_t, ::cutlass::layout::RowMajor, int8_t, ::cutlass::layout::ColumnMajor, int32_t, ::cutlass::layout::RowMajor,
+    int32_t, ::cutlass::arch::OpClassTensorOp, ::cutlass::arch::Sm80, TileShape<kSparseDepth>, WarpShape<kSparseDepth>,
+    ::cutlass::gemm::GemmShape<16, 8, 64>, Tree<kSparseDepth, true>, Swizzle, 3, 16, 16,
+    ::cutlass::arch::OpMultiplyAddSaturate>;
+static_assert(Sparse::GemmKernel::kThreadCount == kThreads, "finish_tile counts threads");
+static_assert(Sparse::kElementsPerElementE == 16 && sizeof(Sparse::ElementE) == 4, "an int32 has the metadata of 32");
+
+// meta: as format sm80 of effvit.sparse24_formats.
+inline cudaError_t run_sparse(const Sparse24Int8LinearParams& p, const void* meta, cudaStream_t stream) {
+  using LayoutE = Sparse::LayoutE;
+  const int m = static_cast<int>(p.N), n = static_cast<int>(p.M), k = static_cast<int>(p.K);
+  auto* const e = static_cast<Sparse::ElementE*>(const_cast<void*>(meta));
+  const Sparse::Arguments arguments({m, n, k}, {p.values, p.values_stride_n}, {p.x, p.x_stride_m},
+                                    {e, LayoutE::packed({m, k / 32})}, {{p, epilogue_access(p)}});
+  return run<Sparse>(arguments, stream);
+}
+
+}  // namespace cutlass_sm80
+}  // namespace cuda
+}  // namespace effvit
