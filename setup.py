@@ -26,6 +26,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = ("effvit_cpu", "effvit_cuda")
+OF_BUILD = (*NATIVE, "cutlass")
 
 
 def find_torch():
@@ -37,6 +38,14 @@ def find_torch():
         place for place in places if os.path.isdir(os.path.join(place, "include", "torch", "csrc", "stable"))
     )
     return next(has_headers, None)
+
+
+def find_cutlass():
+    """Folder of CUTLASS's headers in the package nvidia-cutlass, importable here or in the environment built for."""
+    spec = importlib.util.find_spec("cutlass_library")
+    places = list(spec.submodule_search_locations) if spec else []
+    places += [os.path.join(sysconfig.get_path(kind), "cutlass_library") for kind in ("purelib", "platlib")]
+    return next((f"{place}/source" for place in places if os.path.isdir(f"{place}/source/include/cutlass")), "")
 
 
 def find_program(name):
@@ -92,20 +101,21 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / "cmake" if self.inplace else Path(self.build_temp).resolve() / "cmake"
         missing = obstacle()
         if missing:
-            status = dict.fromkeys(NATIVE, f"not built: {missing}")
+            status = dict.fromkeys(OF_BUILD, f"not built: {missing}")
         else:
             cmake, ninja = find_program("cmake"), find_program("ninja")
             if not self.inplace:  # options of an earlier build must not stay
                 (build / "CMakeCache.txt").unlink(missing_ok=True)
             configure = [cmake, "-S", str(ROOT), "-B", str(build)]
             configure += [f"-DEFFVIT_TORCH_DIR={find_torch()}", f"-DEFFVIT_PACKAGE_DIR={package}"]
+            configure += [f"-DEFFVIT_CUTLASS_WHEEL={find_cutlass()}"]
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
             configure += [f"-DEFFVIT_BUILD_CUDA={'OFF' if is_set('EFFVIT_NO_CUDA') else 'AUTO'}"]
             configure += shlex.split(os.environ.get("EFFVIT_CMAKE_ARGS", ""))
             make = [cmake, "--build", str(build), "--parallel", str(self.parallel or os.cpu_count())]
             for command in (configure, make + (["--", "-k", "0"] if ninja else [])):
                 if subprocess.run(command).returncode:
-                    self.record(package, dict.fromkeys(NATIVE, "not built: the build failed"))
+                    self.record(package, dict.fromkeys(OF_BUILD, "not built: the build failed"))
                     sys.exit("effvit: the native build failed, see above; EFFVIT_NO_NATIVE=1 installs without it")
             status = dict(line.split("=", 1) for line in (build / "status.txt").read_text().split("\n") if line)
         self.record(package, status)
@@ -119,7 +129,7 @@ class CMakeBuild(build_ext):
         """For `python -m effvit info`; what was not built must not be left over from an earlier build."""
         (package / "lib").mkdir(parents=True, exist_ok=True)
         for name, how in status.items():
-            if how.startswith("not built") and "build failed" not in how:
+            if name in NATIVE and how.startswith("not built") and "build failed" not in how:
                 (package / "lib" / f"lib{name}.so").unlink(missing_ok=True)
         (package / "lib" / "build.json").write_text(json.dumps(status, indent=1) + "\n")
 

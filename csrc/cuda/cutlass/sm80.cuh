@@ -77,7 +77,7 @@ struct Int8EpilogueNode : ::cutlass::epilogue::threadblock::VisitorImpl2x<> {
 
     template <class Sum, int kSize>
     CUTLASS_DEVICE ::cutlass::Array<Sum, kSize> visit(int iteration, int row_index, int col_index, int,
-                                                     const ::cutlass::Array<Sum, kSize>& x) {
+                                                      const ::cutlass::Array<Sum, kSize>& x) {
       static_assert(std::is_same<Sum, int32_t>::value && kSize == kElements, "vectors of exact sums");
       const auto at = places(cute::_0{}, col_index, row_index, iteration);
       const int r = cute::get<0>(at) - row, c = cute::get<1>(at) - col;

@@ -1,4 +1,5 @@
-// The int8 products of sm_90a, of CUTLASS's parts: TMA loads, wgmma by specialised warps, the epilogue as a visitor node.
+// The int8 products of sm_90a, of CUTLASS's parts: TMA loads, wgmma by specialised warps, the epilogue as a visitor
+// node.
 //
 // The rows of a dense problem are tokens, those of a sparse one channels: wgmma.sp takes the sparse operand first. Its
 // result is column-major then, which is the same memory. TMA stores the results.
@@ -95,7 +96,7 @@ struct Int8EpilogueNode : ::cutlass::epilogue::fusion::Sm90VisitorImpl<> {
 
     template <class Sum, int kSize>
     CUTLASS_DEVICE ::cutlass::Array<Element, kSize> visit(const ::cutlass::Array<Sum, kSize>& sums, int v, int m,
-                                                         int n) {
+                                                          int n) {
       static_assert(std::is_same<Sum, int32_t>::value, "sums are exact");
       const auto place = places(cute::_, cute::_, cute::_, m, n);
       float y[kSize];
@@ -155,7 +156,7 @@ struct Product {
       ::cutlass::epilogue::collective::EpilogueTileAuto, int32_t, float, void, OutLayout, kOutAlignment, Element,
       OutLayout, kOutAlignment, ::cutlass::epilogue::TmaWarpSpecializedCooperative, Tree>::CollectiveOp;
   using Mainloop = typename ::cutlass::gemm::collective::CollectiveBuilder<
-      ::cutlass::arch::Sm90, OperatorClass, int8_t, ::cutlass::layout::RowMajor, kAlignment * (kSparse ? 2 : 1), int8_t,
+      ::cutlass::arch::Sm90, OperatorClass, int8_t, ::cutlass::layout::RowMajor, kAlignment*(kSparse ? 2 : 1), int8_t,
       ::cutlass::layout::ColumnMajor, kAlignment, int32_t, TileShape, ClusterShape,
       ::cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
       Schedule>::CollectiveOp;
@@ -179,41 +180,6 @@ inline ::cutlass::KernelHardwareInfo hardware() {
       cudaDeviceGetAttribute(&info.sm_count, cudaDevAttrMultiProcessorCount, info.device_id) != cudaSuccess)
     info.sm_count = 0;  // CUTLASS asks then
   return info;
-}
-
-template <class Out>
-cudaError_t run_dense(const Int8LinearParams& p, cudaStream_t stream) {
-  using Gemm = typename Product<Out, false>::Gemm;
-  using Kernel = typename Gemm::GemmKernel;
-  const Problem problem{static_cast<int>(p.M), static_cast<int>(p.N), static_cast<int>(p.K), 1};
-  typename Gemm::Arguments arguments{
-      ::cutlass::gemm::GemmUniversalMode::kGemm,
-      problem,
-      {p.x, typename Kernel::StrideA{p.x_stride_m, cute::_1{}, 0}, p.weight,
-       typename Kernel::StrideB{p.weight_stride_n, cute::_1{}, 0}},
-      {{{p}}, nullptr, typename Kernel::StrideC{p.N, cute::_1{}, 0},
-       static_cast<typename NameOf<Out>::type*>(p.out), typename Kernel::StrideD{p.N, cute::_1{}, 0}},
-      hardware()};
-  return run<Gemm>(arguments, stream);
-}
-
-// meta: as format sm90 of effvit.sparse24_formats.
-template <class Out>
-cudaError_t run_sparse(const Sparse24Int8LinearParams& p, const void* meta, cudaStream_t stream) {
-  using Gemm = typename Product<Out, true>::Gemm;
-  using Kernel = typename Gemm::GemmKernel;
-  using Mainloop = typename Kernel::CollectiveMainloop;
-  const Problem problem{static_cast<int>(p.N), static_cast<int>(p.M), static_cast<int>(p.K), 1};
-  typename Gemm::Arguments arguments{
-      ::cutlass::gemm::GemmUniversalMode::kGemm,
-      problem,
-      {p.values, Mainloop::SparseConfig::fill_layoutA(problem), p.x,
-       typename Kernel::StrideB{p.x_stride_m, cute::_1{}, 0},
-       static_cast<const typename Mainloop::ElementE*>(meta), Mainloop::SparseConfig::fill_layoutE(problem)},
-      {{{p}}, nullptr, typename Kernel::StrideC{cute::_1{}, p.N, 0},
-       static_cast<typename NameOf<Out>::type*>(p.out), typename Kernel::StrideD{cute::_1{}, p.N, 0}},
-      hardware()};
-  return run<Gemm>(arguments, stream);
 }
 
 }  // namespace cutlass_sm90
