@@ -29,9 +29,9 @@ PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 # What is built: the CPU library for this machine (demo), what the suite runs (test), everything (test-all, bench).
 DEMO_BUILD := -DEFFVIT_ISAS=native -DEFFVIT_BUILD_CUDA=OFF -DEFFVIT_BUILD_EMU=OFF -DEFFVIT_BUILD_BENCH=OFF
 TEST_BUILD := '-DEFFVIT_ISAS=native;emulated' -DEFFVIT_BUILD_CUDA=ON -DEFFVIT_CUDA_ARCHS=90a -DEFFVIT_CUDA_PTX=OFF \
-  -DEFFVIT_BUILD_EMU=ON -DEFFVIT_BUILD_BENCH=OFF
+  -DEFFVIT_CUTLASS_OUTPUTS=float16 -DEFFVIT_BUILD_EMU=ON -DEFFVIT_BUILD_BENCH=OFF
 FULL_BUILD := -DEFFVIT_ISAS=all -DEFFVIT_BUILD_CUDA=ON '-DEFFVIT_CUDA_ARCHS=80;90a' -DEFFVIT_CUDA_PTX=ON \
-  -DEFFVIT_BUILD_EMU=ON -DEFFVIT_BUILD_BENCH=ON
+  '-DEFFVIT_CUTLASS_OUTPUTS=float32;bfloat16;float16;int8' -DEFFVIT_BUILD_EMU=ON -DEFFVIT_BUILD_BENCH=ON
 BUILD := EFFVIT_CMAKE_ARGS="$$args $(EFFVIT_CMAKE_ARGS)" $(PYTHON) setup.py --quiet build_ext --inplace --parallel $(JOBS)
 
 help:  ## this list
@@ -41,7 +41,8 @@ help:  ## this list
 	@echo "effvit: creating .venv"
 	python3 -m venv $$(python3 -c '$(HAS_TORCH)' 2>/dev/null && echo --system-site-packages) .venv
 
-# With their dependencies triton, torchvision and timm would replace torch. torchvision 0.N+15 goes with torch 2.N.
+# With their dependencies triton, torchvision and timm would replace torch; CUTLASS's headers need none of theirs.
+# torchvision 0.N+15 goes with torch 2.N.
 $(STAMP): requirements-test.txt pyproject.toml Makefile | $(PYTHON)
 	@echo "effvit: setting up $(PYTHON)"
 	@$(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null || $(PIP) '$(TORCH)'
@@ -50,6 +51,7 @@ $(STAMP): requirements-test.txt pyproject.toml Makefile | $(PYTHON)
 	@$(PYTHON) -c '$(VERSION) v("torchvision")' 2>/dev/null || \
 	  $(PIP) --no-deps torchvision==0.$$($(PYTHON) -c '$(VERSION) print(int(v("torch").split(".")[1]) + 15)').0
 	@$(PYTHON) -c '$(VERSION) v("timm")' 2>/dev/null || $(PIP) --no-deps 'timm>=1.0.15'
+	@$(PYTHON) -c '$(VERSION) v("nvidia-cutlass")' 2>/dev/null || $(PIP) --no-deps 'nvidia-cutlass>=4.2'
 	@EFFVIT_NO_NATIVE=1 $(PIP) --no-deps --no-build-isolation -e .
 	@mkdir -p $(@D) && touch $@
 

@@ -118,22 +118,27 @@ def test_declarations_are_those_of_python(name):
     assert sorted(handle.effvit_declarations().decode().splitlines()) == sorted(expected)
 
 
+def preload_cuda(path, tmp_path):
+    """A line of Python after which the CUDA library loads here."""
+    if torch.version.cuda is not None:
+        return ""
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
+    undefined = [line.split()[-1] for line in output("nm", "-D", "--undefined-only", path).splitlines()]
+    exported = output("nm", "-D", "--defined-only", f"{torch.__path__[0]}/lib/libtorch_cpu.so").splitlines()
+    exported = {line.split()[-1] for line in exported}
+    missing = [s for s in undefined if STABLE_ABI.match(s) and s not in exported]
+    assert all("cuda" in s for s in missing), missing
+    (tmp_path / "cuda.c").write_text("".join(f"int {s}(void) {{ return 1; }}\n" for s in missing))
+    stub = tmp_path / "libtorch_cuda.so"
+    output("cc", "-shared", "-fPIC", f"-Wl,-soname,{stub.name}", tmp_path / "cuda.c", "-o", stub)
+    return f"ctypes.CDLL({str(stub)!r})\n"
+
+
 def test_cuda_library_loads_and_matches_schemas(tmp_path):
     """Also where torch is CPU-only: functions that are never called then stand in for its CUDA symbols."""
     path = library("effvit_cuda")
-    preload = ""
-    if torch.version.cuda is None:
-        if shutil.which("cc") is None:
-            pytest.skip("needs a C compiler")
-        undefined = [line.split()[-1] for line in output("nm", "-D", "--undefined-only", path).splitlines()]
-        exported = output("nm", "-D", "--defined-only", f"{torch.__path__[0]}/lib/libtorch_cpu.so").splitlines()
-        exported = {line.split()[-1] for line in exported}
-        missing = [s for s in undefined if STABLE_ABI.match(s) and s not in exported]
-        assert all("cuda" in s for s in missing), missing
-        (tmp_path / "cuda.c").write_text("".join(f"int {s}(void) {{ return 1; }}\n" for s in missing))
-        stub = tmp_path / "libtorch_cuda.so"
-        output("cc", "-shared", "-fPIC", f"-Wl,-soname,{stub.name}", tmp_path / "cuda.c", "-o", stub)
-        preload = f"ctypes.CDLL({str(stub)!r})\n"
+    preload = preload_cuda(path, tmp_path)
     cuda_ops = [line.split("(")[0] for line in expected_signatures("effvit_cuda")]
     code = f"""
 import ctypes, os, sys

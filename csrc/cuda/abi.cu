@@ -25,6 +25,19 @@ Params described(const int64_t* call) {
   return p;
 }
 
+Int8LinearParams dense(const int64_t* call) {
+  auto p = described<Int8LinearParams>(call);
+  p.weight = reinterpret_cast<const int8_t*>(call[6]), p.weight_stride_n = call[7], p.packed = call[8] != 0;
+  return p;
+}
+
+Sparse24Int8LinearParams sparse(const int64_t* call) {
+  auto p = described<Sparse24Int8LinearParams>(call);
+  p.values = reinterpret_cast<const int8_t*>(call[6]), p.values_stride_n = call[7];
+  p.meta = reinterpret_cast<const uint8_t*>(call[8]);
+  return p;
+}
+
 }  // namespace
 }  // namespace effvit
 
@@ -34,19 +47,20 @@ Params described(const int64_t* call) {
 EFFVIT_ABI_EXPORT effvit_cuda_cutlass_obstacle(const int64_t* call, int64_t major, int64_t* arch) {
   using namespace effvit;
   *arch = *arch == 90 ? 1 : 0;
-  const char* obstacle;
-  if (call[0] == 0) {
-    auto p = described<Int8LinearParams>(call);
-    p.weight = reinterpret_cast<const int8_t*>(call[6]), p.weight_stride_n = call[7], p.packed = call[8] != 0;
-    obstacle = choose(p, major, arch);
-  } else {
-    auto p = described<Sparse24Int8LinearParams>(call);
-    p.values = reinterpret_cast<const int8_t*>(call[6]), p.values_stride_n = call[7];
-    p.meta = reinterpret_cast<const uint8_t*>(call[8]);
-    obstacle = choose(p, major, arch);
-  }
+  const char* const obstacle = call[0] == 0 ? choose(dense(call), major, arch) : choose(sparse(call), major, arch);
   *arch = *arch == 1 ? 90 : 80;
   return obstacle;
+}
+
+// Whether the kernel chosen for the call takes its arguments, by CUTLASS's own checks: 0, or an error. Nothing runs.
+extern "C" __attribute__((visibility("default"))) int effvit_cuda_cutlass_check(const int64_t* call, int64_t arch) {
+  using namespace effvit;
+  const cuda::CutlassKernels& kernels =
+      cuda::cutlass_kernels(arch == 90 ? cuda::CutlassArch::kSm90 : cuda::CutlassArch::kSm80);
+  const int64_t out = call[10];
+  if (call[0] == 0) return kernels.dense[out] ? static_cast<int>(kernels.dense[out](dense(call), nullptr, false)) : -1;
+  const Sparse24Int8LinearParams p = sparse(call);
+  return kernels.sparse[out] ? static_cast<int>(kernels.sparse[out](p, p.meta, nullptr, false)) : -1;
 }
 
 // From the next call on: 1, CUTLASS's kernels where they apply; 0, our own.

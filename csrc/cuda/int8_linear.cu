@@ -16,7 +16,7 @@ const Int8LinearParams& plain(const Call& call, const Int8LinearParams& p) {
 cudaError_t launch(const Int8LinearParams& p, cudaStream_t stream) {
   const cuda::CutlassChoice choice = cuda::choose_cutlass(p, cuda::device_major());
   if (choice.obstacle) return launch_int8_linear_fwd(p, stream);
-  return cuda::cutlass_kernels(choice.arch).dense[static_cast<int>(p.out_dtype)](p, stream);
+  return cuda::cutlass_kernels(choice.arch).dense[static_cast<int>(p.out_dtype)](p, stream, true);
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ cudaError_t launch(const Sparse24Int8LinearParams& p, void* workspace, cudaStrea
   if (choice.obstacle) return launch_sparse24_int8_linear_fwd(p, stream);
   const cudaError_t error = launch_sparse24_meta(p.meta, p.N, p.K, choice.arch, workspace, stream);
   if (error != cudaSuccess) return error;
-  return cuda::cutlass_kernels(choice.arch).sparse[static_cast<int>(p.out_dtype)](p, workspace, stream);
+  return cuda::cutlass_kernels(choice.arch).sparse[static_cast<int>(p.out_dtype)](p, workspace, stream, true);
 }
 
 }  // namespace
@@ -36,3 +36,12 @@ cudaError_t launch(const Sparse24Int8LinearParams& p, void* workspace, cudaStrea
 
 EFFVIT_CUDA_OP(sparse24_int8_linear, workspace_bytes(p), launch(canonical(binding.call, p), workspace, stream), 0,
                cudaSuccess)
+
+// launch_sparse24_meta by itself, for tests. arch: 80 or 90.
+extern "C" __attribute__((visibility("default"))) int effvit_cuda_sparse24_meta(const uint8_t* meta, int64_t N,
+                                                                                int64_t K, int64_t arch, void* out,
+                                                                                void* stream) {
+  using namespace effvit;
+  const auto chosen = arch == 90 ? cuda::CutlassArch::kSm90 : cuda::CutlassArch::kSm80;
+  return static_cast<int>(launch_sparse24_meta(meta, N, K, chosen, out, static_cast<cudaStream_t>(stream)));
+}

@@ -9,7 +9,7 @@ import time
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _backends, ops
+from . import _backends, _cutlass, ops
 from .ops._op import OPS, Op
 
 
@@ -130,6 +130,11 @@ def explain(op: str, *args, rates: Rates | None = None, **kwargs) -> Explanation
     first = next(a for a in args if a is not None)
     device, dtype = first.device, first.dtype
     choices = tuple(_backends.choices(op, device.type))
+    if op in _cutlass.OPS:
+        choices = tuple(
+            dataclasses.replace(c, reason=_cutlass.explained(op, args, options)) if c.runs and c.name == "cuda" else c
+            for c in choices
+        )
     cost = OPS[op].cost(args, options)
     rates = rates or measure_rates(device, dtype)
     memory, compute = cost.bytes / rates.bytes_per_second, cost.flops / rates.flops_per_second

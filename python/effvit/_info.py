@@ -61,7 +61,7 @@ def lines() -> list[str]:
     out.append(f"  {'AMX':14}{_permission()}")
     out.append(f"  {'ISA':14}{_isas()}")
     out.append(f"  {'GPU':14}{_gpu()}")
-    for variable in ("EFFVIT_BACKEND", "EFFVIT_ISA", "EFFVIT_LIB_DIR"):
+    for variable in ("EFFVIT_BACKEND", "EFFVIT_ISA", "EFFVIT_CUTLASS", "EFFVIT_LIB_DIR"):
         if os.environ.get(variable):
             out.append(f"  {variable:14}={os.environ[variable]}")
 
@@ -73,6 +73,10 @@ def lines() -> list[str]:
         out.append(f"  {name:14}{state}{f'; built with {built}' if built and not built.startswith('not') else ''}")
         if library.fix:
             fixes[name] = library.fix
+    cutlass = _load.build_status("cutlass")
+    out.append(f"  {'cutlass':14}{cutlass if cutlass.startswith('not') else f'in effvit_cuda: {cutlass}'}")
+    if cutlass.startswith("not built: ") and "effvit_cuda is not" not in cutlass:
+        fixes["cutlass"] = _load.fix_of_build(cutlass)
     reason, fix = _load.triton_obstacle()
     out.append(f"  {'triton':14}{f'not used: {reason}' if reason else 'used where there is no CUDA kernel'}")
     if fix:

@@ -1,7 +1,7 @@
 """Finds and loads the native libraries, registers the Triton kernels; records why something is not there.
 
 EFFVIT_BACKEND=reference|cpu|triton|cuda: only that implementation, and the reference where it does not apply.
-EFFVIT_ISA: the instruction set of the CPU library. EFFVIT_LIB_DIR: folder of the libraries instead of effvit/lib.
+EFFVIT_ISA: the instruction set of the CPU library. EFFVIT_CUTLASS=0: no CUTLASS kernels. EFFVIT_LIB_DIR: folder of the libraries instead of effvit/lib.
 """
 
 from __future__ import annotations
@@ -79,8 +79,11 @@ def build_status(name: str) -> str:
         return "not built"
 
 
-def _fix_of_build(status: str) -> str:
+def fix_of_build(status: str) -> str:
+    """What to type so that a part is built of which `build_status` says why it was not."""
     for cause, fix in (
+        ("EFFVIT_CUTLASS", "leave -DEFFVIT_CUTLASS=OFF out of EFFVIT_CMAKE_ARGS, then "),
+        ("CUTLASS", "pip install --no-deps 'nvidia-cutlass>=4.2', then "),
         ("compiler", "install a C++17 compiler (apt install g++), then "),
         ("nvcc", "install the CUDA toolkit 12.0 or later, then "),
         ("cmake", "pip install cmake ninja, then "),
@@ -158,7 +161,7 @@ def _load_library(name: str, backend_name: str) -> Library:
         library.reason, library.fix = obstacle
     elif library.path is None:
         library.reason = status if status.startswith("not built") else f"lib{name}.so is not in {library_dir()}"
-        library.fix = _fix_of_build(status)
+        library.fix = fix_of_build(status)
     elif tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         library.reason, library.fix = f"torch {torch.__version__} is older than 2.11", "pip install 'torch>=2.11'"
     else:
@@ -166,7 +169,7 @@ def _load_library(name: str, backend_name: str) -> Library:
             torch.ops.load_library(str(library.path))
             library.handle = ctypes.CDLL(str(library.path))
         except OSError as error:  # torch names the file, its cause the reason
-            library.reason, library.fix = f"the loader refused it: {error.__cause__ or error}", _fix_of_build(status)
+            library.reason, library.fix = f"the loader refused it: {error.__cause__ or error}", fix_of_build(status)
     if name == "effvit_cpu" and library.handle is not None:
         _check_isas(library)
     return library

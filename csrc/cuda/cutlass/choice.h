@@ -25,7 +25,7 @@ inline const char* common_obstacle(const Int8Epilogue& p, const int8_t* x, int64
   if (p.out_dtype == DType::kInt32) return "out_dtype is int32";
   if (p.M <= kCutlassTile / 2 || p.N <= kCutlassTile / 2 || tiles(p.M) * tiles(p.N) < kMultiprocessors)
     return "tiles of 128 x 128 would not occupy the GPU";
-  if (p.M > kMostRows || p.N > kMostRows) return "M or N is more than 2^22";
+  if (p.M > kMostRows || p.N > kMostRows) return "M or N is above 4194304";
   if (!aligned(x, 16) || x_stride % 16 != 0) return "rows of x are not aligned to 16 bytes";
   if (x_stride < K) return "rows of x overlap";
   if (arch == CutlassArch::kSm90 && (!aligned(p.out, 16) || p.N * element_bytes(p.out_dtype) % 16 != 0))

@@ -11,8 +11,9 @@
 namespace effvit {
 namespace cuda {
 
-using CutlassDense = cudaError_t (*)(const Int8LinearParams&, cudaStream_t);
-using CutlassSparse = cudaError_t (*)(const Sparse24Int8LinearParams&, const void* meta, cudaStream_t);
+// launch: else nothing runs, and the error says whether CUTLASS would take the arguments.
+using CutlassDense = cudaError_t (*)(const Int8LinearParams&, cudaStream_t, bool launch);
+using CutlassSparse = cudaError_t (*)(const Sparse24Int8LinearParams&, const void* meta, cudaStream_t, bool launch);
 
 // Null: not built. Files of kernels fill their places while the library is loaded; zeros come before that.
 struct CutlassKernels {

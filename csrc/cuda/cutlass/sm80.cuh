@@ -137,10 +137,11 @@ template <int kDepth, bool kSparse>
 using Tree = ::cutlass::epilogue::threadblock::Sm80EVT<Int8EpilogueNode<Map<kDepth>, kSparse>>;
 using Swizzle = ::cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<4>;
 
+// can_implement is not asked: it wants M and N to be multiples of what this epilogue and operands that are contiguous
+// along K do not need. cutlass_obstacle has what they need.
 template <class Gemm>
-cudaError_t run(const typename Gemm::Arguments& arguments, cudaStream_t stream) {
-  if (Gemm::get_workspace_size(arguments) != 0) return cudaErrorInvalidValue;
-  if (Gemm::can_implement(arguments) != ::cutlass::Status::kSuccess) return cudaErrorInvalidValue;
+cudaError_t run(const typename Gemm::Arguments& arguments, cudaStream_t stream, bool launch) {
+  if (!launch) return cudaSuccess;
   Gemm gemm;
   if (gemm(arguments, nullptr, stream) == ::cutlass::Status::kSuccess) return cudaSuccess;
   const cudaError_t error = cudaGetLastError();

@@ -16,13 +16,13 @@ static_assert(Sparse::GemmKernel::kThreadCount == kThreads, "finish_tile counts 
 static_assert(Sparse::kElementsPerElementE == 16 && sizeof(Sparse::ElementE) == 4, "an int32 has the metadata of 32");
 
 // meta: as format sm80 of effvit.sparse24_formats.
-inline cudaError_t run_sparse(const Sparse24Int8LinearParams& p, const void* meta, cudaStream_t stream) {
+inline cudaError_t run_sparse(const Sparse24Int8LinearParams& p, const void* meta, cudaStream_t stream, bool launch) {
   using LayoutE = Sparse::LayoutE;
   const int m = static_cast<int>(p.N), n = static_cast<int>(p.M), k = static_cast<int>(p.K);
   auto* const e = static_cast<Sparse::ElementE*>(const_cast<void*>(meta));
   const Sparse::Arguments arguments({m, n, k}, {p.values, p.values_stride_n}, {p.x, p.x_stride_m},
                                     {e, LayoutE::packed({m, k / 32})}, {{p, epilogue_access(p)}});
-  return run<Sparse>(arguments, stream);
+  return run<Sparse>(arguments, stream, launch);
 }
 
 }  // namespace cutlass_sm80

@@ -7,7 +7,7 @@ namespace cuda {
 namespace cutlass_sm90 {
 
 template <class Out>
-cudaError_t run_dense(const Int8LinearParams& p, cudaStream_t stream) {
+cudaError_t run_dense(const Int8LinearParams& p, cudaStream_t stream, bool launch) {
   using Gemm = typename Product<Out, false>::Gemm;
   using Kernel = typename Gemm::GemmKernel;
   const Problem problem{static_cast<int>(p.M), static_cast<int>(p.N), static_cast<int>(p.K), 1};
@@ -21,7 +21,7 @@ cudaError_t run_dense(const Int8LinearParams& p, cudaStream_t stream) {
                                       static_cast<typename NameOf<Out>::type*>(p.out),
                                       typename Kernel::StrideD{p.N, cute::_1{}, 0}},
                                      hardware()};
-  return run<Gemm>(arguments, stream);
+  return run<Gemm>(arguments, stream, launch);
 }
 
 }  // namespace cutlass_sm90

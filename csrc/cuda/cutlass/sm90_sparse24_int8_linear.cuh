@@ -8,7 +8,7 @@ namespace cutlass_sm90 {
 
 // meta: as format sm90 of effvit.sparse24_formats.
 template <class Out>
-cudaError_t run_sparse(const Sparse24Int8LinearParams& p, const void* meta, cudaStream_t stream) {
+cudaError_t run_sparse(const Sparse24Int8LinearParams& p, const void* meta, cudaStream_t stream, bool launch) {
   using Gemm = typename Product<Out, true>::Gemm;
   using Kernel = typename Gemm::GemmKernel;
   using Mainloop = typename Kernel::CollectiveMainloop;
@@ -25,7 +25,7 @@ cudaError_t run_sparse(const Sparse24Int8LinearParams& p, const void* meta, cuda
        static_cast<typename NameOf<Out>::type*>(p.out),
        typename Kernel::StrideD{cute::_1{}, p.N, 0}},
       hardware()};
-  return run<Gemm>(arguments, stream);
+  return run<Gemm>(arguments, stream, launch);
 }
 
 }  // namespace cutlass_sm90

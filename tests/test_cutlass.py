@@ -1,0 +1,274 @@
+"""CUTLASS in the CUDA library: what is in it, the rule that chooses, the order of metadata, what is said of it.
+
+The kernels themselves need a GPU: there the tests of the operators run them.
+"""
+
+import ctypes
+import itertools
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from test_abi import library, output, preload_cuda
+from test_info import info
+
+import effvit
+from effvit import _cutlass, _load, sparse24_formats
+from effvit.testing import assert_bitwise_equal, emulator
+
+OUTPUTS = ("float32", "bfloat16", "float16", "int32", "int8")
+DTYPE = {name: i for i, name in enumerate(OUTPUTS)}
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    handle, reason = emulator.load()
+    if handle is None:
+        pytest.skip(reason)
+    return handle
+
+
+# ---- metadata -------------------------------------------------------------------------------------------------------
+
+
+def _full_weight(n, k):
+    """(values, meta) of two nonzeros in every group: of these sm80's packing keeps the same as the canonical form."""
+    g = torch.Generator().manual_seed(n + k)
+    kept = torch.tensor([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], dtype=torch.uint8)
+    nibbles = kept[torch.randint(6, (n, k // 4), generator=g)]
+    values = torch.randint(1, 128, (n, k // 2), generator=g, dtype=torch.int8)
+    return values, nibbles[:, ::2] | nibbles[:, 1::2] << 4
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("n", "k"), [(16, 64), (32, 128), (80, 192), (144, 384), (5, 32), (70, 160), (200, 992)])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_metadata_are_repacked_as_sparse24_formats_does(emulated, arch, n, k, seed):
+    values, meta = _full_weight(n, k)
+    _, expected = sparse24_formats.pack(values, meta, format=f"sm{arch}")
+    found = torch.zeros(expected.numel() * expected.element_size(), dtype=torch.uint8)
+    with emulator.seeded(seed):
+        error = emulated.effvit_cuda_sparse24_meta(
+            ctypes.c_void_p(meta.data_ptr()), ctypes.c_int64(n), ctypes.c_int64(k), ctypes.c_int64(arch),
+            ctypes.c_void_p(found.data_ptr()), None,
+        )  # fmt: skip
+    assert error == 0
+    assert_bitwise_equal(found, expected.contiguous().flatten().view(torch.uint8))
+
+
+# ---- the choice -----------------------------------------------------------------------------------------------------
+
+NAMES = ("M", "N", "K", "x", "x_stride", "w", "w_stride", "last", "out", "dtype")
+GOOD = {
+    "int8_linear": (1576, 1536, 768, 256, 768, 512, 768, 0, 1024, "float16"),
+    "sparse24_int8_linear": (1576, 1536, 768, 256, 768, 512, 384, 768, 1024, "float16"),
+}
+
+
+def numbers(op, **changes):
+    call = {**dict(zip(NAMES, GOOD[op], strict=True)), **changes}
+    return [_cutlass.OPS.index(op), *list(call.values())[:-1], DTYPE[call["dtype"]]]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("op", _cutlass.OPS)
+def test_a_good_call_is_taken(emulated, op, dtype, arch):
+    for changes in ({}, {"M": 1577}, {"M": 12345, "x_stride": 1024}):
+        assert _cutlass.obstacle(emulated, numbers(op, dtype=dtype, **changes), arch=arch) == ("", arch)
+
+
+BOTH = (80, 90)
+DENSE, SPARSE = ("int8_linear",), ("sparse24_int8_linear",)
+
+
+@pytest.mark.parametrize(
+    ("ops", "archs", "changes", "reason"),
+    [
+        (_cutlass.OPS, BOTH, {"dtype": "int32"}, "out_dtype is int32"),
+        (_cutlass.OPS, BOTH, {"M": 64}, "tiles of 128 x 128 would not occupy the GPU"),
+        (_cutlass.OPS, BOTH, {"N": 64, "M": 100000}, "tiles of 128 x 128 would not occupy the GPU"),
+        (_cutlass.OPS, BOTH, {"M": 1280, "N": 1280}, "tiles of 128 x 128 would not occupy the GPU"),
+        (_cutlass.OPS, BOTH, {"M": 2**22 + 1}, "M or N is above 4194304"),
+        (_cutlass.OPS, BOTH, {"x": 264}, "rows of x are not aligned to 16 bytes"),
+        (_cutlass.OPS, BOTH, {"x_stride": 776}, "rows of x are not aligned to 16 bytes"),
+        (_cutlass.OPS, BOTH, {"x_stride": 0}, "rows of x overlap"),
+        (_cutlass.OPS, BOTH, {"w": 520}, "rows of (weight|values) are not aligned to 16 bytes"),
+        (DENSE, BOTH, {"w_stride": 776}, "rows of weight are not aligned to 16 bytes"),
+        (DENSE, BOTH, {"w_stride": 0}, "rows of weight overlap"),
+        (DENSE, BOTH, {"last": 1}, "weight is packed"),
+        (DENSE, BOTH, {"K": 760}, "K is not a multiple of 16"),
+        (SPARSE, BOTH, {"last": 0}, "values are packed"),
+        (SPARSE, BOTH, {"last": 770}, "meta is not aligned to 4 bytes"),
+        (SPARSE, BOTH, {"K": 752, "w_stride": 376}, "K is not a multiple of 32"),
+        (SPARSE, (90,), {"w_stride": 400}, "values are not contiguous"),
+        (SPARSE, (80,), {"w_stride": 392}, "rows of values are not aligned to 16 bytes"),
+        (SPARSE, (80,), {"w_stride": 0}, "rows of values overlap"),
+        (SPARSE, (80,), {"K": 704, "w_stride": 352}, "K is not a multiple of 128, as sm_80's kernel needs"),
+        (SPARSE, (80,), {"N": 1544}, "N is not a multiple of 16, as sm_80's kernel needs"),
+        (_cutlass.OPS, (90,), {"N": 1540}, "rows of the output are not multiples of 16 bytes"),
+        (_cutlass.OPS, (90,), {"N": 1544, "dtype": "int8"}, "rows of the output are not multiples of 16 bytes"),
+        (_cutlass.OPS, (90,), {"out": 1032}, "rows of the output are not multiples of 16 bytes"),
+    ],
+)  # fmt: skip
+def test_obstacles(emulated, ops, archs, changes, reason):
+    for op, arch in itertools.product(ops, archs):
+        found, _ = _cutlass.obstacle(emulated, numbers(op, **changes), arch=arch)
+        assert re.fullmatch(reason, found), (op, arch, found)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_what_one_architecture_lacks_the_other_takes(emulated, arch):
+    other = {80: {"N": 1544}, 90: {"w_stride": 400}}[arch]
+    assert _cutlass.obstacle(emulated, numbers("sparse24_int8_linear", **other), arch=170 - arch) == ("", 170 - arch)
+
+
+def test_calls_are_described_by_their_tensors(emulated):
+    x, w = torch.zeros(1024, 800, dtype=torch.int8)[:, :768], torch.zeros(3072, 768, dtype=torch.int8)
+    scales = torch.ones(1024), torch.ones(3072)
+    options = {"activation": 0, "out_dtype": DTYPE["int8"], "out_scale": 1.0}
+    call = _cutlass.described("int8_linear", (x, w, *scales, None, None), options)
+    assert call == [0, 1024, 3072, 768, x.data_ptr(), 800, w.data_ptr(), 768, 0, 0, 4]
+    assert _cutlass.obstacle(emulated, call) == ("", 90)
+    packed = effvit.int8_prepack(w)
+    assert _cutlass.described("int8_linear", (x, packed, *scales, None, None), options)[8] == 1
+    values, meta = _full_weight(3072, 768)
+    call = _cutlass.described("sparse24_int8_linear", (x, values, meta, *scales, None, None), options)
+    assert call == [1, 1024, 3072, 768, x.data_ptr(), 800, values.data_ptr(), 384, meta.data_ptr(), 0, 4]
+    assert _cutlass.obstacle(emulated, call) == ("", 90)
+
+
+def test_explain_says_which_kernel(emulated, monkeypatch):
+    """As on a GPU, of a library that has no CUTLASS kernels: the emulator's."""
+    monkeypatch.setattr(_load.load()["effvit_cuda"], "handle", emulated)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    x, w = torch.zeros(8, 32, dtype=torch.int8), torch.zeros(16, 32, dtype=torch.int8)
+    args, options = (x, w, torch.ones(8), torch.ones(16), None, None), {"out_dtype": 0}
+    expected = "our own kernel, not CUTLASS's: no CUTLASS kernel was built for this GPU and dtype"
+    assert _cutlass.explained("int8_linear", args, options) == expected
+    try:
+        _cutlass.use(False)
+        assert _cutlass.explained("int8_linear", args, options) == "our own kernel, not CUTLASS's: EFFVIT_CUTLASS is 0"
+    finally:
+        _cutlass.use(True)
+    assert _cutlass.explained("int8_linear", args, options) == expected
+
+
+def test_use_needs_the_library(monkeypatch):
+    monkeypatch.setattr(_load.load()["effvit_cuda"], "handle", None)
+    with pytest.raises(RuntimeError, match="effvit: the CUDA library is not loaded"):
+        _cutlass.use(False)
+
+
+# ---- the library ----------------------------------------------------------------------------------------------------
+
+
+def built():
+    """{architecture: dtypes of outputs} of the CUTLASS kernels of this build."""
+    status = _load.build_status("cutlass")
+    if not status.startswith("CUTLASS"):
+        pytest.skip(f"CUTLASS kernels: {status}")
+    found = {}
+    if re.search(r", sm_80\b", status):
+        found[80] = ["float32", "bfloat16", "float16", "int8"]
+    if match := re.search(r", sm_90a \(outputs (.*)\)", status):
+        found[90] = match[1].split()
+    assert found, status
+    return found
+
+
+SCRIPT = """
+import ctypes, os, sys
+os.environ["EFFVIT_BACKEND"] = "cpu"
+import torch, effvit
+from effvit import _cutlass
+{preload}torch.ops.load_library({path!r})
+handle = ctypes.CDLL({path!r})
+for call, major in {calls!r}:
+    reason, arch = _cutlass.obstacle(handle, call, major=major)
+    numbers = (ctypes.c_int64 * len(call))(*call)
+    checked = handle.effvit_cuda_cutlass_check(numbers, ctypes.c_int64(arch)) if not reason else None
+    print(repr((reason, arch, checked)))
+"""
+
+
+def asked(tmp_path, calls, **env):
+    """(reason, architecture, CUTLASS's own check) of each (call, major), from the CUDA library, without a GPU."""
+    path = str(library("effvit_cuda"))
+    script = SCRIPT.format(preload=preload_cuda(path, tmp_path), path=path, calls=calls)
+    assignments = [f"{name}={value}" for name, value in env.items()]
+    return [eval(line) for line in output("env", *assignments, sys.executable, "-c", script).splitlines()]
+
+
+def test_the_library_has_the_kernels_that_the_build_reports(tmp_path):
+    archs = built()
+    wanted = list(itertools.product(_cutlass.OPS, OUTPUTS, (8, 9)))
+    calls = [(numbers(op, dtype=dtype), major) for op, dtype, major in wanted]
+    for (op, dtype, major), (reason, arch, checked) in zip(wanted, asked(tmp_path, calls), strict=True):
+        expected = 80 if major == 8 else 90
+        if dtype in archs.get(expected, ()):
+            assert (reason, arch, checked) == ("", expected, 0), (op, dtype, major)
+        elif major == 8 or not archs.get(80):
+            assert reason == "no CUTLASS kernel was built for this GPU and dtype", (op, dtype, major)
+    assert {reason for reason, *_ in asked(tmp_path, calls, EFFVIT_CUTLASS=0)} == {"EFFVIT_CUTLASS is 0"}
+
+
+def test_the_rule_is_no_weaker_than_cutlass(tmp_path):
+    """Calls near every bound of the rule: those that it lets through pass CUTLASS's own checks."""
+    outputs, calls = built().get(90), []
+    if not outputs:
+        pytest.skip("no CUTLASS kernels of sm_90a")
+    sizes = (1575, 1576), (1536, 1540, 1544, 1552), (768, 752, 736, 760, 704)
+    for dtype, m, n, k in itertools.product(outputs, *sizes):
+        for op, w_stride in (("int8_linear", (k + 15) // 16 * 16), ("sparse24_int8_linear", k // 2)):
+            shape = {"M": m, "N": n, "K": k, "x_stride": (k + 15) // 16 * 16, "w_stride": w_stride}
+            calls.append((numbers(op, dtype=dtype, **shape), 9))
+    found = asked(tmp_path, calls)
+    taken = [(call, checked) for (call, _), (reason, arch, checked) in zip(calls, found, strict=True) if not reason]
+    assert {call[0] for call, _ in taken} == {0, 1} and len(taken) < len(calls)
+    assert [call for call, checked in taken if checked != 0] == []
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_kernels_are_in_the_library():
+    archs = built()
+    symbols = output("nm", "-C", library("effvit_cuda"))
+    for arch, kind in itertools.product(archs, ("dense", "sparse")):
+        entry = rf"effvit::cuda::cutlass_sm{arch}::run_{kind}(<|\()"
+        assert re.search(entry, symbols), entry
+    assert re.search(r"cutlass::device_kernel<.*Sm90.*Int8EpilogueNode|cutlass::Kernel", symbols)
+
+
+# ---- what is said ---------------------------------------------------------------------------------------------------
+
+
+def _info_of(tmp_path, status):
+    (tmp_path / "build.json").write_text(json.dumps({"cutlass": status}))
+    return info(EFFVIT_LIB_DIR=str(tmp_path))
+
+
+def test_info_says_what_was_built(tmp_path):
+    text = _info_of(tmp_path, "CUTLASS 4.2.0, sm_80, sm_90a (outputs float16 int8)")
+    assert "  cutlass       in effvit_cuda: CUTLASS 4.2.0, sm_80, sm_90a (outputs float16 int8)\n" in text
+    assert "nvidia-cutlass" not in text
+
+
+@pytest.mark.parametrize(
+    ("why", "fix"),
+    [
+        ("CUTLASS was not found", "pip install --no-deps 'nvidia-cutlass>=4.2', then in effvit's source folder: "),
+        ("CUTLASS 3.9.2 is older than 4.2", "pip install --no-deps 'nvidia-cutlass>=4.2', then "),
+        ("EFFVIT_CUTLASS is off", "leave -DEFFVIT_CUTLASS=OFF out of EFFVIT_CMAKE_ARGS, then "),
+    ],
+)
+def test_info_says_how_to_build_it(tmp_path, why, fix):
+    text = _info_of(tmp_path, f"not built: {why}")
+    assert f"  cutlass       not built: {why}\n" in text and f"  cutlass       {fix}" in text
+
+
+def test_info_has_no_fix_where_there_is_no_cuda_library(tmp_path):
+    text = _info_of(tmp_path, "not built: effvit_cuda is not")
+    assert "  cutlass       not built: effvit_cuda is not\n" in text and "nvidia-cutlass" not in text
