@@ -1,5 +1,6 @@
 """int8_linear, and its 2:4-sparse form, against PyTorch's int8 product with an eager epilogue, oneDNN's fused quantised
-linear layer with prepacked weights, and float32 and bfloat16 linear layers of the same shape.
+linear layer with prepacked weights, and float32 and bfloat16 linear layers of the same shape. On a GPU, where CUTLASS's
+kernels were built, also against our own in their place.
 
 The int8 peers are exact: oneDNN gets x + 128 with a zero point of 128, the form that it is fast in without AMX. The
 float layers compute on rounded values of the same weights, so their results are not compared.
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import effvit
+from effvit import _cutlass, _load
 from effvit.ops._op import Cost
 from effvit.reference.int8_linear import int8_linear as definition
 
@@ -90,6 +92,28 @@ def dense(x, w, x_scale, w_scale, bias, activation, out_dtype):
     return ours(x, w, x_scale, w_scale, bias, activation, out_dtype, sparse=False)
 
 
+def without_cutlass(sparse):
+    """effvit's own CUDA kernel, where the library has CUTLASS's as well."""
+
+    def make(**tensors):
+        call = ours(**tensors, sparse=sparse)
+
+        def run():
+            _cutlass.use(False)
+            try:
+                return call()
+            finally:
+                _cutlass.use(True)
+
+        return run
+
+    return make
+
+
+def has_cutlass():
+    return _load.load()["effvit_cuda"].handle is not None and _load.build_status("cutlass").startswith("CUTLASS")
+
+
 def cases(sparse=False):
     for name, (m, k, n, tag) in SHAPES.items():
         for activation in ("none", "gelu"):
@@ -101,7 +125,7 @@ def cases(sparse=False):
 
             def typed(make, activation=activation):
                 return lambda x, out_dtype=torch.float32, **rest: make(
-                    x, activation=activation, out_dtype=out_dtype, **rest
+                    x=x, activation=activation, out_dtype=out_dtype, **rest
                 )
 
             peers = {
@@ -112,6 +136,8 @@ def cases(sparse=False):
             }
             if sparse:
                 peers["dense int8"] = typed(dense)
+            if has_cutlass():
+                peers["without CUTLASS"] = typed(without_cutlass(sparse))
             yield Case(
                 shape=name + (" + gelu" if activation == "gelu" else ""),
                 inputs=functools.partial(inputs, m, k, n, sparse),

@@ -6,6 +6,11 @@
 #   OUT=results benchmarks/gpu.sh build test only these, in their order
 #   benchmarks/gpu.sh --dry-run              print the commands
 #   OPS="linear_attention" ...               only these operators (default: all)
+#   CUTLASS=<folder or wheel> ...            build CUTLASS's int8 kernels as well; the benchmarks time both
+#
+# CUTLASS is a folder with include/cutlass or the wheel nvidia_cutlass-*-py3-none-any.whl (6 MB), brought along: `pip
+# download --no-deps nvidia-cutlass`, on a machine that has network. Without it they are built where the environment has
+# the package. `python -m effvit info` in the log says which.
 #
 # Stages: build test sanitize bench micro profile. A stage that fails or runs out of time does not stop the next; the
 # exit code is the number of those that did not pass. LIMIT=seconds changes the total (default 530).
@@ -62,12 +67,12 @@ micros() {  # the microbenchmarks that `build` compiles
     if [[ -f csrc/bench/bench_$op.cu ]]; then echo "$WORK/micro_$op"; fi
   done
 }
-export EFFVIT_TEST_ALL=1 DRY OUT WORK PYTHON OPS PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=4
+export CUTLASS=${CUTLASS:-} EFFVIT_TEST_ALL=1 DRY OUT WORK PYTHON OPS PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=4
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
 
 build() {
-  local arch micro pid failed=0 pids=()
+  local arch micro pid failed=0 pids=() options
   arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
   arch=${arch:-90}
   if [[ $arch == 90 ]]; then arch=90a; fi
@@ -78,7 +83,14 @@ build() {
       -o "$micro" "csrc/bench/bench_${micro##*/micro_}.cu" &
     pids+=($!)
   done
-  run env "EFFVIT_CMAKE_ARGS=-DEFFVIT_CUDA_ARCHS=$arch" \
+  options="-DEFFVIT_CUDA_ARCHS=$arch"
+  if [[ ${CUTLASS:-} == *.whl ]]; then
+    run "$PYTHON" -m zipfile -e "$CUTLASS" "$WORK/cutlass"
+    options+=" -DEFFVIT_CUTLASS=$PWD/$WORK/cutlass/cutlass_library/source"
+  elif [[ -n ${CUTLASS:-} ]]; then
+    options+=" -DEFFVIT_CUTLASS=$(cd "$CUTLASS" && pwd)"
+  fi
+  run env "EFFVIT_CMAKE_ARGS=$options" \
     "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --disable-pip-version-check -e . || failed=1
   for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
   run "$PYTHON" -m effvit info || failed=1

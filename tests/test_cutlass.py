@@ -17,9 +17,11 @@ from test_info import info
 
 import effvit
 from effvit import _cutlass, _load, sparse24_formats
+from effvit._explain import Rates
 from effvit.testing import assert_bitwise_equal, emulator
 
 OUTPUTS = ("float32", "bfloat16", "float16", "int32", "int8")
+RATES = Rates(1e12, 1e15)
 DTYPE = {name: i for i, name in enumerate(OUTPUTS)}
 
 
@@ -172,7 +174,7 @@ def built():
     if not status.startswith("CUTLASS"):
         pytest.skip(f"CUTLASS kernels: {status}")
     found = {}
-    if re.search(r", sm_80\b", status):
+    if re.search(r", sm_8\d\b", status):
         found[80] = ["float32", "bfloat16", "float16", "int8"]
     if match := re.search(r", sm_90a \(outputs (.*)\)", status):
         found[90] = match[1].split()
@@ -240,6 +242,44 @@ def test_kernels_are_in_the_library():
         entry = rf"effvit::cuda::cutlass_sm{arch}::run_{kind}(<|\()"
         assert re.search(entry, symbols), entry
     assert re.search(r"cutlass::device_kernel<.*Sm90.*Int8EpilogueNode|cutlass::Kernel", symbols)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "silu"])
+@pytest.mark.parametrize(("m", "n", "k"), [(1577, 1536, 384), (2100, 1552, 416), (1664, 1536, 128)])
+@pytest.mark.parametrize("op", _cutlass.OPS)
+def test_cutlass_equals_our_kernels_on_cuda(op, m, n, k, activation, out):
+    """Bit for bit: sums are exact, the epilogue has one order. Our kernels are compared with the truth elsewhere."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    built()
+    g = torch.Generator().manual_seed(m + n + k)
+    dtype = torch.float32 if out == "int8" else getattr(torch, out)
+    tensors = [torch.randint(-128, 128, (m, k), generator=g, dtype=torch.int8)]
+    tensors += (
+        _full_weight(n, k) if "sparse" in op else [torch.randint(-128, 128, (n, k), generator=g, dtype=torch.int8)]
+    )
+    tensors += [torch.rand(m, generator=g) + 0.5, (torch.rand(n, generator=g) + 0.5) / (5000 * k**0.5)]
+    tensors = [t.cuda() for t in tensors]
+    other = torch.bfloat16 if activation == "gelu" else torch.float32
+    bias = torch.randn(n, generator=g).cuda().to(other) if activation != "silu" else None
+    residual = torch.randn(m, n + 3, generator=g).cuda().to(dtype)[:, 3:] if activation in ("relu", "silu") else None
+    options = {"activation": activation, "out_dtype": getattr(torch, out), "out_scale": 0.02 if out == "int8" else None}
+    reason = effvit.explain(op, *tensors, bias, residual, rates=RATES, **options).choices[0].reason
+    if "CUTLASS's kernel of" not in reason:
+        pytest.skip(reason)
+    function = getattr(effvit, op)
+    found = function(*tensors, bias, residual, **options)
+    try:
+        _cutlass.use(False)
+        expected = function(*tensors, bias, residual, **options)
+    finally:
+        _cutlass.use(True)
+    assert_bitwise_equal(found, expected)
 
 
 # ---- what is said ---------------------------------------------------------------------------------------------------

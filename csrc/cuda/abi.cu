@@ -55,8 +55,8 @@ EFFVIT_ABI_EXPORT effvit_cuda_cutlass_obstacle(const int64_t* call, int64_t majo
 // Whether the kernel chosen for the call takes its arguments, by CUTLASS's own checks: 0, or an error. Nothing runs.
 extern "C" __attribute__((visibility("default"))) int effvit_cuda_cutlass_check(const int64_t* call, int64_t arch) {
   using namespace effvit;
-  const cuda::CutlassKernels& kernels =
-      cuda::cutlass_kernels(arch == 90 ? cuda::CutlassArch::kSm90 : cuda::CutlassArch::kSm80);
+  const effvit::cuda::CutlassKernels& kernels =
+      effvit::cuda::cutlass_kernels(arch == 90 ? effvit::cuda::CutlassArch::kSm90 : effvit::cuda::CutlassArch::kSm80);
   const int64_t out = call[10];
   if (call[0] == 0) return kernels.dense[out] ? static_cast<int>(kernels.dense[out](dense(call), nullptr, false)) : -1;
   const Sparse24Int8LinearParams p = sparse(call);

@@ -42,6 +42,6 @@ extern "C" __attribute__((visibility("default"))) int effvit_cuda_sparse24_meta(
                                                                                 int64_t K, int64_t arch, void* out,
                                                                                 void* stream) {
   using namespace effvit;
-  const auto chosen = arch == 90 ? cuda::CutlassArch::kSm90 : cuda::CutlassArch::kSm80;
+  const auto chosen = arch == 90 ? effvit::cuda::CutlassArch::kSm90 : effvit::cuda::CutlassArch::kSm80;
   return static_cast<int>(launch_sparse24_meta(meta, N, K, chosen, out, static_cast<cudaStream_t>(stream)));
 }

@@ -1,4 +1,4 @@
-"""CUTLASS kernels of the CUDA library: which of them takes a call, or why our own kernel does; a switch between them."""
+"""CUTLASS kernels of the CUDA library: which of them takes a call, or why our own kernel does; and a switch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Finds and loads the native libraries, registers the Triton kernels; records why something is not there.
 
 EFFVIT_BACKEND=reference|cpu|triton|cuda: only that implementation, and the reference where it does not apply.
-EFFVIT_ISA: the instruction set of the CPU library. EFFVIT_CUTLASS=0: no CUTLASS kernels. EFFVIT_LIB_DIR: folder of the libraries instead of effvit/lib.
+EFFVIT_ISA: the instruction set of the CPU library. EFFVIT_CUTLASS=0: no CUTLASS kernels.
+EFFVIT_LIB_DIR: folder of the libraries instead of effvit/lib.
 """
 
 from __future__ import annotations
