@@ -1,14 +1,19 @@
 """CUTLASS in the CUDA library: what is in it, the rule that chooses, the order of metadata, what is said of it.
 
-The kernels themselves need a GPU: there the tests of the operators run them.
+The kernels themselves need a GPU: there they are compared with our own. Of sm_80's all but the main loop runs here, of sm_90's the
+visitor node.
 """
 
 import ctypes
+import importlib.util
 import itertools
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +25,7 @@ from effvit import _cutlass, _load, sparse24_formats
 from effvit._explain import Rates
 from effvit.testing import assert_bitwise_equal, emulator
 
+ROOT = Path(__file__).resolve().parent.parent
 OUTPUTS = ("float32", "bfloat16", "float16", "int32", "int8")
 RATES = Rates(1e12, 1e15)
 DTYPE = {name: i for i, name in enumerate(OUTPUTS)}
@@ -59,6 +65,68 @@ def test_metadata_are_repacked_as_sparse24_formats_does(emulated, arch, n, k, se
         )  # fmt: skip
     assert error == 0
     assert_bitwise_equal(found, expected.contiguous().flatten().view(torch.uint8))
+
+
+# ---- the epilogues, in the emulator ----------------------------------------------------------------------------------
+
+
+def _includes():
+    """Folders of CUTLASS's and CUDA's headers."""
+    found = importlib.util.find_spec("cutlass_library")
+    wheel = f"{found.submodule_search_locations[0]}/source" if found else None
+    cutlass = os.environ.get("CUTLASS_PATH") or wheel
+    if cutlass is None:
+        pytest.skip("CUTLASS was not found")
+    if shutil.which("nvcc") is None or shutil.which("g++") is None:
+        pytest.skip("needs nvcc, for CUDA's headers, and g++")
+    done = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    cuda = [p for p in re.findall(r'"-I([^"]+)"', done.stderr) if os.path.isfile(f"{p}/cuda_runtime.h")]
+    return [f"{cutlass}/include", *cuda, *(f"{p}/cccl" for p in cuda)]
+
+
+@pytest.fixture(scope="module", params=[80, 90], ids="sm{}".format)
+def epilogue(request, emulated, tmp_path_factory):
+    """The entry of the harness of an architecture; CUTLASS's sources are not all standard C++."""
+    name = f"cutlass_sm{request.param}"
+    sources = [ROOT / f"tests/prim/{name}_harness.cpp", *sorted((ROOT / "csrc/emu").glob("*.cpp"))]
+    path = tmp_path_factory.mktemp("cutlass") / f"lib{name}.so"
+    includes = [option for folder in _includes() for option in ("-isystem", folder)]
+    flags = ["-std=c++17", "-O1", "-w", "-fpermissive", "-fPIC", "-shared", "-fvisibility=hidden"]
+    output("g++", *flags, "-DEFFVIT_EMU", "-DNDEBUG", "-I", ROOT / "csrc", *includes, *sources, "-o", path)
+    return getattr(ctypes.CDLL(str(path)), f"run_{name}")
+
+
+@pytest.mark.parametrize("out", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("activation", range(4), ids=["none", "relu", "gelu", "silu"])
+@pytest.mark.parametrize(("m", "n"), [(128, 128), (197, 150), (70, 272), (130, 67)])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_epilogues_are_ours(epilogue, sparse, m, n, activation, out):
+    """Bit for bit that of our kernels, from sums as the tensor cores leave them; every output is written once."""
+    g = torch.Generator().manual_seed(m + n + activation)
+    x, w = (torch.randint(-128, 128, (rows, 32), generator=g, dtype=torch.int8) for rows in (m, n))
+    x_scale, w_scale = torch.rand(1 if activation == 1 else m, generator=g) + 0.5, torch.rand(n, generator=g) / 1e4
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    bias = torch.randn(n, generator=g).to(dtypes[activation % 3]) if activation != 3 else None
+    residual = torch.randn(m, n + 8, generator=g).to(dtypes[(activation + 1) % 3])[:, 8 - activation :][:, :n]
+    residual = residual if activation != 0 else None
+    options = {"activation": activation, "out_dtype": DTYPE[out], "out_scale": 0.02 if out == "int8" else None}
+    expected = torch.ops.effvit_emu.int8_linear(x, w, x_scale.expand(m), w_scale, bias, residual, **options)
+    sums = x.int() @ w.int().t()
+    rows = torch.zeros(*(-(-size // 128) * 128 for size in ((n, m) if sparse else (m, n))), dtype=torch.int32)
+    rows[: n if sparse else m, : m if sparse else n] = sums.t() if sparse else sums
+    found = torch.full((m, n), -1, dtype=expected.dtype)
+    tensors = [None if t is None else t.data_ptr() for t in (rows, x_scale, w_scale, bias, residual, found)]
+    number = {dtype: i for i, dtype in enumerate(dtypes)}
+    of = [0 if t is None else number[t.dtype] for t in (bias, residual)]
+    stride = 0 if residual is None else residual.stride(0)
+    sizes = [m, n, int(sparse), stride, len(x_scale), DTYPE[out], *of, activation]
+    message = ctypes.create_string_buffer(1024)
+    epilogue(
+        (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_void_p * len(tensors))(*tensors),
+        ctypes.c_float(0.02), message, ctypes.c_int64(len(message)),
+    )  # fmt: skip
+    assert message.value.decode() == ""
+    assert_bitwise_equal(found, expected)
 
 
 # ---- the choice -----------------------------------------------------------------------------------------------------

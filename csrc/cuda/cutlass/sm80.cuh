@@ -6,8 +6,7 @@
 #pragma once
 #include <cute/tensor.hpp>
 #include <cutlass/cutlass.h>
-#include <cutlass/gemm/device/gemm_sparse_with_visitor.h>
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
+#include <cutlass/gemm/kernel/default_gemm_sparse_with_visitor.h>
 #include <cutlass/gemm/kernel/default_gemm_universal_with_visitor.h>
 
 #include <cutlass/epilogue/threadblock/fusion/visitors.hpp>  // it needs what the others define
@@ -136,6 +135,28 @@ using Map = ::cutlass::epilogue::threadblock::OutputTileThreadLayout<TileShape<k
 template <int kDepth, bool kSparse>
 using Tree = ::cutlass::epilogue::threadblock::Sm80EVT<Int8EpilogueNode<Map<kDepth>, kSparse>>;
 using Swizzle = ::cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<4>;
+
+constexpr int kDenseDepth = 64, kSparseDepth = 128, kStages = 3;
+using DenseKernel = typename ::cutlass::gemm::kernel::DefaultGemmWithVisitor<
+    int8_t, ::cutlass::layout::RowMajor, ::cutlass::ComplexTransform::kNone, 16, int8_t, ::cutlass::layout::ColumnMajor,
+    ::cutlass::ComplexTransform::kNone, 16, int32_t, ::cutlass::layout::RowMajor, kElements, int32_t, int32_t,
+    ::cutlass::arch::OpClassTensorOp, ::cutlass::arch::Sm80, TileShape<kDenseDepth>, WarpShape<kDenseDepth>,
+    ::cutlass::gemm::GemmShape<16, 8, 32>, Tree<kDenseDepth, false>, Swizzle, kStages,
+    ::cutlass::arch::OpMultiplyAddSaturate>::GemmKernel;
+using SparseKernel = typename ::cutlass::gemm::kernel::DefaultSparseGemmWithVisitor<
+    int8_t, ::cutlass::layout::RowMajor, 16, int8_t, ::cutlass::layout::ColumnMajor, 16, int32_t,
+    ::cutlass::layout::RowMajor, int32_t, ::cutlass::arch::OpClassTensorOp, ::cutlass::arch::Sm80,
+    TileShape<kSparseDepth>, WarpShape<kSparseDepth>, ::cutlass::gemm::GemmShape<16, 8, 64>, Tree<kSparseDepth, true>,
+    Swizzle, kStages, ::cutlass::arch::OpMultiplyAddSaturate>::GemmKernel;
+static_assert(DenseKernel::kThreadCount == kThreads && SparseKernel::kThreadCount == kThreads,
+              "finish_tile counts threads");
+constexpr size_t kMostShared = 99 * 1024;  // of a CTA on sm_86 and sm_89
+static_assert(sizeof(DenseKernel::SharedStorage) <= kMostShared && sizeof(SparseKernel::SharedStorage) <= kMostShared,
+              "one CTA fits everywhere");
+// The node is given numbers of fragments; which elements these are, the map and the loads must agree on.
+template <class Kernel, class M>
+constexpr bool kSameMap = std::is_base_of<typename Kernel::Epilogue::OutputTileIterator::ThreadMap, M>::value;
+static_assert(kSameMap<DenseKernel, Map<kDenseDepth>> && kSameMap<SparseKernel, Map<kSparseDepth>>, "one map");
 
 // can_implement is not asked: it wants M and N to be multiples of what this epilogue and operands that are contiguous
 // along K do not need. cutlass_obstacle has what they need.

@@ -2,19 +2,13 @@
 #pragma once
 #include "sm80.cuh"
 
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+
 namespace effvit {
 namespace cuda {
 namespace cutlass_sm80 {
 
-constexpr int kDenseDepth = 64;
-using DenseKernel = ::cutlass::gemm::kernel::DefaultGemmWithVisitor<
-    int8_t, ::cutlass::layout::RowMajor, ::cutlass::ComplexTransform::kNone, 16, int8_t, ::cutlass::layout::ColumnMajor,
-    ::cutlass::ComplexTransform::kNone, 16, int32_t, ::cutlass::layout::RowMajor, kElements, int32_t, int32_t,
-    ::cutlass::arch::OpClassTensorOp, ::cutlass::arch::Sm80, TileShape<kDenseDepth>, WarpShape<kDenseDepth>,
-    ::cutlass::gemm::GemmShape<16, 8, 32>, Tree<kDenseDepth, false>, Swizzle, 3,
-    ::cutlass::arch::OpMultiplyAddSaturate>::GemmKernel;
 using Dense = ::cutlass::gemm::device::GemmUniversalAdapter<DenseKernel>;
-static_assert(DenseKernel::kThreadCount == kThreads, "finish_tile counts threads");
 
 inline cudaError_t run_dense(const Int8LinearParams& p, cudaStream_t stream, bool launch) {
   const ::cutlass::gemm::GemmCoord problem(static_cast<int>(p.M), static_cast<int>(p.N), static_cast<int>(p.K));

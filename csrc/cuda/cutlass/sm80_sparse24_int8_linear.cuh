@@ -2,17 +2,18 @@
 #pragma once
 #include "sm80.cuh"
 
+#include <cutlass/gemm/device/gemm_sparse_with_visitor.h>
+
 namespace effvit {
 namespace cuda {
 namespace cutlass_sm80 {
 
-constexpr int kSparseDepth = 128;
 using Sparse = ::cutlass::gemm::device::SparseGemmWithVisitor<
     int8_t, ::cutlass::layout::RowMajor, int8_t, ::cutlass::layout::ColumnMajor, int32_t, ::cutlass::layout::RowMajor,
     int32_t, ::cutlass::arch::OpClassTensorOp, ::cutlass::arch::Sm80, TileShape<kSparseDepth>, WarpShape<kSparseDepth>,
-    ::cutlass::gemm::GemmShape<16, 8, 64>, Tree<kSparseDepth, true>, Swizzle, 3, 16, 16,
+    ::cutlass::gemm::GemmShape<16, 8, 64>, Tree<kSparseDepth, true>, Swizzle, kStages, 16, 16,
     ::cutlass::arch::OpMultiplyAddSaturate>;
-static_assert(Sparse::GemmKernel::kThreadCount == kThreads, "finish_tile counts threads");
+static_assert(std::is_same<Sparse::GemmKernel, SparseKernel>::value, "the one that is checked in sm80.cuh");
 static_assert(Sparse::kElementsPerElementE == 16 && sizeof(Sparse::ElementE) == 4, "an int32 has the metadata of 32");
 
 // meta: as format sm80 of effvit.sparse24_formats.

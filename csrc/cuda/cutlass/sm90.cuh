@@ -10,7 +10,6 @@
 #include <cutlass/epilogue/dispatch_policy.hpp>
 #include <cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/dispatch_policy.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
@@ -161,7 +160,6 @@ struct Product {
       ::cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
       Schedule>::CollectiveOp;
   using Kernel = ::cutlass::gemm::kernel::GemmUniversal<Problem, Mainloop, Epilogue>;
-  using Gemm = ::cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 };
 
 template <class Gemm>

@@ -2,14 +2,16 @@
 #pragma once
 #include "sm90.cuh"
 
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+
 namespace effvit {
 namespace cuda {
 namespace cutlass_sm90 {
 
 template <class Out>
 cudaError_t run_dense(const Int8LinearParams& p, cudaStream_t stream, bool launch) {
-  using Gemm = typename Product<Out, false>::Gemm;
-  using Kernel = typename Gemm::GemmKernel;
+  using Kernel = typename Product<Out, false>::Kernel;
+  using Gemm = ::cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   const Problem problem{static_cast<int>(p.M), static_cast<int>(p.N), static_cast<int>(p.K), 1};
   typename Gemm::Arguments arguments{::cutlass::gemm::GemmUniversalMode::kGemm,
                                      problem,

@@ -2,6 +2,8 @@
 #pragma once
 #include "sm90.cuh"
 
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+
 namespace effvit {
 namespace cuda {
 namespace cutlass_sm90 {
@@ -9,8 +11,8 @@ namespace cutlass_sm90 {
 // meta: as format sm90 of effvit.sparse24_formats.
 template <class Out>
 cudaError_t run_sparse(const Sparse24Int8LinearParams& p, const void* meta, cudaStream_t stream, bool launch) {
-  using Gemm = typename Product<Out, true>::Gemm;
-  using Kernel = typename Gemm::GemmKernel;
+  using Kernel = typename Product<Out, true>::Kernel;
+  using Gemm = ::cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   using Mainloop = typename Kernel::CollectiveMainloop;
   const Problem problem{static_cast<int>(p.N), static_cast<int>(p.M), static_cast<int>(p.K), 1};
   typename Gemm::Arguments arguments{
