@@ -1,7 +1,7 @@
 """CUTLASS in the CUDA library: what is in it, the rule that chooses, the order of metadata, what is said of it.
 
-The kernels themselves need a GPU: there they are compared with our own. Of sm_80's all but the main loop runs here, of sm_90's the
-visitor node.
+The kernels themselves need a GPU: there they are compared with our own. In the emulator all of sm_80's but the main
+loop runs, and of sm_90's the visitor node.
 """
 
 import ctypes
