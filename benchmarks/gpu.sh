@@ -67,7 +67,8 @@ micros() {  # the microbenchmarks that `build` compiles
     if [[ -f csrc/bench/bench_$op.cu ]]; then echo "$WORK/micro_$op"; fi
   done
 }
-export CUTLASS=${CUTLASS:-} EFFVIT_TEST_ALL=1 DRY OUT WORK PYTHON OPS PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=4
+export CUTLASS=${CUTLASS:-}
+export EFFVIT_TEST_ALL=1 DRY OUT WORK PYTHON OPS PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=4
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
 

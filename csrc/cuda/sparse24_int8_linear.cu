@@ -5,7 +5,7 @@
 #include "../common/sparse24_int8_linear.h"
 #include "binding.h"
 #include "cutlass/registry.h"
-#include "sparse24_meta.cuh"
+#include "cutlass/sparse24_meta.cuh"
 
 namespace effvit {
 namespace {

@@ -27,7 +27,7 @@ void __syncwarp();
 namespace cutlass::arch {
 int LaneId();
 int SmId();
-}
+}  // namespace cutlass::arch
 #include "cuda/cutlass/sm80.cuh"
 
 namespace effvit {

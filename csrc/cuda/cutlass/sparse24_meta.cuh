@@ -2,8 +2,8 @@
 //
 // A word is the four bytes of 32 neighbours along K of one row. Either order only moves words, and pads.
 #pragma once
-#include "cutlass/choice.h"
-#include "tile/plan.cuh"
+#include "choice.h"
+#include "../tile/plan.cuh"
 
 namespace effvit {
 namespace cuda {
