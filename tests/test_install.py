@@ -160,3 +160,25 @@ def test_machine_code_is_built_by_default_for_the_gpus_here(sources, tmp_path, c
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     status = configured(sources, tmp_path, "-DEFFVIT_BUILD_CUDA=ON", "-DEFFVIT_ISAS=generic", PATH=path)
     assert re.fullmatch(rf"nvcc [\d.]+, {archs} and compute_90 PTX", status["effvit_cuda"])
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cutlass_is_built_where_its_headers_are(sources, tmp_path):
+    headers = tmp_path / "cutlass/include/cutlass"
+    headers.mkdir(parents=True)
+
+    def status(version, *options, **changes):
+        lines = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
+        (headers / "version.h").write_text("".join(f"#define CUTLASS_{part} {number} \n" for part, number in lines))
+        options = ("-DEFFVIT_BUILD_CUDA=ON", "-DEFFVIT_ISAS=generic", "-DEFFVIT_CUDA_ARCHS=80;90a", *options)
+        return configured(sources, tmp_path, *options, **{"CUTLASS_PATH": "", **changes})["cutlass"]
+
+    found = f"-DEFFVIT_CUTLASS={tmp_path}/cutlass"
+    assert status("4.2.1") == "not built: CUTLASS was not found"
+    assert status("4.2.1", "-DEFFVIT_CUTLASS=OFF") == "not built: EFFVIT_CUTLASS is off"
+    assert status("3.9.2", found) == "not built: CUTLASS 3.9.2 is older than 4.2"
+    outputs = "-DEFFVIT_CUTLASS_OUTPUTS=float16;int8"
+    assert status("4.2.1", found, outputs) == "CUTLASS 4.2.1, sm_80, sm_90a (outputs float16 int8)"
+    assert status("4.10.0", outputs, CUTLASS_PATH=f"{tmp_path}/cutlass").startswith("CUTLASS 4.10.0, ")
+    assert status("4.2.1", found, "-DEFFVIT_CUDA_ARCHS=86") == "CUTLASS 4.2.1, sm_86"

@@ -75,7 +75,7 @@ def lines() -> list[str]:
             fixes[name] = library.fix
     cutlass = _load.build_status("cutlass")
     out.append(f"  {'cutlass':14}{cutlass if cutlass.startswith('not') else f'in effvit_cuda: {cutlass}'}")
-    if cutlass.startswith("not built: ") and "effvit_cuda is not" not in cutlass:
+    if cutlass.startswith("not built: ") and "CUTLASS" in cutlass:
         fixes["cutlass"] = _load.fix_of_build(cutlass)
     reason, fix = _load.triton_obstacle()
     out.append(f"  {'triton':14}{f'not used: {reason}' if reason else 'used where there is no CUDA kernel'}")
