@@ -5,7 +5,6 @@ if(NOT EFFVIT_CUTLASS)
   set(cutlass_status "not built: EFFVIT_CUTLASS is off")
   return()
 elseif(EFFVIT_CUTLASS STREQUAL "AUTO")
-  # EFFVIT_CUTLASS_WHEEL is where setup.py found the package nvidia-cutlass.
   foreach(place IN ITEMS "$ENV{CUTLASS_PATH}" "${EFFVIT_CUTLASS_WHEEL}" "${EFFVIT_TORCH_DIR}/../cutlass_library/source")
     if(NOT folder AND NOT place STREQUAL "" AND EXISTS "${place}/include/cutlass/version.h")
       set(folder "${place}")
