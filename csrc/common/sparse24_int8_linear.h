@@ -3,6 +3,7 @@
 
 #include "int8_epilogue.h"
 #include "sparse24_int8_linear_params.h"
+#include "sparse24_meta.h"
 
 namespace effvit::ops {
 
@@ -29,15 +30,7 @@ struct sparse24_int8_linear : OpDefaults {
 
   static void check(const Call& c) {
     check_epilogue(c);
-    const View* meta = c.find("meta");
-    if (!meta || !c.readable) return;
-    const uint8_t* const data = static_cast<const uint8_t*>(meta->data);
-    for (int64_t i = 0, count = meta->count(); i < count; ++i) {
-      const int m = data[i];
-      if ((m & 3) < (m >> 2 & 3) && (m >> 4 & 3) < m >> 6) continue;
-      fail(c.op(), "meta must be two positions i0 < i1 in every nibble, as i0 | i1 << 2, got ", m, " at [",
-           i / meta->size[1], ", ", i % meta->size[1], "]");
-    }
+    if (const View* meta = c.find("meta"); meta && c.readable) check_positions(c, *meta);
   }
 
   static Sparse24Int8LinearParams params(const Call& c) {

@@ -29,22 +29,6 @@ struct SparseWeights {
 
 int64_t packed_width(int64_t K8) { return 64 * K8 + 64 * ceil_div(K8, 4) + 64; }
 
-// Bytes of every 128 bits of x by the numbers below 16 in the bytes of `at`.
-EFFVIT_INLINE vi shuffle_bytes(vi x, vi at) {
-#if defined(EFFVIT_HAS_AVX512)
-  return (vi)_mm512_shuffle_epi8((__m512i)x, (__m512i)at);
-#elif defined(EFFVIT_HAS_AVX2)
-  return (vi)_mm256_shuffle_epi8((__m256i)x, (__m256i)at);
-#else
-  uint8_t from[4 * kLanes], by[4 * kLanes], to[4 * kLanes];
-  std::memcpy(from, &x, sizeof(x));
-  std::memcpy(by, &at, sizeof(at));
-  for (int i = 0; i < 4 * kLanes; ++i) to[i] = from[i / 16 * 16 + by[i]];
-  std::memcpy(&x, to, sizeof(x));
-  return x;
-#endif
-}
-
 // A panel: vector j of columns lies in these.
 template <int kVectors>
 struct Panel {
@@ -63,20 +47,6 @@ struct Panel {
     }
   }
 };
-
-EFFVIT_INLINE vi broadcast_eight(const void* p) {
-  int64_t eight;
-  std::memcpy(&eight, p, 8);
-#if defined(EFFVIT_HAS_AVX512)
-  return (vi)_mm512_set1_epi64(eight);
-#elif defined(EFFVIT_HAS_AVX2)
-  return (vi)_mm256_set1_epi64x(eight);
-#else
-  vi v;
-  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<int32_t>(eight >> (i % 2 * 32));
-  return v;
-#endif
-}
 
 // Calls step(k, k % 4 as a constant) for k < n.
 template <class F>

@@ -247,6 +247,17 @@ EFFVIT_INLINE vf dot_pairs(vf a, vf b, vf acc) {
 #endif
 }
 
+// table[at % 16] in every lane.
+EFFVIT_INLINE vi look_up(vi table, vi at) {
+#if defined(EFFVIT_HAS_AVX512)
+  return (vi)_mm512_permutexvar_epi32((__m512i)at, (__m512i)table);
+#else
+  vi v;
+  for (int i = 0; i < kLanes; ++i) v[i] = table[at[i] & 15];
+  return v;
+#endif
+}
+
 // An operand of the float32 GEMM whose words are pairs of bfloat16: a dot product takes the place of a multiply-add.
 template <class A>
 struct PairsOf : A {

@@ -128,6 +128,8 @@ def leaks(spec, repeats=1000):
     """{what: bytes per call}: the op, its backward, a failing call, and a planted leak that shows that this works."""
     import torch
 
+    from effvit.testing._spec import with_grad
+
     torch.set_num_threads(1)
     args, kwargs = spec.good_input()
     found = {}
@@ -149,12 +151,12 @@ def leaks(spec, repeats=1000):
 
         found["error"] = leak_per_call(failing, repeats)
     if spec.backward_call:
-        leaves = tuple(None if a is None else a.detach().requires_grad_() for a in args)
+        leaves = with_grad(args)
 
         def autograd():
             outputs = spec.op()(*leaves, **kwargs)
             out = outputs[0] if isinstance(outputs, tuple) else outputs
-            torch.autograd.grad(out.sum(), [t for t in leaves if t is not None])
+            torch.autograd.grad(out.sum(), [t for t in leaves if t is not None and t.requires_grad])
 
         found["autograd"] = leak_per_call(autograd, repeats)
     libc = ctypes.CDLL(None)

@@ -49,6 +49,13 @@ def good_call():
     }  # fmt: skip
 
 
+def memory_calls(dtype):
+    generator = torch.Generator().manual_seed(0)
+    values, meta = compressed(384, 96, dtype, generator)
+    x, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((20_000, 96), (384,)))
+    return [("20000x384x96", (x, values, meta, bias), {})]
+
+
 def resize(args, kwargs):
     x, *rest = args
     return (torch.cat((x, x.flip(0), x[:1])), *rest), kwargs
@@ -88,6 +95,7 @@ SPEC = OpSpec(
     ],
     good_call=good_call,
     magnitudes=magnitudes,
+    memory_calls=memory_calls,
     dynamic="...",
     resize=resize,
 )

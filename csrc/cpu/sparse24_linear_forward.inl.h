@@ -1,0 +1,319 @@
+// sparse24_linear: forward. Output channels are the lanes; the words of a group of x, broadcast, are permuted by the
+// positions, so that two multiply-adds (one dot product of pairs of bfloat16) do the work of four (two).
+//
+// A unit of work is a chunk of rows times a range of channels; it copies the rows once, tile by tile as the product
+// reads them. Sums run along K without a split, so a row's result does not depend on what other rows there are.
+#pragma once
+
+namespace effvit::cpu::EFFVIT_ISA_NAME {
+namespace sparse24_linear_impl {
+
+// Rows and vectors of a register tile; few rows take wide ones, for enough sums under way.
+template <class T>
+struct Tile {
+  static constexpr bool kPairs = kBf16Products<T>;
+  static constexpr int kVectors = 2, kRows = kLanes == 16 ? (kPairs ? 12 : 8) : 4;
+  static constexpr int kManyVectors = 4, kFewRows = kLanes == 16 ? (kPairs ? 5 : 4) : 2;
+};
+
+constexpr int64_t kChunkBytes = 384 << 10;  // of x, in a unit
+constexpr int64_t kMostUnits = 32;  // as many as make rows or channels worth splitting
+
+struct Plan {
+  int64_t rows, columns, m, n;
+  bool shared;  // several units read the same channels: they are packed in the workspace
+
+  explicit Plan(const Params& p) {
+    const int64_t bytes = p.K * 4;
+    const int64_t most = small_tiles() ? 4 : std::clamp<int64_t>(kChunkBytes / std::max<int64_t>(1, bytes), 32, 256);
+    rows = even(p.M, ceil_div(p.M, most), 1);
+    m = ceil_div(p.M, rows);
+    const int64_t wanted = ceil_div(kMostUnits, m);
+    columns = small_tiles() ? 64 : std::max<int64_t>(even(p.N, wanted, 64), 64);
+    n = ceil_div(p.N, columns);
+    shared = m > 1;
+  }
+};
+
+// The parts of a packed weight: sparse blocks, or dense panels.
+template <class T>
+struct Parts {
+  static constexpr int kChannels = kDense<T> ? kPanel : kLanes;
+  static int64_t words(int64_t K) { return kDense<T> ? panel_words<T>(K) : block_words<T>(K); }
+  // Of the scratch that packing one takes.
+  static int64_t scratch_words(int64_t K) { return kDense<T> ? kPanel / kLanes * block_words<T>(K) : 0; }
+  static void pack(float* to, float* scratch, const Params& p, int64_t n) {
+    if constexpr (kDense<T>) {
+      for (int c = 0; c < kPanel; c += kLanes) pack_block<T>(scratch + c / kLanes * block_words<T>(p.K), p, n + c);
+      expand_panel<T>(to, scratch, p.K);
+    } else {
+      pack_block<T>(to, p, n);
+    }
+  }
+};
+
+template <class T>
+struct Store {
+  T* out;  // of the first row and channel
+  int64_t ld;
+  const float* bias;  // null: none
+  int64_t left;  // channels
+  EFFVIT_INLINE void operator()(int r, int c, vf x) const {
+    if (c >= left) return;
+    if (bias) x = x + load(bias + c);
+    store_lanes(out + r * ld + c, x, static_cast<int>(std::min<int64_t>(left - c, kLanes)));
+  }
+};
+
+// x: a tile, [K / 4][kR] groups. blocks: the first of kV.
+template <class T, int kR, int kV>
+EFFVIT_INLINE void multiply_tile(const float* x, const float* blocks, int64_t K, Store<T> sink) {
+  constexpr int kWords = kWordsOfGroup<T>;
+  const int64_t stride = block_words<T>(K), groups = K / 4;
+  const float* const positions = blocks + positions_at<T>(K);
+  vf acc[kR][kV];
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kV; ++j) acc[r][j] = vf{};
+  }
+#if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
+  alignas(64) int32_t bytes[16] = {};  // that bring a pair to the front of a group, by the four bits of its positions
+  if constexpr (kBf16Products<T>) {
+    for (int i = 0; i < 16; ++i)
+      bytes[i] = (2 * (i & 3) | (2 * (i & 3) + 1) << 8) | (2 * (i >> 2) | (2 * (i >> 2) + 1) << 8) << 16;
+  }
+#endif
+  for (int64_t eight = 0; eight < groups; eight += 8) {
+    vi at[kV];
+#pragma GCC unroll 4
+    for (int j = 0; j < kV; ++j) at[j] = (vi)load(positions + j * stride + eight / 8 * kLanes);
+    const int64_t end = std::min(eight + 8, groups);
+    for (int64_t q = eight; q < end; ++q) {
+#if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
+      if constexpr (kBf16Products<T>) {
+        vi by[kV];
+        vf value[kV];
+#pragma GCC unroll 4
+        for (int j = 0; j < kV; ++j) {
+          by[j] = look_up(load(bytes), at[j]);
+          at[j] = at[j] >> 4;
+          value[j] = load(blocks + j * stride + q * kLanes);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < kR; ++r) {
+          const vi group = broadcast_eight(x + (q * kR + r) * 2);
+#pragma GCC unroll 4
+          for (int j = 0; j < kV; ++j) acc[r][j] = dot_pairs((vf)shuffle_bytes(group, by[j]), value[j], acc[r][j]);
+        }
+        continue;
+      }
+#endif
+      vi first[kV], second[kV];
+      vf a[kV], b[kV];
+#pragma GCC unroll 4
+      for (int j = 0; j < kV; ++j) {
+        first[j] = at[j], second[j] = at[j] >> 2, at[j] = at[j] >> 4;
+        a[j] = load(blocks + j * stride + q * kWords * kLanes);
+        b[j] = load(blocks + j * stride + (q * kWords + 1) * kLanes);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kR; ++r) {
+        const vf group = broadcast_four(x + (q * kR + r) * 4);
+#pragma GCC unroll 4
+        for (int j = 0; j < kV; ++j) {
+          acc[r][j] = fma(permute_fours(group, first[j]), a[j], acc[r][j]);
+          acc[r][j] = fma(permute_fours(group, second[j]), b[j], acc[r][j]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kV; ++j) sink(r, j * kLanes, acc[r][j]);
+  }
+}
+
+template <class T, int kR, int kV>
+inline __attribute__((noinline)) void multiply_rows(const float* x, const float* blocks, int64_t K, Store<T> sink) {
+  multiply_tile<T, kR, kV>(x, blocks, K, sink);
+}
+
+// Rows of a chunk as the products read them.
+template <class T>
+class RowsOfX {
+ public:
+  static constexpr int kWords = 2 * kWordsOfGroup<T>;  // of a group
+  RowsOfX(Scratch& scratch, int rows, int64_t K) : rows_(rows), K_(K), ld_(width(K)) {
+    // Products on tiles read rows up to a multiple of 16.
+    x_ = scratch.take<float>(kDense<T> ? (rows + 15) / 16 * 16 * ld_ : rows * K / 4 * kWords);
+    row_ = scratch.take<float>((K + 31) / 32 * 32);
+  }
+  int rows() const { return rows_; }
+  int tiles() const { return few() ? 1 : (rows_ + Tile<T>::kRows - 1) / Tile<T>::kRows; }
+  bool few() const { return rows_ <= Tile<T>::kFewRows; }
+  int first(int tile) const { return static_cast<int>(int64_t{rows_} * tile / tiles()); }
+  const float* tile(int t) const { return x_ + first(t) * (K_ / 4) * kWords; }
+
+  void take(const Params& p, int64_t row) {
+    const T* const x = static_cast<const T*>(p.x);
+    if constexpr (kDense<T>) {
+      for (int r = 0; r < rows_; ++r) copy(dense() + r * ld_, x + p.x_rows(row + r));
+    } else {
+      for (int t = 0; t < tiles(); ++t) {
+        const int begin = first(t), n = first(t + 1) - begin;
+        for (int r = 0; r < n; ++r) spread(x_ + (begin * (K_ / 4) + r) * kWords, n, x + p.x_rows(row + begin + r));
+      }
+    }
+  }
+  Operand<T>* dense() const { return reinterpret_cast<Operand<T>*>(x_); }
+  int64_t ld() const { return ld_; }
+
+ private:
+  // Elements from one row to the next; rows a multiple of 512 bytes apart would share few sets of the cache.
+  static int64_t width(int64_t K) {
+    const int64_t padded = (K + 31) / 32 * 32;
+    return padded % 128 == 0 ? padded + 32 : padded;
+  }
+  void copy(Operand<T>* to, const T* from) {
+    if constexpr (kBf16Products<T>) {
+      std::memcpy(to, from, static_cast<size_t>(K_) * 2);
+      std::memset(to + K_, 0, static_cast<size_t>(ld_ - K_) * 2);
+    } else {
+      load_row(to, from, static_cast<int>(K_));
+    }
+  }
+  // The groups of a row, `n` groups apart.
+  void spread(float* to, int n, const T* row) {
+    const void* from = row;
+    if constexpr (!kBf16Products<T> && !std::is_same_v<T, float>) {
+      load_row(row_, row, static_cast<int>(K_));
+      from = row_;
+    }
+    const char* const bytes = static_cast<const char*>(from);
+    for (int64_t q = 0; q < K_ / 4; ++q) std::memcpy(to + q * n * kWords, bytes + q * kWords * 4, kWords * 4);
+  }
+
+  int rows_;
+  int64_t K_, ld_;
+  float *x_, *row_;
+};
+
+template <class T>
+class Forward {
+ public:
+  static constexpr int kTogether = kDense<T> ? 1 : Tile<T>::kManyVectors;  // parts that a unit packs at once
+  Forward(const Params& p, const Plan& plan, int rows, Scratch& scratch)
+      : p_(p),
+        x_(scratch, rows, p.K),
+        parts_(scratch.take<float>(plan.shared ? 0 : kTogether * Parts<T>::words(p.K))),
+        packing_(scratch.take<float>(plan.shared ? 0 : Parts<T>::scratch_words(p.K))),
+        bias_(scratch.take<float>(kTogether * Parts<T>::kChannels)) {}
+
+  void run(const float* workspace, int64_t row, int64_t begin, int64_t end) {
+    [[maybe_unused]] ProductScope<T> scope;
+    x_.take(p_, row);
+    constexpr int kChannels = Parts<T>::kChannels;
+    const int64_t words = Parts<T>::words(p_.K);
+    for (int64_t n = begin; n < end; n += kTogether * kChannels) {
+      const int64_t left = std::min<int64_t>(end - n, kTogether * kChannels);
+      const int count = static_cast<int>(ceil_div(left, kChannels));
+      const float* parts = workspace + n / kChannels * words;
+      if (!workspace) {
+        for (int i = 0; i < count; ++i) Parts<T>::pack(parts_ + i * words, packing_, p_, n + i * kChannels);
+        parts = parts_;
+      }
+      for (int i = 0; p_.bias && i < count * kChannels; ++i)
+        bias_[i] = i < left ? load_scalar(p_.bias, p_.bias_dtype, n + i) : 0.f;
+      const Store<T> sink{static_cast<T*>(p_.out) + row * p_.N + n, p_.N, p_.bias ? bias_ : nullptr, left};
+      if constexpr (kDense<T>) {
+        gemm_into(x_.rows(), kPanel, static_cast<int>(p_.K), row_major(x_.dense(), x_.ld()),
+                  right(reinterpret_cast<const Operand<T>*>(parts), kPanel), sink);
+      } else {
+        multiply(parts, count, sink);
+      }
+    }
+  }
+
+ private:
+  void multiply(const float* parts, int count, const Store<T>& sink) {
+    for (int i = 0; i < count;) {
+      const int together = x_.few() && count - i >= Tile<T>::kManyVectors ? Tile<T>::kManyVectors
+                           : count - i >= Tile<T>::kVectors               ? Tile<T>::kVectors
+                                                                          : 1;
+      const float* const blocks = parts + i * Parts<T>::words(p_.K);
+      for (int t = 0; t < x_.tiles(); ++t) {
+        const int row = x_.first(t), rows = x_.first(t + 1) - row;
+        const Store<T> at{sink.out + row * sink.ld + i * kLanes, sink.ld, sink.bias ? sink.bias + i * kLanes : nullptr,
+                          sink.left - i * kLanes};
+        if (together == Tile<T>::kManyVectors) {
+          with_constant<Tile<T>::kFewRows>(
+              rows, [&](auto n) { multiply_rows<T, n, Tile<T>::kManyVectors>(x_.tile(t), blocks, p_.K, at); });
+        } else {
+          with_constant<Tile<T>::kRows>(rows, [&](auto n) {
+            if (together == Tile<T>::kVectors)
+              multiply_rows<T, n, Tile<T>::kVectors>(x_.tile(t), blocks, p_.K, at);
+            else
+              multiply_rows<T, n, 1>(x_.tile(t), blocks, p_.K, at);
+          });
+        }
+      }
+      i += together;
+    }
+  }
+
+  const Params& p_;
+  RowsOfX<T> x_;
+  float *parts_, *packing_, *bias_;
+};
+
+template <class F>
+EFFVIT_INLINE int64_t of_dtype(const Params& p, const F& f) {
+  int64_t result = 0;
+  dispatch_dtype(p.dtype, [&](auto type) { result = f(type); });
+  return result;
+}
+
+int64_t pack_units(const Params& p) {
+  if (!Plan(p).shared) return 0;
+  return of_dtype(p, [&](auto type) { return ceil_div(p.N, Parts<decltype(type)>::kChannels); });
+}
+
+int64_t forward_workspace(const Params& p) {
+  return pack_units(p) * of_dtype(p, [&](auto type) { return Parts<decltype(type)>::words(p.K); });
+}
+
+void pack(const Params& p, float* workspace, int64_t begin, int64_t end) {
+  dispatch_dtype(p.dtype, [&](auto type) {
+    using P = Parts<decltype(type)>;
+    float* const scratch = static_cast<float*>(thread_scratch(static_cast<size_t>(P::scratch_words(p.K) + 16) * 4));
+    for (int64_t i = begin; i < end; ++i) P::pack(workspace + i * P::words(p.K), scratch, p, i * P::kChannels);
+  });
+}
+
+int64_t forward_units(const Params& p) {
+  const Plan plan(p);
+  return plan.m * plan.n;
+}
+
+void forward(const Params& p, float* workspace, int64_t begin, int64_t end) {
+  const Plan plan(p);
+  dispatch_dtype(p.dtype, [&](auto type) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t row = unit / plan.n * plan.rows, column = unit % plan.n * plan.columns;
+      const int rows = static_cast<int>(std::min(plan.rows, p.M - row));
+      using Pass = Forward<decltype(type)>;
+      Scratch count;
+      Pass(p, plan, rows, count);
+      Scratch scratch(static_cast<char*>(thread_scratch(static_cast<size_t>(count.used()))));
+      Pass(p, plan, rows, scratch)
+          .run(plan.shared ? workspace : nullptr, row, column, std::min(column + plan.columns, p.N));
+    }
+  });
+}
+
+constexpr Step<Params> kForward[] = {{pack_units, pack}, {forward_units, forward}};
+
+}  // namespace sparse24_linear_impl
+}  // namespace effvit::cpu::EFFVIT_ISA_NAME
