@@ -200,7 +200,7 @@ def _plan_backward(grad_out, x, values, meta, bias=None):
         "grad_out": grad_out, "x": x, "meta": meta, "dvalues": values_parts, "dbias": bias_parts, **sizes,
         "rows": rows, "shares": shares, "grad_rows": rows_of(grad_out), "x_rows": rows_of(x),
         "meta_stride_n": strides["meta_stride_n"], "meta_stride_k": strides["meta_stride_k"],
-        "BLOCK_M": _depth(x.dtype), "BLOCK_N": n, "BLOCK_K": k,
+        "BLOCK_M": 16 if x.dtype == torch.float32 else _depth(x.dtype), "BLOCK_N": n, "BLOCK_K": k,
     }  # fmt: skip
     launches.append(Launch(sparse24_linear_bwd_dw_kernel, tiles * shares, args, _warps(x.dtype, n, k)))
     pairs = () if whole else ((values_parts, dvalues), (bias_parts, dbias))
