@@ -7,35 +7,38 @@
 
 namespace effvit::ops {
 
-// Whether all nibbles of eight bytes are two positions i0 < i1, as i0 | i1 << 2.
-inline bool are_positions(uint64_t bytes) {
-  constexpr uint64_t kHigh = 0x2222222222222222u;  // where comparing two bits ends up
-  const uint64_t above = (bytes >> 2) & ~bytes, equal = ~((bytes >> 2) ^ bytes);
-  return ((above | (equal & above << 1)) & kHigh) == kHigh;
+// Bits of kPositions, one for every nibble of `bytes` that is two positions i0 < i1, as i0 | i1 << 2.
+constexpr uint64_t kPositions = 0x2222222222222222u;
+inline uint64_t positions_in(uint64_t bytes) {
+  const uint64_t second = bytes >> 2, above = second & ~bytes;  // bit by bit: of i1 and not of i0
+  return (above | (~(second ^ bytes) & above << 1)) & kPositions;
+}
+inline bool are_positions(uint8_t byte) { return positions_in(0x0101010101010101u * byte) == kPositions; }
+
+inline bool are_positions(const uint8_t* bytes, int64_t count) {
+  uint64_t good = kPositions;
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {  // without a branch, for vectors
+    uint64_t eight;
+    std::memcpy(&eight, bytes + i, 8);
+    good &= positions_in(eight);
+  }
+  for (; i < count; ++i) good &= positions_in(0x0101010101010101u * bytes[i]);
+  return good == kPositions;
 }
 
 // meta [N, ceil(K / 8)], any strides.
 inline void check_positions(const Call& c, const View& meta) {
   const uint8_t* const data = static_cast<const uint8_t*>(meta.data);
-  const int64_t width = meta.size[1];
+  if (meta.contiguous() && are_positions(data, meta.count())) return;
   for (int64_t n = 0; n < meta.size[0]; ++n) {
-    const uint8_t* const row = data + n * meta.stride[0];
-    bool good = true;
-    int64_t k = 0;
-    if (meta.stride[1] == 1) {
-      for (; k + 8 <= width; k += 8) {
-        uint64_t bytes;
-        std::memcpy(&bytes, row + k, 8);
-        good &= are_positions(bytes);
-      }
+    for (int64_t k = 0; k < meta.size[1]; ++k) {
+      const uint8_t got = data[n * meta.stride[0] + k * meta.stride[1]];
+      if (are_positions(got)) continue;
+      const char digits[] = {"0123456789abcdef"[got >> 4], "0123456789abcdef"[got & 15], 0};
+      fail(c.op(), "meta must be two positions i0 < i1 in every nibble, as i0 | i1 << 2, got 0x", digits, " at [", n,
+           ", ", k, "]");
     }
-    for (; k < width; ++k) good &= are_positions(0x0101010101010101u * row[k * meta.stride[1]]);
-    if (good) continue;
-    for (k = 0; are_positions(0x0101010101010101u * row[k * meta.stride[1]]);) ++k;
-    const int got = row[k * meta.stride[1]];
-    const char digits[] = {"0123456789abcdef"[got >> 4], "0123456789abcdef"[got & 15], 0};
-    fail(c.op(), "meta must be two positions i0 < i1 in every nibble, as i0 | i1 << 2, got 0x", digits, " at [", n,
-         ", ", k, "]");
   }
 }
 

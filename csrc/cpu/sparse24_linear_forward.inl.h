@@ -16,20 +16,20 @@ struct Tile {
   static constexpr int kManyVectors = 4, kFewRows = kLanes == 16 ? (kPairs ? 5 : 4) : 2;
 };
 
-constexpr int64_t kChunkBytes = 384 << 10;  // of x, in a unit
-constexpr int64_t kMostUnits = 32;  // as many as make rows or channels worth splitting
+constexpr int64_t kMostRows = 48;  // of a unit
+// Every unit copies its rows of x: units are few channels only where there are few units, and never fewer than these.
+constexpr int64_t kColumns = 192, kUnits = 16;
 
 struct Plan {
   int64_t rows, columns, m, n;
   bool shared;  // several units read the same channels: they are packed in the workspace
 
   explicit Plan(const Params& p) {
-    const int64_t bytes = p.K * 4;
-    const int64_t most = small_tiles() ? 4 : std::clamp<int64_t>(kChunkBytes / std::max<int64_t>(1, bytes), 32, 256);
-    rows = even(p.M, ceil_div(p.M, most), 1);
+    const bool small = small_tiles();
+    rows = even(p.M, ceil_div(p.M, small ? 4 : kMostRows), 1);
     m = ceil_div(p.M, rows);
-    const int64_t wanted = ceil_div(kMostUnits, m);
-    columns = small_tiles() ? 64 : std::max<int64_t>(even(p.N, wanted, 64), 64);
+    const int64_t groups = small ? p.N : std::min(ceil_div(p.N, rows < 8 ? 64 : kColumns), ceil_div(kUnits, m));
+    columns = even(p.N, groups, 64);
     n = ceil_div(p.N, columns);
     shared = m > 1;
   }
@@ -65,6 +65,18 @@ struct Store {
   }
 };
 
+// The bytes that bring a pair of bfloat16 to the front of a group of four, by the four bits of its positions.
+struct PairBytes {
+  int32_t of[16] = {};
+  constexpr PairBytes() {
+    for (int i = 0; i < 16; ++i) {
+      const int first = 2 * (i & 3), second = 2 * (i >> 2);
+      of[i] = first | (first + 1) << 8 | second << 16 | (second + 1) << 24;
+    }
+  }
+};
+alignas(64) constexpr PairBytes kPairBytes;
+
 // x: a tile, [K / 4][kR] groups. blocks: the first of kV.
 template <class T, int kR, int kV>
 EFFVIT_INLINE void multiply_tile(const float* x, const float* blocks, int64_t K, Store<T> sink) {
@@ -77,13 +89,6 @@ EFFVIT_INLINE void multiply_tile(const float* x, const float* blocks, int64_t K,
 #pragma GCC unroll 4
     for (int j = 0; j < kV; ++j) acc[r][j] = vf{};
   }
-#if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
-  alignas(64) int32_t bytes[16] = {};  // that bring a pair to the front of a group, by the four bits of its positions
-  if constexpr (kBf16Products<T>) {
-    for (int i = 0; i < 16; ++i)
-      bytes[i] = (2 * (i & 3) | (2 * (i & 3) + 1) << 8) | (2 * (i >> 2) | (2 * (i >> 2) + 1) << 8) << 16;
-  }
-#endif
   for (int64_t eight = 0; eight < groups; eight += 8) {
     vi at[kV];
 #pragma GCC unroll 4
@@ -96,7 +101,7 @@ EFFVIT_INLINE void multiply_tile(const float* x, const float* blocks, int64_t K,
         vf value[kV];
 #pragma GCC unroll 4
         for (int j = 0; j < kV; ++j) {
-          by[j] = look_up(load(bytes), at[j]);
+          by[j] = look_up(load(kPairBytes.of), at[j]);
           at[j] = at[j] >> 4;
           value[j] = load(blocks + j * stride + q * kLanes);
         }
@@ -138,6 +143,76 @@ EFFVIT_INLINE void multiply_tile(const float* x, const float* blocks, int64_t K,
 template <class T, int kR, int kV>
 inline __attribute__((noinline)) void multiply_rows(const float* x, const float* blocks, int64_t K, Store<T> sink) {
   multiply_tile<T, kR, kV>(x, blocks, K, sink);
+}
+
+// The same for few rows, of one block of channels straight from the weight: kLanes words of each are transposed in
+// registers. `positions`: of the block, transposed.
+template <class T, int kR>
+EFFVIT_INLINE void add_words(vf (&acc)[kR], const float* x, vf (&words)[kLanes], const float* positions, int groups) {
+  constexpr int kWords = kWordsOfGroup<T>, kMost = kLanes / kWords;
+#pragma GCC unroll 16
+  for (int q = 0; q < kMost; ++q) {
+    if (q >= groups) return;
+    const vi at = (vi)load(positions + q / 8 * kLanes) >> (q % 8 * 4);
+#if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
+    if constexpr (kBf16Products<T>) {
+      const vi by = look_up(load(kPairBytes.of), at);
+#pragma GCC unroll 16
+      for (int r = 0; r < kR; ++r)
+        acc[r] = dot_pairs((vf)shuffle_bytes(broadcast_eight(x + (q * kR + r) * 2), by), words[q], acc[r]);
+      continue;
+    }
+#endif
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+      const vf group = broadcast_four(x + (q * kR + r) * 4);
+      acc[r] = fma(permute_fours(group, at), words[kWords * q], acc[r]);
+      acc[r] = fma(permute_fours(group, at >> 2), words[kWords * q + kWords - 1], acc[r]);
+    }
+  }
+}
+
+// Channels [n, n + kBlocks * kLanes), all of them there; values have a last stride of 1.
+template <class T, int kR, int kBlocks>
+inline __attribute__((noinline)) void multiply_few(const float* x, float* positions, const Params& p, int64_t n,
+                                                   Store<T> sink) {
+  constexpr int kGroups = kLanes / kWordsOfGroup<T>;  // at once
+  const ValueWords<T> w(p);
+  const PositionWords at(p);
+  const int64_t groups = p.K / 4, stride = w.stride_n;
+  for (int j = 0; j < kBlocks; ++j)
+    transpose_channels(positions + j * at.count * kLanes, at, n + j * kLanes, p.N);
+  vf acc[kBlocks][kR] = {};
+  int64_t q = 0;
+  const T* const first = w.data + n * stride;
+  const int64_t next = n + 2 * kBlocks * kLanes <= p.N ? kBlocks * kLanes * stride : 0;
+  for (; q + kGroups <= groups; q += kGroups) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kBlocks; ++j) {
+      const T* from = first + j * kLanes * stride + 2 * q;
+      vf words[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i, from += stride) {
+        words[i] = w.words(from);
+        __builtin_prefetch(from + next);
+      }
+      transpose_block(words);
+      add_words<T, kR>(acc[j], x + q * kR * 2 * kWordsOfGroup<T>, words,
+                       positions + (j * at.count + q / 8) * kLanes, kGroups);
+    }
+  }
+  if (q < groups) {
+    for (int j = 0; j < kBlocks; ++j) {
+      vf words[kLanes];
+      for (int i = 0; i < kLanes; ++i) words[i] = w.words(first + (j * kLanes + i) * stride + 2 * q, 2 * (groups - q));
+      transpose_block(words);
+      add_words<T, kR>(acc[j], x + q * kR * 2 * kWordsOfGroup<T>, words,
+                       positions + (j * at.count + q / 8) * kLanes, static_cast<int>(groups - q));
+    }
+  }
+  for (int j = 0; j < kBlocks; ++j) {
+    for (int r = 0; r < kR; ++r) sink(r, j * kLanes, acc[j][r]);
+  }
 }
 
 // Rows of a chunk as the products read them.
@@ -209,14 +284,18 @@ class Forward {
         x_(scratch, rows, p.K),
         parts_(scratch.take<float>(plan.shared ? 0 : kTogether * Parts<T>::words(p.K))),
         packing_(scratch.take<float>(plan.shared ? 0 : Parts<T>::scratch_words(p.K))),
-        bias_(scratch.take<float>(kTogether * Parts<T>::kChannels)) {}
+        bias_(scratch.take<float>(kTogether * Parts<T>::kChannels + kLanes)) {}
 
   void run(const float* workspace, int64_t row, int64_t begin, int64_t end) {
     [[maybe_unused]] ProductScope<T> scope;
     x_.take(p_, row);
     constexpr int kChannels = Parts<T>::kChannels;
     const int64_t words = Parts<T>::words(p_.K);
-    for (int64_t n = begin; n < end; n += kTogether * kChannels) {
+    int64_t n = begin;
+    if constexpr (!kDense<T>) {
+      if (x_.few() && !workspace && p_.values_stride_k == 1) n = run_few(row, begin, end);
+    }
+    for (; n < end; n += kTogether * kChannels) {
       const int64_t left = std::min<int64_t>(end - n, kTogether * kChannels);
       const int count = static_cast<int>(ceil_div(left, kChannels));
       const float* parts = workspace + n / kChannels * words;
@@ -224,9 +303,7 @@ class Forward {
         for (int i = 0; i < count; ++i) Parts<T>::pack(parts_ + i * words, packing_, p_, n + i * kChannels);
         parts = parts_;
       }
-      for (int i = 0; p_.bias && i < count * kChannels; ++i)
-        bias_[i] = i < left ? load_scalar(p_.bias, p_.bias_dtype, n + i) : 0.f;
-      const Store<T> sink{static_cast<T*>(p_.out) + row * p_.N + n, p_.N, p_.bias ? bias_ : nullptr, left};
+      const Store<T> sink = store(row, n, left);
       if constexpr (kDense<T>) {
         gemm_into(x_.rows(), kPanel, static_cast<int>(p_.K), row_major(x_.dense(), x_.ld()),
                   right(reinterpret_cast<const Operand<T>*>(parts), kPanel), sink);
@@ -237,6 +314,22 @@ class Forward {
   }
 
  private:
+  // To rows from `row` on and `left` channels from n on.
+  Store<T> store(int64_t row, int64_t n, int64_t left) {
+    for (int i = 0; p_.bias && i < left; ++i) bias_[i] = load_scalar(p_.bias, p_.bias_dtype, n + i);
+    return {static_cast<T*>(p_.out) + row * p_.N + n, p_.N, p_.bias ? bias_ : nullptr, left};
+  }
+
+  // Whole pairs of blocks; returns the first channel that is left.
+  int64_t run_few(int64_t row, int64_t n, int64_t end) {
+    for (; n + 2 * kLanes <= end; n += 2 * kLanes) {
+      const Store<T> sink = store(row, n, 2 * kLanes);
+      with_constant<Tile<T>::kFewRows>(
+          x_.rows(), [&](auto rows) { multiply_few<T, rows, 2>(x_.tile(0), parts_, p_, n, sink); });
+    }
+    return n;
+  }
+
   void multiply(const float* parts, int count, const Store<T>& sink) {
     for (int i = 0; i < count;) {
       const int together = x_.few() && count - i >= Tile<T>::kManyVectors ? Tile<T>::kManyVectors

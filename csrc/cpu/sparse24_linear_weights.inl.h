@@ -39,65 +39,96 @@ EFFVIT_INLINE void with_constant(int n, const F& f) {
   f(std::integral_constant<int, kMost>{});
 }
 
-// The first `left` words at p, at most a vector of them, zeros behind; as bits, whatever they hold.
-EFFVIT_INLINE vf load_words(const void* p, int64_t left) {
-  if (left >= kLanes) return load(static_cast<const float*>(p));
+// The first bytes at p, at most a vector of them, zeros behind; whatever they hold.
+EFFVIT_INLINE vf load_bytes_of(const void* p, int64_t bytes) {
+#if defined(EFFVIT_HAS_AVX512)
+  return (vf)_mm512_maskz_loadu_epi8(bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1, p);
+#else
   alignas(64) int32_t some[kLanes] = {};
-  if (left > 0) std::memcpy(some, p, static_cast<size_t>(left) * 4);
+  std::memcpy(some, p, static_cast<size_t>(std::min<int64_t>(bytes, sizeof(some))));
   return (vf)load(some);
+#endif
 }
 
-// Words [first, first + kLanes) of a channel's values.
+// The rows of a weight as words: values, or positions, eight groups a word, of which the last may not be whole.
 template <class T>
-EFFVIT_INLINE vf load_values(const Params& p, int64_t n, int64_t first) {
-  const int64_t words = p.K / 4 * kWordsOfGroup<T>, left = words - first;
-  const T* const row = static_cast<const T*>(p.values) + n * p.values_stride_n;
-  const int64_t at = first * kElementsOfWord<T>;
-  if (p.values_stride_k == 1) {
+struct ValueWords {
+  static constexpr int kElements = kElementsOfWord<T>;
+  const T* data;
+  int64_t stride_n, stride_k, count, elements;  // words of a row, and what they are made of
+
+  explicit ValueWords(const Params& p)
+      : data(static_cast<const T*>(p.values)),
+        stride_n(p.values_stride_n),
+        stride_k(p.values_stride_k),
+        count(p.K / 4 * kWordsOfGroup<T>),
+        elements(p.K / 2) {}
+  EFFVIT_INLINE static vf words(const T* p) {
     if constexpr (kBf16Products<T>)
-      return load_words(row + at, left);
+      return load(reinterpret_cast<const float*>(p));
     else
-      return load_lanes(row + at, static_cast<int>(std::min<int64_t>(left, kLanes)));
+      return load(p);
   }
-  alignas(64) T some[kLanes * kElementsOfWord<T>] = {};
-  const int64_t count = std::min<int64_t>(left, kLanes) * kElementsOfWord<T>;
-  for (int64_t i = 0; i < count; ++i) some[i] = row[(at + i) * p.values_stride_k];
-  if constexpr (kBf16Products<T>)
-    return load_words(some, kLanes);
-  else
-    return load(some);
-}
+  EFFVIT_INLINE static vf words(const T* p, int64_t left) {
+    if constexpr (kBf16Products<T>)
+      return load_bytes_of(p, 2 * left);
+    else
+      return load_lanes(p, static_cast<int>(left));
+  }
+};
+struct PositionWords {
+  static constexpr int kElements = 4;
+  const uint8_t* data;
+  int64_t stride_n, stride_k, count, elements;
 
-// Words [first, first + kLanes) of a channel's positions, eight groups in each.
-EFFVIT_INLINE vf load_positions(const Params& p, int64_t n, int64_t first) {
-  const uint8_t* const row = p.meta + n * p.meta_stride_n;
-  const int64_t left = (p.K + 7) / 8 - 4 * first;
-  if (p.meta_stride_k == 1 && left >= 4 * kLanes) return load(reinterpret_cast<const float*>(row + 4 * first));
-  alignas(64) uint8_t some[4 * kLanes] = {};
-  const int64_t count = std::min<int64_t>(left, 4 * kLanes);
-  for (int64_t i = 0; i < count; ++i) some[i] = row[(4 * first + i) * p.meta_stride_k];
-  return load_words(some, kLanes);
-}
+  explicit PositionWords(const Params& p)
+      : data(p.meta),
+        stride_n(p.meta_stride_n),
+        stride_k(p.meta_stride_k),
+        count(ceil_div(p.K, 32)),
+        elements((p.K + 7) / 8) {}
+  EFFVIT_INLINE static vf words(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
+  EFFVIT_INLINE static vf words(const uint8_t* p, int64_t left) { return load_bytes_of(p, left); }
+};
 
-// to[i][kLanes] = words [0, words) of channels n to n + kLanes.
+// to[i][kLanes] = word i of channels n to n + kLanes.
 template <class Words>
-EFFVIT_INLINE void transpose_channels(float* to, const Params& p, int64_t n, int64_t words, const Words& of) {
-  const int channels = static_cast<int>(std::min<int64_t>(kLanes, p.N - n));
-  for (int64_t t = 0; t < words; t += kLanes) {
-    vf r[kLanes];
-    if (channels == kLanes) {
+EFFVIT_INLINE void transpose_channels(float* to, const Words& w, int64_t n, int64_t N) {
+  using E = std::remove_const_t<std::remove_pointer_t<decltype(w.data)>>;
+  const int channels = static_cast<int>(std::min<int64_t>(kLanes, N - n));
+  const E* const first = w.data + n * w.stride_n;
+  const int64_t stride = w.stride_n;
+  int64_t t = 0;
+  if (w.stride_k == 1 && channels == kLanes) {
+    const int64_t next = n + 2 * kLanes <= N ? kLanes * stride : 0;  // what is read next is fetched
+    for (; t + kLanes <= w.count; t += kLanes) {
+      const E* from = first + t * Words::kElements;
+      vf r[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) r[i] = of(n + i, t);
-    } else {
-      for (int i = 0; i < kLanes; ++i) r[i] = i < channels ? of(n + i, t) : vf{};
-    }
-    transpose_block(r);
-    if (words - t >= kLanes) {
+      for (int i = 0; i < kLanes; ++i, from += stride) {
+        r[i] = w.words(from);
+        __builtin_prefetch(from + next);
+      }
+      transpose_block(r);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(to + (t + i) * kLanes, r[i]);
-    } else {
-      for (int i = 0; i < words - t; ++i) store(to + (t + i) * kLanes, r[i]);
     }
+  }
+  for (; t < w.count; t += kLanes) {
+    const int64_t left = std::min<int64_t>(kLanes * Words::kElements, w.elements - t * Words::kElements);
+    vf r[kLanes] = {};
+    for (int i = 0; i < channels; ++i) {
+      const E* const from = first + i * stride + t * Words::kElements * w.stride_k;
+      if (w.stride_k == 1) {
+        r[i] = w.words(from, left);
+        continue;
+      }
+      alignas(64) E some[kLanes * Words::kElements] = {};
+      for (int64_t k = 0; k < left; ++k) some[k] = from[k * w.stride_k];
+      r[i] = w.words(some);
+    }
+    transpose_block(r);
+    for (int i = 0; i < kLanes && t + i < w.count; ++i) store(to + (t + i) * kLanes, r[i]);
   }
 }
 
@@ -113,10 +144,8 @@ EFFVIT_INLINE int64_t block_words(int64_t K) {
 
 template <class T>
 void pack_block(float* to, const Params& p, int64_t n) {
-  transpose_channels(to, p, n, p.K / 4 * kWordsOfGroup<T>,
-                     [&](int64_t c, int64_t t) __attribute__((always_inline)) { return load_values<T>(p, c, t); });
-  transpose_channels(to + positions_at<T>(p.K), p, n, ceil_div(p.K, 32),
-                     [&](int64_t c, int64_t t) __attribute__((always_inline)) { return load_positions(p, c, t); });
+  transpose_channels(to, ValueWords<T>(p), n, p.N);
+  transpose_channels(to + positions_at<T>(p.K), PositionWords(p), n, p.N);
 }
 
 // ---- decompressed ---------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ EFFVIT_GCC_PRAGMA(GCC target(EFFVIT_TARGET))
 
 #include "scratch.inl.h"
 #include "vec.inl.h"
+#include "permute.inl.h"
 #include "bf16.inl.h"
 #include "int8.inl.h"
 #include "../gemm.h"

@@ -190,77 +190,6 @@ EFFVIT_INLINE vf log(vf x) {
   return fma(__builtin_convertvector(e, vf), set1(0.693147181f), s * p);
 }
 
-// ---- permutations by numbers in vectors
-// ------------------------------------------------------------------------------
-
-// Bytes of every 128 bits of x by the numbers below 16 in the bytes of `at`.
-EFFVIT_INLINE vi shuffle_bytes(vi x, vi at) {
-#if defined(EFFVIT_HAS_AVX512)
-  return (vi)_mm512_shuffle_epi8((__m512i)x, (__m512i)at);
-#elif defined(EFFVIT_HAS_AVX2)
-  return (vi)_mm256_shuffle_epi8((__m256i)x, (__m256i)at);
-#else
-  uint8_t from[4 * kLanes], by[4 * kLanes], to[4 * kLanes];
-  std::memcpy(from, &x, sizeof(x));
-  std::memcpy(by, &at, sizeof(at));
-  for (int i = 0; i < 4 * kLanes; ++i) to[i] = from[i / 16 * 16 + by[i]];
-  std::memcpy(&x, to, sizeof(x));
-  return x;
-#endif
-}
-
-EFFVIT_INLINE vi broadcast_eight(const void* p) {
-  int64_t eight;
-  std::memcpy(&eight, p, 8);
-#if defined(EFFVIT_HAS_AVX512)
-  return (vi)_mm512_set1_epi64(eight);
-#elif defined(EFFVIT_HAS_AVX2)
-  return (vi)_mm256_set1_epi64x(eight);
-#else
-  vi v;
-  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<int32_t>(eight >> (i % 2 * 32));
-  return v;
-#endif
-}
-
-EFFVIT_INLINE vf broadcast_four(const float* p) {
-#if defined(EFFVIT_HAS_AVX512)
-  return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
-#elif defined(EFFVIT_HAS_AVX2)
-  return (vf)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
-#else
-  vf v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i % 4];
-  return v;
-#endif
-}
-
-// Words of every 128 bits of x by the two lowest bits of `at`.
-EFFVIT_INLINE vf permute_fours(vf x, vi at) {
-#if defined(EFFVIT_HAS_AVX512)
-  return (vf)_mm512_permutevar_ps((__m512)x, (__m512i)at);
-#elif defined(EFFVIT_HAS_AVX2)
-  return (vf)_mm256_permutevar_ps((__m256)x, (__m256i)at);
-#else
-  vf v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x[i / 4 * 4 + (at[i] & 3)];
-  return v;
-#endif
-}
-
-// The first lanes of x, in order, in the lanes whose bits of `mask` are set; zeros in the others.
-EFFVIT_INLINE vf expand(vf x, uint32_t mask) {
-#if defined(EFFVIT_HAS_AVX512)
-  return (vf)_mm512_maskz_expand_ps(static_cast<__mmask16>(mask), (__m512)x);
-#else
-  vf v{};
-  for (int i = 0, from = 0; i < kLanes; ++i) {
-    if (mask >> i & 1) v[i] = x[from++];
-  }
-  return v;
-#endif
-}
-
 // ---- element types -------------------------------------------------------------------------------------------------
 
 struct BFloat16 {
@@ -489,6 +418,29 @@ EFFVIT_INLINE void transpose_block(vf (&r)[kLanes]) {
   for (int i = 0; i < 4; ++i) {
     r[i] = (vf)_mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
     r[i + 4] = (vf)_mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+#elif EFFVIT_LANES == 16 && defined(EFFVIT_HAS_AVX512)
+  __m512 t[16], u[16];  // within 128 bits first: shuffles across them cost more
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps((__m512)r[i], (__m512)r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps((__m512)r[i], (__m512)r[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4) {
+    u[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88), b = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88);
+    const __m512 c = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd), d = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xdd);
+    r[i] = (vf)_mm512_shuffle_f32x4(a, b, 0x88);
+    r[i + 4] = (vf)_mm512_shuffle_f32x4(c, d, 0x88);
+    r[i + 8] = (vf)_mm512_shuffle_f32x4(a, b, 0xdd);
+    r[i + 12] = (vf)_mm512_shuffle_f32x4(c, d, 0xdd);
   }
 #else
   // log2(kLanes) perfect shuffles of the register pairs (i, i + kLanes/2).
