@@ -13,8 +13,10 @@ template <class T>
 struct Tile {
   static constexpr bool kPairs = kBf16Products<T>;
   static constexpr int kVectors = 2, kRows = kLanes == 16 ? (kPairs ? 12 : 8) : 4;
+  static constexpr int kTallRows = kLanes == 16 ? 16 : 6;  // with one vector: all rows there are read it once
   static constexpr int kManyVectors = 4, kFewRows = kLanes == 16 ? (kPairs ? 5 : 4) : 2;
 };
+constexpr int64_t kGroupsAtOnce = 256;  // of a panel that stays in the L1 cache while tiles of rows go by
 
 constexpr int64_t kMostRows = 48;  // of a unit
 // Every unit copies its rows of x: units are few channels only where there are few units, and never fewer than these.
@@ -77,24 +79,26 @@ struct PairBytes {
 };
 alignas(64) constexpr PairBytes kPairBytes;
 
-// x: a tile, [K / 4][kR] groups. blocks: the first of kV.
+// x: a tile, [K / 4][kR] groups. blocks: the first of kV. Groups [begin, end), begin a multiple of eight; sums,
+// [kR][kV] vectors, hold those before and, where not all groups are done, those after.
 template <class T, int kR, int kV>
-EFFVIT_INLINE void multiply_tile(const float* x, const float* blocks, int64_t K, Store<T> sink) {
+inline __attribute__((noinline)) void multiply_tile(const float* x, const float* blocks, int64_t K, int64_t begin,
+                                                    int64_t end, float* sums, Store<T> sink) {
   constexpr int kWords = kWordsOfGroup<T>;
-  const int64_t stride = block_words<T>(K), groups = K / 4;
+  const int64_t stride = block_words<T>(K);
   const float* const positions = blocks + positions_at<T>(K);
   vf acc[kR][kV];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kV; ++j) acc[r][j] = vf{};
+    for (int j = 0; j < kV; ++j) acc[r][j] = begin > 0 ? load(sums + (r * kV + j) * kLanes) : vf{};
   }
-  for (int64_t eight = 0; eight < groups; eight += 8) {
+  for (int64_t eight = begin; eight < end; eight += 8) {
     vi at[kV];
 #pragma GCC unroll 4
     for (int j = 0; j < kV; ++j) at[j] = (vi)load(positions + j * stride + eight / 8 * kLanes);
-    const int64_t end = std::min(eight + 8, groups);
-    for (int64_t q = eight; q < end; ++q) {
+    const int64_t last = std::min(eight + 8, end);
+    for (int64_t q = eight; q < last; ++q) {
 #if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
       if constexpr (kBf16Products<T>) {
         vi by[kV];
@@ -133,16 +137,19 @@ EFFVIT_INLINE void multiply_tile(const float* x, const float* blocks, int64_t K,
       }
     }
   }
+  if (end < K / 4) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kV; ++j) store(sums + (r * kV + j) * kLanes, acc[r][j]);
+    }
+    return;
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < kV; ++j) sink(r, j * kLanes, acc[r][j]);
   }
-}
-
-template <class T, int kR, int kV>
-inline __attribute__((noinline)) void multiply_rows(const float* x, const float* blocks, int64_t K, Store<T> sink) {
-  multiply_tile<T, kR, kV>(x, blocks, K, sink);
 }
 
 // The same for few rows, of one block of channels straight from the weight: kLanes words of each are transposed in
@@ -180,25 +187,20 @@ inline __attribute__((noinline)) void multiply_few(const float* x, float* positi
   const ValueWords<T> w(p);
   const PositionWords at(p);
   const int64_t groups = p.K / 4, stride = w.stride_n;
-  for (int j = 0; j < kBlocks; ++j)
-    transpose_channels(positions + j * at.count * kLanes, at, n + j * kLanes, p.N);
+  for (int j = 0; j < kBlocks; ++j) transpose_channels(positions + j * at.count * kLanes, at, n + j * kLanes, p.N);
   vf acc[kBlocks][kR] = {};
   int64_t q = 0;
   const T* const first = w.data + n * stride;
-  const int64_t next = n + 2 * kBlocks * kLanes <= p.N ? kBlocks * kLanes * stride : 0;
   for (; q + kGroups <= groups; q += kGroups) {
 #pragma GCC unroll 2
     for (int j = 0; j < kBlocks; ++j) {
       const T* from = first + j * kLanes * stride + 2 * q;
       vf words[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i, from += stride) {
-        words[i] = w.words(from);
-        __builtin_prefetch(from + next);
-      }
+      for (int i = 0; i < kLanes; ++i, from += stride) words[i] = w.words(from);
       transpose_block(words);
-      add_words<T, kR>(acc[j], x + q * kR * 2 * kWordsOfGroup<T>, words,
-                       positions + (j * at.count + q / 8) * kLanes, kGroups);
+      add_words<T, kR>(acc[j], x + q * kR * 2 * kWordsOfGroup<T>, words, positions + (j * at.count + q / 8) * kLanes,
+                       kGroups);
     }
   }
   if (q < groups) {
@@ -206,8 +208,8 @@ inline __attribute__((noinline)) void multiply_few(const float* x, float* positi
       vf words[kLanes];
       for (int i = 0; i < kLanes; ++i) words[i] = w.words(first + (j * kLanes + i) * stride + 2 * q, 2 * (groups - q));
       transpose_block(words);
-      add_words<T, kR>(acc[j], x + q * kR * 2 * kWordsOfGroup<T>, words,
-                       positions + (j * at.count + q / 8) * kLanes, static_cast<int>(groups - q));
+      add_words<T, kR>(acc[j], x + q * kR * 2 * kWordsOfGroup<T>, words, positions + (j * at.count + q / 8) * kLanes,
+                       static_cast<int>(groups - q));
     }
   }
   for (int j = 0; j < kBlocks; ++j) {
@@ -226,7 +228,8 @@ class RowsOfX {
     row_ = scratch.take<float>((K + 31) / 32 * 32);
   }
   int rows() const { return rows_; }
-  int tiles() const { return few() ? 1 : (rows_ + Tile<T>::kRows - 1) / Tile<T>::kRows; }
+  int tiles() const { return one() ? 1 : (rows_ + Tile<T>::kRows - 1) / Tile<T>::kRows; }
+  bool one() const { return rows_ <= Tile<T>::kTallRows; }
   bool few() const { return rows_ <= Tile<T>::kFewRows; }
   int first(int tile) const { return static_cast<int>(int64_t{rows_} * tile / tiles()); }
   const float* tile(int t) const { return x_ + first(t) * (K_ / 4) * kWords; }
@@ -238,7 +241,13 @@ class RowsOfX {
     } else {
       for (int t = 0; t < tiles(); ++t) {
         const int begin = first(t), n = first(t + 1) - begin;
-        for (int r = 0; r < n; ++r) spread(x_ + (begin * (K_ / 4) + r) * kWords, n, x + p.x_rows(row + begin + r));
+        float* const to = x_ + begin * (K_ / 4) * kWords;
+        int r = 0;
+        if constexpr (kWords == 2) {
+          for (; r + 2 <= n; r += 2)
+            spread_two(to + r * kWords, n, x + p.x_rows(row + begin + r), x + p.x_rows(row + begin + r + 1));
+        }
+        for (; r < n; ++r) spread(to + r * kWords, n, x + p.x_rows(row + begin + r));
       }
     }
   }
@@ -270,6 +279,23 @@ class RowsOfX {
     for (int64_t q = 0; q < K_ / 4; ++q) std::memcpy(to + q * n * kWords, bytes + q * kWords * 4, kWords * 4);
   }
 
+  // Of two rows of 8 bytes a group.
+  void spread_two(float* to, int n, const T* a, const T* b) {
+    int64_t q = 0;
+#if defined(EFFVIT_HAS_AVX512)
+    for (; q + 2 <= K_ / 4; q += 2) {
+      const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + 4 * q));
+      const __m128i y = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 4 * q));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + q * n * 2), _mm_unpacklo_epi64(x, y));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (q + 1) * n * 2), _mm_unpackhi_epi64(x, y));
+    }
+#endif
+    for (; q < K_ / 4; ++q) {
+      std::memcpy(to + q * n * 2, a + 4 * q, 8);
+      std::memcpy(to + q * n * 2 + 2, b + 4 * q, 8);
+    }
+  }
+
   int rows_;
   int64_t K_, ld_;
   float *x_, *row_;
@@ -284,7 +310,8 @@ class Forward {
         x_(scratch, rows, p.K),
         parts_(scratch.take<float>(plan.shared ? 0 : kTogether * Parts<T>::words(p.K))),
         packing_(scratch.take<float>(plan.shared ? 0 : Parts<T>::scratch_words(p.K))),
-        bias_(scratch.take<float>(kTogether * Parts<T>::kChannels + kLanes)) {}
+        bias_(scratch.take<float>(kTogether * Parts<T>::kChannels + kLanes)),
+        sums_(scratch.take<float>(kDense<T> ? 0 : rows * Tile<T>::kManyVectors * kLanes)) {}
 
   void run(const float* workspace, int64_t row, int64_t begin, int64_t end) {
     [[maybe_unused]] ProductScope<T> scope;
@@ -324,41 +351,51 @@ class Forward {
   int64_t run_few(int64_t row, int64_t n, int64_t end) {
     for (; n + 2 * kLanes <= end; n += 2 * kLanes) {
       const Store<T> sink = store(row, n, 2 * kLanes);
-      with_constant<Tile<T>::kFewRows>(
-          x_.rows(), [&](auto rows) { multiply_few<T, rows, 2>(x_.tile(0), parts_, p_, n, sink); });
+      with_constant<Tile<T>::kFewRows>(x_.rows(),
+                                       [&](auto rows) { multiply_few<T, rows, 2>(x_.tile(0), parts_, p_, n, sink); });
     }
     return n;
   }
 
   void multiply(const float* parts, int count, const Store<T>& sink) {
     for (int i = 0; i < count;) {
-      const int together = x_.few() && count - i >= Tile<T>::kManyVectors ? Tile<T>::kManyVectors
-                           : count - i >= Tile<T>::kVectors               ? Tile<T>::kVectors
-                                                                          : 1;
       const float* const blocks = parts + i * Parts<T>::words(p_.K);
+      const Store<T> at{sink.out + i * kLanes, sink.ld, sink.bias ? sink.bias + i * kLanes : nullptr,
+                        sink.left - i * kLanes};
+      if (x_.few() && count - i >= Tile<T>::kManyVectors) {
+        panel<Tile<T>::kFewRows, Tile<T>::kManyVectors>(blocks, at);
+        i += Tile<T>::kManyVectors;
+      } else if ((x_.few() || !x_.one()) && count - i >= Tile<T>::kVectors) {
+        panel<Tile<T>::kRows, Tile<T>::kVectors>(blocks, at);
+        i += Tile<T>::kVectors;
+      } else {
+        panel<Tile<T>::kTallRows, 1>(blocks, at);
+        ++i;
+      }
+    }
+  }
+
+  // All rows, at most kMost a tile, times kV blocks.
+  template <int kMost, int kV>
+  void panel(const float* blocks, const Store<T>& sink) {
+    const int64_t groups = p_.K / 4, step = small_tiles() ? 8 : kGroupsAtOnce;
+    int64_t begin = 0;
+    do {
+      const int64_t end = std::min(begin + step, groups);
       for (int t = 0; t < x_.tiles(); ++t) {
         const int row = x_.first(t), rows = x_.first(t + 1) - row;
-        const Store<T> at{sink.out + row * sink.ld + i * kLanes, sink.ld, sink.bias ? sink.bias + i * kLanes : nullptr,
-                          sink.left - i * kLanes};
-        if (together == Tile<T>::kManyVectors) {
-          with_constant<Tile<T>::kFewRows>(
-              rows, [&](auto n) { multiply_rows<T, n, Tile<T>::kManyVectors>(x_.tile(t), blocks, p_.K, at); });
-        } else {
-          with_constant<Tile<T>::kRows>(rows, [&](auto n) {
-            if (together == Tile<T>::kVectors)
-              multiply_rows<T, n, Tile<T>::kVectors>(x_.tile(t), blocks, p_.K, at);
-            else
-              multiply_rows<T, n, 1>(x_.tile(t), blocks, p_.K, at);
-          });
-        }
+        float* const sums = sums_ + row * kV * kLanes;
+        const Store<T> at{sink.out + row * sink.ld, sink.ld, sink.bias, sink.left};
+        with_constant<kMost>(rows,
+                             [&](auto n) { multiply_tile<T, n, kV>(x_.tile(t), blocks, p_.K, begin, end, sums, at); });
       }
-      i += together;
-    }
+      begin = end;
+    } while (begin < groups);
   }
 
   const Params& p_;
   RowsOfX<T> x_;
-  float *parts_, *packing_, *bias_;
+  float *parts_, *packing_, *bias_, *sums_;
 };
 
 template <class F>

@@ -100,15 +100,11 @@ EFFVIT_INLINE void transpose_channels(float* to, const Words& w, int64_t n, int6
   const int64_t stride = w.stride_n;
   int64_t t = 0;
   if (w.stride_k == 1 && channels == kLanes) {
-    const int64_t next = n + 2 * kLanes <= N ? kLanes * stride : 0;  // what is read next is fetched
     for (; t + kLanes <= w.count; t += kLanes) {
       const E* from = first + t * Words::kElements;
       vf r[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i, from += stride) {
-        r[i] = w.words(from);
-        __builtin_prefetch(from + next);
-      }
+      for (int i = 0; i < kLanes; ++i, from += stride) r[i] = w.words(from);
       transpose_block(r);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(to + (t + i) * kLanes, r[i]);
