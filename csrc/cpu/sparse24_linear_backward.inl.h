@@ -16,7 +16,7 @@ struct PlanDx {
 
   explicit PlanDx(const Params& p) {
     const bool small = small_tiles();
-    rows = even(p.M, ceil_div(p.M, small ? 8 : 192), 1);
+    rows = even(p.M, ceil_div(p.M, small ? 8 : 256), 1);
     columns = small ? 32 : 256;
     depth = small ? 32 : 256;
     m = ceil_div(p.M, rows);
@@ -146,42 +146,49 @@ struct PlanDw {
   int64_t words() const { return sums() + channels; }
 };
 
-// `columns` of rows [row, row + rows), as words. Columns in tiles of kTile, [tile][step][kTile], zeros behind them: a
-// step is a row, or, of bfloat16, two.
+// `columns` of rows [row, row + rows), as words: a step is a row, or, of bfloat16, two. [steps][width], or, where width
+// is 0, tile by tile, [tile][steps][kLanes]. Zeros behind them.
 template <class T>
-EFFVIT_INLINE void take_columns(float* to, int tile, const T* base, const RowPlaces& places, int64_t row, int rows,
+EFFVIT_INLINE void take_columns(float* to, int width, const T* base, const RowPlaces& places, int64_t row, int rows,
                                 int64_t first, int columns) {
   constexpr int kStep = kElementsOfWord<T>;
   const int steps = (rows + kStep - 1) / kStep, depth = round_up(rows, kDepth<T>) / kStep;
+  const int64_t next = width ? kLanes : int64_t{depth} * kLanes;  // vector of the same step
   for (int s = 0; s < depth; ++s) {
-    float* const line = to + s * tile;
-    const auto at = [&](int c)
-                        __attribute__((always_inline)) { return line + c / tile * int64_t{depth} * tile + c % tile; };
+    float* line = to + int64_t{s} * (width ? width : kLanes);
     if (s >= steps) {
-      for (int c = 0; c < columns; c += kLanes) store(at(c), vf{});
+      for (int c = 0; c < columns; c += kLanes, line += next) store(line, vf{});
       continue;
     }
     const T* const a = base + places(row + s * kStep) + first;
     if constexpr (kBf16Products<T>) {
-      const T* const b = kStep * s + 1 < rows ? base + places(row + s * kStep + 1) + first : nullptr;
-      for (int c = 0; c < columns; c += kLanes) {
-        const vf low = load_lanes(a + c, columns - c), high = b ? load_lanes(b + c, columns - c) : vf{};
-        store(at(c), (vf)join_pairs(low, high));
+      const bool two = kStep * s + 1 < rows;
+      const T* const b = two ? base + places(row + s * kStep + 1) + first : a;
+      int c = 0;
+      for (; two && c + kLanes <= columns; c += kLanes, line += next)
+        store(line, (vf)join_pairs(load(a + c), load(b + c)));
+      for (; c < columns; c += kLanes, line += next) {
+        const vf low = load_lanes(a + c, columns - c), high = two ? load_lanes(b + c, columns - c) : vf{};
+        store(line, (vf)join_pairs(low, high));
       }
     } else {
-      for (int c = 0; c < columns; c += kLanes) store(at(c), load_lanes(a + c, columns - c));
+      for (int c = 0; c < columns; c += kLanes, line += next) store(line, load_lanes(a + c, columns - c));
     }
   }
 }
 
-// sums[group][2][kLanes] += of g [steps][kLanes] and a tile of x, [steps][kLanes / 4 groups].
+// sums[group][2][kLanes] (+)= of g [steps][kLanes] and a tile of x, [steps][kLanes / 4 groups]; position: the first
+// group's in the lowest bits.
 template <class T>
-EFFVIT_INLINE void add_kept(float* sums, const float* g, const float* x, int steps, const vi (&at)[kLanes / 4]) {
+EFFVIT_INLINE void add_kept(float* sums, const float* g, const float* x, int steps, vi position, bool first_time) {
   constexpr int kGroups = kLanes / 4;
   vf acc[kGroups][2];
-  vi second[kGroups];
+  vi at[kGroups], second[kGroups];
 #pragma GCC unroll 4
-  for (int q = 0; q < kGroups; ++q) acc[q][0] = acc[q][1] = vf{}, second[q] = at[q] >> 2;
+  for (int q = 0; q < kGroups; ++q) {
+    acc[q][0] = acc[q][1] = vf{};
+    at[q] = position >> (4 * q), second[q] = position >> (4 * q + 2);
+  }
   for (int s = 0; s < steps; ++s) {
     const vf channels = load(g + s * kLanes);
 #pragma GCC unroll 4
@@ -202,7 +209,7 @@ EFFVIT_INLINE void add_kept(float* sums, const float* g, const float* x, int ste
   for (int q = 0; q < kGroups; ++q) {
     for (int i = 0; i < 2; ++i) {
       float* const to = sums + (2 * q + i) * kLanes;
-      store(to, load(to) + acc[q][i]);
+      store(to, first_time ? acc[q][i] : load(to) + acc[q][i]);
     }
   }
 }
@@ -219,6 +226,7 @@ class Dw {
         plan_(plan),
         g_(scratch.take<float>(kSteps * plan.channels)),
         x_(scratch.take<float>(kSteps * plan.columns)),
+        positions_(scratch.take<float>(kDense<T> ? 0 : plan.channels * (plan.columns / 32))),
         own_(scratch.take<float>(plan.words())) {}
 
   float* own() const { return own_; }
@@ -227,21 +235,25 @@ class Dw {
     [[maybe_unused]] ProductScope<T> scope;
     const int channels = static_cast<int>(std::min(plan_.channels, p_.N - n));
     const int columns = static_cast<int>(std::min(plan_.columns, p_.K - k));
-    zero(sums, plan_.words());
+    if (kDense<T>)
+      zero(sums, plan_.words());
+    else
+      zero(sums + plan_.sums(), plan_.channels);
+    take_positions(n, k, channels);
     constexpr int kAtOnce = kBf16Tiles<T> ? kRows / 2 : kSteps * kElementsOfWord<T>;
     for (int64_t row = begin; row < end; row += kAtOnce) {
       const int rows = static_cast<int>(std::min<int64_t>(kAtOnce, end - row));
       const int steps = round_up(rows, kDepth<T>) / kElementsOfWord<T>;
-      const int g_tile = kDense<T> ? static_cast<int>(plan_.channels) : kLanes;
-      take_columns(g_, g_tile, static_cast<const T*>(p_.grad_out), p_.grad_out_rows, row, rows, n, channels);
-      if (k == 0 && p_.dbias) add_g(sums + plan_.sums(), steps, g_tile, channels);
+      const int g_width = kDense<T> ? static_cast<int>(plan_.channels) : 0;
+      take_columns(g_, g_width, static_cast<const T*>(p_.grad_out), p_.grad_out_rows, row, rows, n, channels);
+      if (k == 0 && p_.dbias) add_g(sums + plan_.sums(), steps, channels);
       if (columns == 0) continue;
-      const int x_tile = kDense<T> ? static_cast<int>(plan_.columns) : kLanes;
-      take_columns(x_, x_tile, static_cast<const T*>(p_.x), p_.x_rows, row, rows, k, columns);
+      const int x_width = kDense<T> ? static_cast<int>(plan_.columns) : 0;
+      take_columns(x_, x_width, static_cast<const T*>(p_.x), p_.x_rows, row, rows, k, columns);
       if constexpr (kDense<T>)
         multiply(sums, rows, channels);
       else
-        multiply_kept(sums, steps, n, k, channels, columns);
+        multiply_kept(sums, steps, channels, columns, row == begin);
     }
   }
 
@@ -282,12 +294,13 @@ class Dw {
  private:
   static constexpr int kSteps = kRows;
 
-  void add_g(float* sums, int steps, int tile, int channels) {
+  void add_g(float* sums, int steps, int channels) {
+    const int64_t next = kDense<T> ? plan_.channels : kLanes;
     for (int c = 0; c < channels; c += kLanes) {
-      const float* const from = g_ + c / tile * int64_t{steps} * tile + c % tile;
+      const float* const from = g_ + (kDense<T> ? c : int64_t{c} * steps);
       vf sum{};
       for (int s = 0; s < steps; ++s) {
-        const vf g = load(from + s * tile);
+        const vf g = load(from + s * next);
         if constexpr (kBf16Products<T>)
           sum += (vf)((vi)g << 16) + (vf)((vi)g & (vi{} - 65536));
         else
@@ -307,31 +320,33 @@ class Dw {
       gemm_transposed(channels, columns, rows, g, plan_.channels, x, columns, sums, sums, columns);
   }
 
-  void multiply_kept(float* sums, int steps, int64_t n, int64_t k, int channels, int columns) {
-    constexpr int kGroups = kLanes / 4, kFloats = kLanes / 2 * kLanes;
+  void multiply_kept(float* sums, int steps, int channels, int columns, bool first_time) {
+    constexpr int kFloats = kLanes / 2 * kLanes;
+    const int64_t words = plan_.columns / 32;
     for (int c = 0; c < columns; c += kLanes) {
       for (int j = 0; j < channels; j += kLanes) {
-        vi at[kGroups];
-        positions(at, n + j, channels - j, k + c);
+        const vi at = (vi)load(positions_ + (j / kLanes * words + c / 32) * kLanes) >> (c % 32);
         add_kept<T>(sums + (c / kLanes * (plan_.channels / kLanes) + j / kLanes) * kFloats, g_ + j * steps,
-                    x_ + c * steps, steps, at);
+                    x_ + c * steps, steps, at, first_time);
       }
     }
   }
 
-  // Of the groups of kLanes columns, for kLanes channels.
-  EFFVIT_INLINE void positions(vi (&at)[kLanes / 4], int64_t n, int channels, int64_t column) {
-    alignas(64) int32_t bytes[kLanes] = {};
-    for (int i = 0; i < kLanes && i < channels; ++i) {
-      for (int b = 0; b < (kLanes + 7) / 8 && column + 8 * b < p_.K; ++b)
-        bytes[i] |= p_.meta[(n + i) * p_.meta_stride_n + (column / 8 + b) * p_.meta_stride_k] << (8 * b);
+  // Positions of the unit's columns, [channels / kLanes][columns / 32][kLanes] words.
+  void take_positions(int64_t n, int64_t k, int channels) {
+    if constexpr (!kDense<T>) {
+      PositionWords w(p_);
+      w.data += k / 8 * w.stride_k;
+      w.elements = std::min(w.elements - k / 8, plan_.columns / 8);
+      w.count = std::min(w.count - k / 32, plan_.columns / 32);
+      for (int j = 0; j < channels; j += kLanes)
+        transpose_channels(positions_ + j * (plan_.columns / 32), w, n + j, p_.N);
     }
-    for (int q = 0; q < kLanes / 4; ++q) at[q] = load(bytes) >> (4 * q);
   }
 
   const Params& p_;
   const PlanDw& plan_;
-  float *g_, *x_, *own_;
+  float *g_, *x_, *positions_, *own_;
 };
 
 int64_t dw_units(const Params& p) {

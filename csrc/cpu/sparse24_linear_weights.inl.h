@@ -194,23 +194,26 @@ template <class T>
 EFFVIT_INLINE void expand_row(float* to, float* kept, const Params& p, int64_t n, int64_t first, int columns) {
   static constexpr KeptMasks kKept;
   const T* const values = static_cast<const T*>(p.values) + n * p.values_stride_n + first / 2 * p.values_stride_k;
-  const uint8_t* const meta = p.meta + n * p.meta_stride_n + first / 8 * p.meta_stride_k;
+  const int64_t stride = p.meta_stride_k;
+  const uint8_t* const meta = p.meta + n * p.meta_stride_n + first / 8 * stride;
+  int c = 0;
+#if defined(EFFVIT_HAS_AVX512)
+  const auto mask = [&](int at) __attribute__((always_inline)) {
+    const uint32_t low = kKept.of[meta[at / 8 * stride]];
+    return at + 8 < columns ? low | kKept.of[meta[(at / 8 + 1) * stride]] << 8 : low;
+  };
   if (p.values_stride_k == 1) {
-    load_row(kept, values, columns / 2);
-  } else {
-    for (int i = 0; i < columns / 2; ++i) kept[i] = to_float(values[i * p.values_stride_k]);
+    for (; c + 32 <= columns; c += 16) store(to + c, expand(load(values + c / 2), mask(c)));  // of 16 values, 8
   }
+#endif
+  for (int i = c / 2; i < columns / 2; ++i) kept[i] = to_float(values[i * p.values_stride_k]);
 #if defined(EFFVIT_HAS_AVX512)
   store(kept + columns / 2, vf{});  // what the other half of the last byte would take
-  for (int c = 0; c < columns; c += 16) {
-    const uint32_t low = kKept.of[meta[c / 8 * p.meta_stride_k]];
-    const uint32_t high = c + 8 < columns ? kKept.of[meta[(c / 8 + 1) * p.meta_stride_k]] : 0;
-    store(to + c, expand(load(kept + c / 2), low | high << 8));
-  }
+  for (; c < columns; c += 16) store(to + c, expand(load(kept + c / 2), mask(c)));
 #else
-  for (int c = 0; c < columns; c += kLanes) store(to + c, vf{});
+  for (; c < columns; c += kLanes) store(to + c, vf{});
   for (int q = 0; q < columns / 4; ++q) {
-    const int nibble = meta[q / 2 * p.meta_stride_k] >> (q % 2 * 4);
+    const int nibble = meta[q / 2 * stride] >> (q % 2 * 4);
     to[4 * q + (nibble & 3)] = kept[2 * q];
     to[4 * q + (nibble >> 2 & 3)] = kept[2 * q + 1];
   }
