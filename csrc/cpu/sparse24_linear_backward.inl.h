@@ -165,8 +165,7 @@ EFFVIT_INLINE void take_columns(float* to, int width, const T* base, const RowPl
       const bool two = kStep * s + 1 < rows;
       const T* const b = two ? base + places(row + s * kStep + 1) + first : a;
       int c = 0;
-      for (; two && c + kLanes <= columns; c += kLanes, line += next)
-        store(line, (vf)join_pairs(load(a + c), load(b + c)));
+      for (; two && c + kLanes <= columns; c += kLanes, line += next) store(line, (vf)load_pairs(a + c, b + c));
       for (; c < columns; c += kLanes, line += next) {
         const vf low = load_lanes(a + c, columns - c), high = two ? load_lanes(b + c, columns - c) : vf{};
         store(line, (vf)join_pairs(low, high));

@@ -312,6 +312,15 @@ EFFVIT_INLINE void pack_transposed(BFloat16* dst, int64_t ldb, int n, int k, con
 
 // Pairs of numbers that are bfloat16 already, or (round_pairs) are rounded: a low, b high in every lane.
 EFFVIT_INLINE vi join_pairs(vf a, vf b) { return (vi)((vu)a >> 16) | ((vi)b & (vi{} - 65536)); }
+EFFVIT_INLINE vi load_pairs(const BFloat16* a, const BFloat16* b) {
+#if defined(EFFVIT_HAS_AVX512)
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+  return (vi)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+#else
+  return join_pairs(load(a), load(b));
+#endif
+}
 EFFVIT_INLINE vi round_pairs(vf a, vf b) {
 #if defined(EFFVIT_HAS_AVX512_BF16)
   const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
@@ -375,6 +384,7 @@ RowMajorA row_major(const BFloat16* a, int64_t ld);
 TransposedA transposed(const BFloat16* a, int64_t m);
 DenseB right(const BFloat16* b, int64_t n);
 vi join_pairs(vf a, vf b);
+vi load_pairs(const BFloat16* a, const BFloat16* b);
 vi round_pairs(vf a, vf b);
 #endif  // EFFVIT_HAS_BF16_PRODUCTS
 
