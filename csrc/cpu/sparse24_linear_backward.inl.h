@@ -243,14 +243,14 @@ class Dw {
     for (int64_t row = begin; row < end; row += kAtOnce) {
       const int rows = static_cast<int>(std::min<int64_t>(kAtOnce, end - row));
       const int steps = round_up(rows, kDepth<T>) / kElementsOfWord<T>;
-      const int g_width = kDense<T> ? static_cast<int>(plan_.channels) : 0;
+      const int g_width = kDense<T> ? round_up(channels, kLanes) : 0;
       take_columns(g_, g_width, static_cast<const T*>(p_.grad_out), p_.grad_out_rows, row, rows, n, channels);
       if (k == 0 && p_.dbias) add_g(sums + plan_.sums(), steps, channels);
       if (columns == 0) continue;
-      const int x_width = kDense<T> ? static_cast<int>(plan_.columns) : 0;
+      const int x_width = kDense<T> ? round_up(columns, kLanes) : 0;
       take_columns(x_, x_width, static_cast<const T*>(p_.x), p_.x_rows, row, rows, k, columns);
       if constexpr (kDense<T>)
-        multiply(sums, rows, channels);
+        multiply(sums, rows, channels, g_width, x_width);
       else
         multiply_kept(sums, steps, channels, columns, row == begin);
     }
@@ -294,7 +294,7 @@ class Dw {
   static constexpr int kSteps = kRows;
 
   void add_g(float* sums, int steps, int channels) {
-    const int64_t next = kDense<T> ? plan_.channels : kLanes;
+    const int64_t next = kDense<T> ? round_up(channels, kLanes) : kLanes;
     for (int c = 0; c < channels; c += kLanes) {
       const float* const from = g_ + (kDense<T> ? c : int64_t{c} * steps);
       vf sum{};
@@ -309,14 +309,13 @@ class Dw {
     }
   }
 
-  void multiply(float* sums, int rows, int channels) {
-    const int columns = static_cast<int>(plan_.columns);
+  void multiply(float* sums, int rows, int channels, int g_width, int x_width) {
     const auto* const g = reinterpret_cast<const Operand<T>*>(g_);
     const auto* const x = reinterpret_cast<const Operand<T>*>(x_);
     if constexpr (kBf16Products<T>)
-      gemm_transposed(round_up(channels, 16), columns, rows, g, x, sums, sums, columns);
+      gemm_transposed(g_width, x_width, rows, g, x, sums, sums, plan_.columns);
     else
-      gemm_transposed(channels, columns, rows, g, plan_.channels, x, columns, sums, sums, columns);
+      gemm_transposed(channels, x_width, rows, g, g_width, x, x_width, sums, sums, plan_.columns);
   }
 
   void multiply_kept(float* sums, int steps, int channels, int columns, bool first_time) {

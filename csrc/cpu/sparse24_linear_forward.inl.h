@@ -153,14 +153,15 @@ inline __attribute__((noinline)) void multiply_tile(const float* x, const float*
 }
 
 // The same for few rows, of one block of channels straight from the weight: kLanes words of each are transposed in
-// registers. `positions`: of the block, transposed.
+// registers. `positions`: of the block, transposed; `first`: the first group, a multiple of those of kLanes words.
 template <class T, int kR>
-EFFVIT_INLINE void add_words(vf (&acc)[kR], const float* x, vf (&words)[kLanes], const float* positions, int groups) {
+EFFVIT_INLINE void add_words(vf (&acc)[kR], const float* x, vf (&words)[kLanes], const float* positions, int64_t first,
+                             int groups) {
   constexpr int kWords = kWordsOfGroup<T>, kMost = kLanes / kWords;
 #pragma GCC unroll 16
   for (int q = 0; q < kMost; ++q) {
     if (q >= groups) return;
-    const vi at = (vi)load(positions + q / 8 * kLanes) >> (q % 8 * 4);
+    const vi at = (vi)load(positions + (first + q) / 8 * kLanes) >> static_cast<int>((first + q) % 8 * 4);
 #if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
     if constexpr (kBf16Products<T>) {
       const vi by = look_up(load(kPairBytes.of), at);
@@ -199,8 +200,7 @@ inline __attribute__((noinline)) void multiply_few(const float* x, float* positi
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i, from += stride) words[i] = w.words(from);
       transpose_block(words);
-      add_words<T, kR>(acc[j], x + q * kR * 2 * kWordsOfGroup<T>, words, positions + (j * at.count + q / 8) * kLanes,
-                       kGroups);
+      add_words<T, kR>(acc[j], x + q * kR * 2 * kWordsOfGroup<T>, words, positions + j * at.count * kLanes, q, kGroups);
     }
   }
   if (q < groups) {
@@ -208,7 +208,7 @@ inline __attribute__((noinline)) void multiply_few(const float* x, float* positi
       vf words[kLanes];
       for (int i = 0; i < kLanes; ++i) words[i] = w.words(first + (j * kLanes + i) * stride + 2 * q, 2 * (groups - q));
       transpose_block(words);
-      add_words<T, kR>(acc[j], x + q * kR * 2 * kWordsOfGroup<T>, words, positions + (j * at.count + q / 8) * kLanes,
+      add_words<T, kR>(acc[j], x + q * kR * 2 * kWordsOfGroup<T>, words, positions + j * at.count * kLanes, q,
                        static_cast<int>(groups - q));
     }
   }
