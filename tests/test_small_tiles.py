@@ -12,6 +12,7 @@ CASES = {
                          "small_causal_wide", "small_quadratic_chunks", "small_tails", "small_splits"],
     "rbf_gram": ["small", "small_tails"],
     "newton_pinv": ["small_gram_17"],
+    "sparse24_linear": ["small", "transposed"],
 }  # fmt: skip
 
 

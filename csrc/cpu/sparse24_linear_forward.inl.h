@@ -161,7 +161,8 @@ EFFVIT_INLINE void add_words(vf (&acc)[kR], const float* x, vf (&words)[kLanes],
 #pragma GCC unroll 16
   for (int q = 0; q < kMost; ++q) {
     if (q >= groups) return;
-    const vi at = (vi)load(positions + (first + q) / 8 * kLanes) >> static_cast<int>((first + q) % 8 * 4);
+    const int64_t skip = kMost < 8 ? first % 8 : 0;  // else it is 0, and the shift a constant
+    const vi at = (vi)load(positions + (first / 8 + q / 8) * kLanes) >> static_cast<int>((skip + q % 8) * 4);
 #if defined(EFFVIT_HAS_BF16_PRODUCTS) && !defined(EFFVIT_HAS_TILES)
     if constexpr (kBf16Products<T>) {
       const vi by = look_up(load(kPairBytes.of), at);

@@ -62,8 +62,9 @@ def sparse24_linear(
 
     Returns:
         [..., N] in the dtype of x, contiguous. Differentiable in x, values and bias: weights train in their places.
-        The products are PyTorch's, of the decompressed weight in float32; their last bits may depend on the number of
-        threads. Under autocast x and values are cast.
+        Sums are float32. On a CPU the weight stays compressed up to the registers, in the forward and for the gradient
+        of values, and results do not depend on the number of threads; AMX and GPUs (Triton) expand it tile by tile.
+        CPUs with products of bfloat16 take subnormal numbers for zeros there. Under autocast x and values are cast.
 
     Raises:
         TypeError: a tensor argument is not a dense tensor or has the wrong dtype.
