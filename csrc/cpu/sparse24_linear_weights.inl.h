@@ -100,7 +100,7 @@ EFFVIT_INLINE void transpose_channels(float* to, const Words& w, int64_t n, int6
   const int64_t stride = w.stride_n;
   int64_t t = 0;
   if (w.stride_k == 1 && channels == kLanes) {
-    for (; t + kLanes <= w.count; t += kLanes) {
+    for (; (t + kLanes) * Words::kElements <= w.elements; t += kLanes) {
       const E* from = first + t * Words::kElements;
       vf r[kLanes];
 #pragma GCC unroll 16

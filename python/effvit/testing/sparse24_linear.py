@@ -80,6 +80,8 @@ SPEC = OpSpec(
         _sample("misaligned", (3, 5), 9, 12, x_layout=misaligned, tags="strided small"),
         _sample("transposed", (3, 5), 9, 16, layout=transposed, tags="strided small"),
         _sample("expanded", (1, 4), 6, 8, x_layout=lambda t: t.expand(3, 4, 8), tags="strided"),
+        _sample("last_byte", (6,), 16, 496, tags="nasty"),  # a vector of positions reaches two bytes beyond the row
+        _sample("deep", (20,), 40, 1100, tags="nasty"),  # K in parts
         _sample("empty_rows", (0, 3), 5, 8, tags="empty"),
         _sample("empty_columns", (2, 3), 0, 8, tags="empty"),
         _sample("empty_depth", (2, 3), 5, 0, tags="nasty empty"),
