@@ -150,7 +150,7 @@ class FrameworkSuite:
 
         def stack(a):
             if not a.is_floating_point():
-                return torch.stack([a.flatten().roll(i).view(a.shape) for i in range(n)])
+                return torch.stack([self.spec.rolled(a, i) for i in range(n)])
             if (a > 0).all():  # scales, say
                 return torch.stack([a * (0.5 + torch.rand(a.shape, generator=generator)) for _ in range(n)])
             return torch.stack([a + 0.5 * torch.randn(a.shape, generator=generator) for _ in range(n)])

@@ -141,7 +141,7 @@ def _good(dtype=torch.int8, n=32, k=64):
          lambda: sparse24_formats.pack(_good()[0], _good()[1] | 15, format="sm80")),
         (TypeError, r"shape must be \(N, K\), got 32",
          lambda: sparse24_formats.unpack(sparse24_formats.pack(*_good(), format="cpu"), 32, format="cpu")),
-        (ValueError, r"packed must be \[3, 704\], got \[2, 704\]",
+        (ValueError, r"packed must be \[3, 768\], got \[2, 768\]",
          lambda: sparse24_formats.unpack(sparse24_formats.pack(*_good(), format="cpu"), (48, 64), format="cpu")),
         (TypeError, r"packed must be \(values, metadata\) for sm80, got Tensor",
          lambda: sparse24_formats.unpack(sparse24_formats.pack(*_good(), format="cpu"), (32, 64), format="sm80")),

@@ -18,7 +18,10 @@ struct int8_linear : OpDefaults {
                   rows, ", ", width, "], like w_scale and x, got ", Integers(c["weight"]));
   }
 
-  static void check(const Call& c) { check_epilogue(c); }
+  static void check(const Call& c) {
+    check_epilogue(c);
+    if (c.dim("C") > c.dim("K")) check_label(c, "weight", "int8_prepack", Packed::kInt8, c.dim("N"), c.dim("K"));
+  }
 
   static Int8LinearParams params(const Call& c) {
     Int8LinearParams p;

@@ -22,7 +22,7 @@ struct sparse24_int8_linear : OpDefaults {
       effvit::check(r == n && width == k / 2, c.op(), "values must be [N, K / 2] = [", n, ", ", k / 2,
                     "] like w_scale and x, got ", Integers(c["values"]));
     } else {
-      const int64_t rows = (n + 15) / 16, packed = 64 * (c.dim("K8") + (k + 31) / 32 + 1);
+      const int64_t rows = (n + 15) / 16, packed = 64 * (c.dim("K8") + (k + 31) / 32 + 2);
       effvit::check(r == rows && width == packed, c.op(), "values must be packed by sparse24_prepack, [", rows, ", ",
                     packed, "], where meta is not given, got ", Integers(c["values"]));
     }
@@ -30,7 +30,10 @@ struct sparse24_int8_linear : OpDefaults {
 
   static void check(const Call& c) {
     check_epilogue(c);
-    if (const View* meta = c.find("meta"); meta && c.readable) check_positions(c, *meta);
+    if (!c.given("meta"))
+      check_label(c, "values", "sparse24_prepack", Packed::kSparse24, c.dim("N"), c.dim("K"));
+    else if (c.readable)
+      check_positions(c, c["meta"]);
   }
 
   static Sparse24Int8LinearParams params(const Call& c) {

@@ -92,7 +92,8 @@ void finish_rows(const Int8Epilogue& p, const int32_t* acc, int ld, const int32_
       if constexpr (std::is_same_v<T, int32_t>) {
         store_first(to + i, load(acc + i) - set1(sums[r]), n);
       } else if constexpr (std::is_same_v<T, int8_t>) {
-        const vf q = min(max(value(acc, r, scale, i, n) * inverse, set1(-128.f)), set1(127.f));
+        const vf y = value(acc, r, scale, i, n) * inverse;
+        const vf q = min(max((vf)((vi)y & (y == y)), set1(-128.f)), set1(127.f));  // 0 for NaN
         store_first(to + i, round_to_int(q), n);
       } else {
         store_first(to + i, value(acc, r, scale, i, n), n);

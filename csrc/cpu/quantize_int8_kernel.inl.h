@@ -54,8 +54,8 @@ void quantize(int8_t* q, const T* x, const int8_t* excluded, int64_t columns, fl
   for (int64_t i = 0; i < columns; i += kLanes) {
     const int64_t n = columns - i;
     vf y = load_first(x + i, n) / divisor;
+    y = (vf)((vi)y & (y == y));  // 0 for NaN; a minimum would make it 127
     y = min(max(y, set1(-127.f)), set1(127.f));
-    y = (vf)((vi)y & (y == y));
     y = without(y, excluded ? excluded + i : nullptr, n);
     alignas(64) int8_t some[kLanes];
     if (n >= kLanes) {

@@ -1,11 +1,11 @@
 // sparse24_int8_linear on the CPU: forward, on raw pointers, compiled once per ISA. The GEMM of int8_gemm.inl.h with
 // 2:4-sparse weights that stay compressed up to the registers; kInt8Dot says that the ISA has products of bytes.
 //
-// Packed weights: per block of 16 columns [K8][16][4] bytes of values, [K32][16] words of positions and 16 int32, the
-// sums of the block's columns; K8 = ceil(K / 8), K32 = ceil(K / 32). Of eight neighbours along K a column has four
-// values, of the first and the second group in turn (v0 v0' v1 v1': as int16 they are split by shifts). Byte b of a
-// word of positions belongs to the b-th of these; it has the position within its group for four times eight neighbours,
-// two bits each. Beyond N and K values are 0.
+// Packed weights: per block of 16 columns [K8][16][4] bytes of values, [K32][16] words of positions, 16 int32, the
+// sums of the block's columns, and 64 bytes that say what this is; K8 = ceil(K / 8), K32 = ceil(K / 32). Of eight
+// neighbours along K a column has four values, of the first and the second group in turn (v0 v0' v1 v1': as int16 they
+// are split by shifts). Byte b of a word of positions belongs to the b-th of these; it has the position within its
+// group for four times eight neighbours, two bits each. Beyond N and K values are 0.
 //
 // It is x that is brought into the order of the values: eight bytes of a row, broadcast, go through a byte shuffle by
 // the positions, and one dot product then does the work of two dense ones. The operand that dot products of bytes want
@@ -27,7 +27,7 @@ struct SparseWeights {
   int64_t K8;
 };
 
-int64_t packed_width(int64_t K8) { return 64 * K8 + 64 * ceil_div(K8, 4) + 64; }
+int64_t packed_width(int64_t K8) { return 64 * K8 + 64 * ceil_div(K8, 4) + 128; }
 
 // A panel: vector j of columns lies in these.
 template <int kVectors>
@@ -299,7 +299,7 @@ void pack(const Params& p, float* workspace, int64_t begin, int64_t end) {
         for (int b = 0; b < 4; ++b) word[b] = static_cast<uint8_t>(word[b] | at[b] << (2 * (k % 4)));
         sum += four[0] + four[1] + four[2] + four[3];
       }
-      std::memcpy(to + width - 64 + 4 * c, &sum, 4);
+      std::memcpy(to + width - 128 + 4 * c, &sum, 4);
     }
   }
 }

@@ -34,10 +34,10 @@ EFFVIT_FN V normal_cdf(V x, V* density) {
 }
 
 // Phi(x) alone, to 2e-7 of 1: 1/2 plus an odd rational function that is closest to it up to 5.5, where what is left is
-// below half a unit in the last place of 1.
+// below half a unit in the last place of 1; 0 below -5.5, or x times it would grow again.
 template <class V>
-EFFVIT_FN V normal_cdf_near(V x) {
-  x = min(max(x, splat<V>(-5.5f)), splat<V>(5.5f));
+EFFVIT_FN V normal_cdf_near(V argument) {
+  const V x = min(max(argument, splat<V>(-5.5f)), splat<V>(5.5f));
   const V t = x * x;
   V p = fma(t, splat<V>(2.27480133e-08f), splat<V>(6.35192146e-06f));
   p = fma(t, p, splat<V>(0.000168825645f));
@@ -49,5 +49,5 @@ EFFVIT_FN V normal_cdf_near(V x) {
   q = fma(t, q, splat<V>(0.0286459494f));
   q = fma(t, q, splat<V>(0.251522452f));
   q = fma(t, q, splat<V>(1.f));
-  return fma(x, p / q, splat<V>(0.5f));
+  return select(argument < -5.5f, splat<V>(0.f), fma(x, p / q, splat<V>(0.5f)));
 }

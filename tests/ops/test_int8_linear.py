@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 import effvit
+from effvit.ops._declaration import OUT_DTYPES
+from effvit.ops._int8 import NAMES
 from effvit.testing import assert_bitwise_equal, backends
 from effvit.testing.int8_linear import SPEC
 from op_suite import OpSuite
@@ -89,3 +91,70 @@ def test_gradients_of_scales_bias_and_residual():
     expected = torch.autograd.grad(F.silu(y), leaves, grad)
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
+
+
+def _runs(op, *args, **options):
+    """{backend: result} of a small call."""
+    found = {}
+    for b in backends(op):
+        given = (None if a is None else a.to(b.device) for a in args)
+        found[b.name] = b.forward(*given, **options).cpu()
+    return found
+
+
+def test_what_is_not_finite_stays_with_its_row():
+    """A row with a NaN or an infinity has such a scale; int8 results have 0 where there is no number."""
+    x = torch.randn(6, 20)
+    x[1, 3], x[4, 7] = float("nan"), float("inf")
+    q, scale = effvit.quantize_int8(x)
+    w = torch.randint(-127, 128, (18, 20), dtype=torch.int8)
+    w_scale, bias = torch.full((18,), 0.01), torch.randn(18)
+    good = [0, 2, 3, 5]
+    for activation in range(4):
+        finite = effvit.int8_linear(q[good], w, scale[good], w_scale, bias, activation=NAMES[activation])
+        for name, y in _runs("int8_linear", q, w, scale, w_scale, bias, activation=activation, out_dtype=0).items():
+            assert not torch.isfinite(y[1]).any(), name
+            assert torch.isfinite(y[good]).all(), name
+            torch.testing.assert_close(y[good], finite, rtol=1e-5, atol=1e-5)
+    results = _runs("int8_linear", q, w, scale, w_scale, bias, out_dtype=OUT_DTYPES.index("int8"), out_scale=0.1)
+    for name, y in results.items():
+        assert (y[1] == 0).all(), name
+
+
+def test_gelu_of_large_numbers():
+    """The tail is 0, not x times the rounding error of 1."""
+    one = torch.ones(18, 1, dtype=torch.int8)
+    v = torch.tensor([6.0, 10.0, 1e3, 1e6, 1e20])
+    for sign in (1, -1):
+        x = torch.full((5, 1), sign, dtype=torch.int8)
+        for name, y in _runs("int8_linear", x, one, v, torch.ones(18), activation=NAMES.index("gelu")).items():
+            expected = torch.nn.functional.gelu(sign * v.double()).float()[:, None].expand(5, 18)
+            torch.testing.assert_close(y, expected, rtol=3e-7, atol=1e-8, msg=name)
+
+
+def test_a_packed_weight_of_another_kind_or_shape_is_refused():
+    w = torch.randint(-127, 128, (6, 16), dtype=torch.int8)
+    x, packed = torch.ones(2, 16, dtype=torch.int8), effvit.int8_prepack(w)
+    scale = torch.ones(2)
+
+    def call(x, weight, n):
+        return lambda: effvit.int8_linear(x, weight, scale, torch.ones(n))
+
+    def raw(x, weight, n):
+        return lambda: torch.ops.effvit.int8_linear(x, weight, scale, torch.ones(n))
+
+    values, meta = effvit.sparse24_compress(torch.ones(8, 32, dtype=torch.int8) * torch.tensor([1, 1, 0, 0] * 8).char())
+    sparse = effvit.sparse24_prepack(values, meta)  # 448 bytes wide, as int8_prepack makes K = 24
+    for make in (call, raw):
+        for n in (4, 10):
+            with pytest.raises(
+                ValueError if make is call else Exception, match=rf"from \[N, K\] = \[{n}, 16\], got one of \[6, 16\]"
+            ):
+                make(x, packed, n)()
+        with pytest.raises(Exception, match=r"from \[N, K\] = \[6, 13\], got one of \[6, 16\]"):
+            make(x[:, :13], packed, 6)()
+        with pytest.raises(Exception, match="packed by int8_prepack, got something else of that size"):
+            make(torch.ones(2, 24, dtype=torch.int8), sparse, 8)()
+    dense = effvit.int8_prepack(torch.ones(8, 24, dtype=torch.int8))
+    with pytest.raises(ValueError, match="packed by sparse24_prepack, got something else of that size"):
+        effvit.sparse24_int8_linear(torch.ones(2, 32, dtype=torch.int8), dense, None, scale, torch.ones(8))

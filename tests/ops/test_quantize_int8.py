@@ -74,3 +74,16 @@ def test_outliers():
     assert torch.equal(q, (kept / scale[:, None]).round().to(torch.int8))
     with pytest.raises(ValueError, match="outlier_threshold must be at least 0, got -1.0"):
         effvit.quantize_int8(x, outlier_threshold=-1.0)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_nan_and_infinity_give_the_same_bits_everywhere(given):
+    x = torch.randn(3, 40)
+    x[0, 3], x[1, 2], x[1, 39] = float("nan"), float("-inf"), float("inf")
+    scale = torch.full((3,), 0.5) if given else None
+    expected = SPEC.declared.reference(x, scale, None, round=0)
+    assert expected[0][0, 3] == 0
+    for b in backends("quantize_int8")[1:]:
+        given_scale = None if scale is None else scale.to(b.device)
+        for result, e in zip(b.forward(x.to(b.device), given_scale, None, round=0), expected, strict=True):
+            assert torch.equal(result.cpu().nan_to_num(nan=7.0), e.nan_to_num(nan=7.0)), b.name

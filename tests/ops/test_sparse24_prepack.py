@@ -20,7 +20,7 @@ def test_layout(n, k):
     """Byte for byte, from the description; and the way back."""
     values, meta = compressed(n, k, torch.int8, torch.Generator().manual_seed(n))
     packed, k8, k32 = effvit.sparse24_prepack(values, meta), -(-k // 8), -(-k // 32)
-    assert packed.shape == (-(-n // 16), 64 * (k8 + k32 + 1))
+    assert packed.shape == (-(-n // 16), 64 * (k8 + k32 + 2))
     dense = effvit.sparse24_decompress(values, meta)
     for block, row in enumerate(packed):
         positions = row[64 * k8 : 64 * (k8 + k32)].view(torch.uint8).tolist()
@@ -37,6 +37,6 @@ def test_layout(n, k):
                     assert place == int(meta[channel, step]) >> 4 * (group % 2) + 2 * which & 3
                     assert value == dense[channel, 4 * group + place] == values[channel, 2 * group + which]
             total = int(dense[channel].sum()) if channel < n else 0
-            assert row[64 * (k8 + k32) :].view(torch.int32)[i] == total
+            assert row[64 * (k8 + k32) : -64].view(torch.int32)[i] == total
     for found, expected in zip(sparse24_unpack(packed, n, k), (values, meta), strict=True):
         assert_bitwise_equal(found, expected)

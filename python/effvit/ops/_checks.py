@@ -66,13 +66,17 @@ def given_together(op: str, tensors: dict, a: str, b: str) -> None:
         raise value_error(op, missing, f"given together with {other}", None)
 
 
-def check_scales(op: str, tensors: dict, *names: str) -> None:
-    """Positive and finite, where the values can be read."""
+def check_scales(op: str, tensors: dict, *names: str, of_rows: str | None = None) -> None:
+    """Positive and finite, where the values can be read.
+
+    of_rows: the one that may have a scale for each row, which is not finite where the row is not.
+    """
     for name in names:
         t = tensors[name]
         if t is None or not has_readable_values(t):
             continue
-        wrong = ~((t > 0) & (t < math.inf))  # a NaN is neither
+        own = name == of_rows and t.stride(0) != 0
+        wrong = t <= 0 if own else ~((t > 0) & (t < math.inf))  # a NaN is neither
         if wrong.any():
             where = wrong.nonzero()[0].tolist()
             at = t[tuple(where)].item()

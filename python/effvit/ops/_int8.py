@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..reference.int8_linear import ACTIVATIONS
+from ..reference.int8_prepack import labelled
 from . import _checks
 from ._declaration import OUT_DTYPES
 
@@ -28,7 +29,18 @@ def check(op, dims, options, tensors) -> None:
                 raise _checks.value_error(op, name, "None where the output is int32", _checks.shape(tensors[name]))
         if options["activation"]:
             raise _checks.value_error(op, "activation", "none where the output is int32", NAMES[options["activation"]])
-    _checks.check_scales(op, tensors, "x_scale", "w_scale")
+    _checks.check_scales(op, tensors, "x_scale", "w_scale", of_rows="x_scale")
+
+
+def check_label(op, name: str, packed, by: str, kind: int, n: int, k: int) -> None:
+    """That `packed` is what `by` made of a weight [n, k], where the values can be read."""
+    if packed.shape[0] == 0 or not _checks.has_readable_values(packed):
+        return
+    found, *of = labelled(packed)
+    if found != kind:
+        raise _checks.value_error(op, name, f"packed by {by}", "something else of that size")
+    if of != [n, k]:
+        raise _checks.value_error(op, name, f"packed by {by} from [N, K] = [{n}, {k}]", f"one of {of}")
 
 
 def named(options: dict) -> dict:

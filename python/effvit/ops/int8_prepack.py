@@ -30,8 +30,8 @@ def int8_prepack(weight: torch.Tensor) -> torch.Tensor:
     """Weights of :func:`effvit.ops.int8_linear` in the order in which its CPU kernels read them.
 
     One layout for every instruction set, so a packed weight may be stored and moved to another machine; as a tensor it
-    is opaque. Per block of 16 output channels ``[ceil(K/4)][16][4]`` bytes, each the weight plus 128, and 64 reserved
-    bytes.
+    is opaque. Per block of 16 output channels ``[ceil(K/4)][16][4]`` bytes, each the weight plus 128, and 64 bytes
+    that say what it is: a weight of another shape or kind is refused.
 
     Args:
         weight: [N, K] int8, any strides; K at most 131072.

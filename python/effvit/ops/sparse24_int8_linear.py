@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..reference.int8_prepack import SPARSE24
 from ..reference.sparse24_int8_linear import packed_width
 from ..reference.sparse24_int8_linear import sparse24_int8_linear as _definition
 from . import _int8
@@ -31,6 +32,8 @@ def _check(op, dims, options, tensors):
     _int8.check(op, dims, options, tensors)
     if tensors["meta"] is not None:
         check_meta(op, dims, options, tensors)
+    else:
+        _int8.check_label(op, "values", tensors["values"], "sparse24_prepack", SPARSE24, dims["N"], dims["K"])
 
 
 OP = op(

@@ -34,14 +34,15 @@ def sparse24_prepack(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
 
     One layout for every instruction set, so a packed weight may be stored and moved to another machine; as a tensor it
     is opaque. Per block of 16 output channels the values ``[ceil(K/8)][16][4]``, their positions, regrouped,
-    ``[ceil(K/32)][16][4]``, and the channels' sums. ``effvit.sparse24_formats.unpack`` is the way back.
+    ``[ceil(K/32)][16][4]``, the channels' sums, and 64 bytes that say what it is.
+    ``effvit.sparse24_formats.unpack`` is the way back.
 
     Args:
         values, meta: what :func:`effvit.ops.sparse24_compress` returned for an int8 weight, any strides; K at most
             131072.
 
     Returns:
-        [ceil(N/16), 64 * (ceil(K/8) + ceil(K/32) + 1)] int8.
+        [ceil(N/16), 64 * (ceil(K/8) + ceil(K/32) + 2)] int8.
 
     Raises:
         TypeError: a tensor argument is not a dense tensor or has the wrong dtype.

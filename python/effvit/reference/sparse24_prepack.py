@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .int8_prepack import COLUMNS
+from .int8_prepack import COLUMNS, SPARSE24, label
 
 
 def interleaved(fours: torch.Tensor) -> torch.Tensor:
@@ -12,13 +12,13 @@ def interleaved(fours: torch.Tensor) -> torch.Tensor:
 
 
 def packed_width(k: int) -> int:
-    """Bytes of a block: 64 of values of every eight neighbours along K, 64 of positions of every 32, 64 of sums."""
-    return 64 * ((k + 7) // 8 + (k + 31) // 32 + 1)
+    """Bytes of a block: 64 of values of 8 neighbours along K, 64 of positions of every 32, 64 of sums, a label."""
+    return 64 * ((k + 7) // 8 + (k + 31) // 32 + 2)
 
 
 def sparse24_prepack(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
     """int8 [N, K / 2], uint8 [N, K8 = ceil(K / 8)] -> int8 [ceil(N / 16), packed_width(K)]: per block of 16 channels
-    values [K8][16][4], positions [ceil(K / 32)][16][4], and the sums of the channels.
+    values [K8][16][4], positions [ceil(K / 32)][16][4], the sums of the channels, and a label.
 
     The four bytes of positions belong to the four values; each has those of four times eight neighbours, in two bits.
     """
@@ -29,7 +29,8 @@ def sparse24_prepack(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
     bits = F.pad(bits, (0, 0, 0, -k8 % 4, 0, rows)).view(blocks, COLUMNS, (k8 + 3) // 4, 4, 4)
     positions = sum(bits[..., i, :] << 2 * i for i in range(4)).to(torch.uint8).view(torch.int8)
     sums = padded.flatten(2).sum(-1, dtype=torch.int32).contiguous().view(torch.int8)
-    return torch.cat((padded.transpose(1, 2).flatten(1), positions.transpose(1, 2).flatten(1), sums), 1)
+    parts = (padded.transpose(1, 2).flatten(1), positions.transpose(1, 2).flatten(1), sums)
+    return torch.cat((*parts, label(SPARSE24, n, 2 * values.shape[1], values).expand(blocks, 64)), 1)
 
 
 def sparse24_unpack(packed: torch.Tensor, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:

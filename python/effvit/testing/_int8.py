@@ -7,6 +7,7 @@ import torch
 from effvit.ops._int8 import DTYPES, NAMES
 from effvit.ops._op import OPS
 from effvit.reference.int8_linear import epilogue, integer_product
+from effvit.reference.int8_prepack import DENSE, SPARSE24, labelled
 from effvit.testing._bad_inputs import declared_bad_inputs
 from effvit.testing._spec import FLOAT_DTYPES, BadInput, Sample, split_call
 
@@ -145,6 +146,14 @@ def magnitudes(dense):
     return of
 
 
+def rolled(t, i):
+    """Other integers; a packed weight keeps the label that ends its blocks."""
+    packed = t.dim() == 2 and t.shape[0] and t.shape[1] >= 64 and labelled(t)[0] in (DENSE, SPARSE24)
+    body = t[:, :-64] if packed else t
+    body = body.flatten().roll(i).view(body.shape)
+    return torch.cat((body, t[:, -64:]), 1) if packed else body
+
+
 def resize(args, kwargs):
     """Twice the rows and one more."""
     x, *middle, x_scale, w_scale, bias, residual = args
@@ -187,7 +196,11 @@ def bad_inputs(name, good_call):
 
     for scale in ("x_scale", "w_scale"):
         for value in (0.0, -0.5, float("nan"), float("inf")):
-            yield bad(f"{scale}_{value}", scale, "positive and finite, got", **{scale: at(value)})
+            if scale == "w_scale" or value <= 0:
+                yield bad(f"{scale}_{value}", scale, "positive and finite, got", **{scale: at(value)})
+            else:  # a row's own may be that
+                one = {scale: lambda t, value=value: t.new_full((1,), value).expand(t.shape)}
+                yield bad(f"{scale}_one_{value}", scale, "positive and finite, got", **one)
         yield bad(
             f"{scale}_bfloat16",
             scale,

@@ -74,6 +74,7 @@ class OpSpec:
     resize: Callable | None = None
     # the op's keyword arguments -> those of the public function that mean the same; None where it has no such call
     public_kwargs: Callable = dict
+    rolled: Callable = lambda t, i: t.flatten().roll(i).view(t.shape)  # other values that a tensor of integers may have
     # (dtype) -> [(name, args, kwargs)]: large calls for the memory test; built in a process of their own
     memory_calls: Callable | None = None
     memory_slack_per_thread: int = 2 << 20

@@ -91,6 +91,7 @@ SPEC = OpSpec(
     magnitudes=_int8.magnitudes(_dense),
     dynamic="M",
     resize=_int8.resize,
+    rolled=_int8.rolled,
     public_kwargs=_int8.public_kwargs,
     memory_calls=memory_calls,
 )  # fmt: skip

@@ -92,7 +92,7 @@ SPEC = OpSpec(
                meta=_wrong_meta(byte)) for byte in (0xE0, 0xE5, 0xEA, 0xEF, 0x1E, 0xFF)),
         _bad("depth_not_of_fours", "x", r"\[M, K\] with K a multiple of 4", x=torch.zeros(6, 14, dtype=torch.int8)),
         _bad("values_wide", "values", r"\[N, K / 2\] = \[5, 6\]", values=torch.zeros(5, 12, dtype=torch.int8)),
-        _bad("not_packed", "values", r"packed by sparse24_prepack, \[1, 256\], where meta is not given", meta=None),
+        _bad("not_packed", "values", r"packed by sparse24_prepack, \[1, 320\], where meta is not given", meta=None),
         _bad("too_deep", "x", r"\[M, K\] with K at most 131072", x=torch.zeros(6, 131076, dtype=torch.int8),
              values=torch.zeros(5, 65538, dtype=torch.int8)),
     ],
@@ -100,6 +100,7 @@ SPEC = OpSpec(
     magnitudes=_int8.magnitudes(_dense),
     dynamic="M",
     resize=_int8.resize,
+    rolled=_int8.rolled,
     public_kwargs=_int8.public_kwargs,
     memory_calls=memory_calls,
 )  # fmt: skip
