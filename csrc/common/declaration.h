@@ -196,8 +196,10 @@ struct Call {
     ok = ok && (!spec.leading || (before == lead_dims && std::equal(lead, lead + before, v.size)));
     for (int k = 0; ok && k < n; ++k) {
       const int64_t expected = value(spec.dims[k]), size = v.size[before + k];
-      const int name = expected < 0 ? spec.dims[k].name() : -1;
+      int name = expected < 0 ? spec.dims[k].name() : -1;
       if (name >= 0) dims[name] = size;
+      if (expected < 0 && spec.main && name < 0 && (name = spec.dims[k].solvable()) >= 0)
+        dims[name] = size - spec.dims[k].terms[1].factor;  // what is below 0 is for the op's hook to refuse
       ok = name >= 0 || size == expected;
     }
     if (!ok) fail_shape(i, note);

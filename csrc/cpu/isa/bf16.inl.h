@@ -38,6 +38,17 @@ static_assert(kLanes == 16, "a row of a float32 tile is one vector");
 // rows.
 constexpr int kBf16MaxRows = 64;
 
+// acc + a.low * b.low + a.high * b.high in every lane; lanes of a and b are pairs of bfloat16.
+EFFVIT_INLINE vf dot_pairs(vf a, vf b, vf acc) {
+#if defined(EFFVIT_HAS_AVX512_BF16)
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+  const vi high = vi{} - 65536;
+  acc = fma((vf)((vi)a << 16), (vf)((vi)b << 16), acc);
+  return fma((vf)((vi)a & high), (vf)((vi)b & high), acc);
+#endif
+}
+
 #if defined(EFFVIT_HAS_TILES)
 constexpr int kBf16Depth = 32;
 
@@ -236,17 +247,6 @@ constexpr int kBf16Depth = 2;
 template <class T>
 using ProductScope = NoTiles;
 
-// acc + a.low * b.low + a.high * b.high in every lane; lanes of a and b are pairs of bfloat16.
-EFFVIT_INLINE vf dot_pairs(vf a, vf b, vf acc) {
-#if defined(EFFVIT_HAS_AVX512_BF16)
-  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-#else
-  const vi high = vi{} - 65536;
-  acc = fma((vf)((vi)a << 16), (vf)((vi)b << 16), acc);
-  return fma((vf)((vi)a & high), (vf)((vi)b & high), acc);
-#endif
-}
-
 // table[at % 16] in every lane.
 EFFVIT_INLINE vi look_up(vi table, vi at) {
 #if defined(EFFVIT_HAS_AVX512)
@@ -383,6 +383,7 @@ using ProductScope = NoTiles;
 RowMajorA row_major(const BFloat16* a, int64_t ld);
 TransposedA transposed(const BFloat16* a, int64_t m);
 DenseB right(const BFloat16* b, int64_t n);
+vf dot_pairs(vf a, vf b, vf acc);
 vi join_pairs(vf a, vf b);
 vi load_pairs(const BFloat16* a, const BFloat16* b);
 vi round_pairs(vf a, vf b);

@@ -63,8 +63,8 @@ def _flops(dims, options):
 
 OP = op(
     "block_sparse_linear",
-    "x: ... K, values: Z B B, crow: R+1 | int32 packed, columns: Z | int32 packed, bias?: N | float packed"
-    " -> out: ... N",
+    "x: ... K, values: Z B B, crow: R+1 | int32 packed, columns: Z | int32 packed, bias?: N | float packed,"
+    " residual?: ... N | float -> out: ... N",
     "activation: int in 0..3 = 0",
     reference=lambda *tensors, activation: _definition(*tensors, activation=NAMES[activation]),
     backward=_backward,
@@ -83,10 +83,11 @@ def block_sparse_linear(
     crow: torch.Tensor,
     columns: torch.Tensor,
     bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
     *,
     activation: str = "none",
 ) -> torch.Tensor:
-    """A linear layer of whose weight only some blocks of 16 x 16 or 32 x 32 are there; the others are zero.
+    """A linear layer of whose weight only some blocks of 16 x 16 or 32 x 32 are there: ``act(x Wᵀ + bias + residual)``.
 
     Args:
         x: [..., K], a last stride of 1; K a multiple of B.
@@ -94,12 +95,13 @@ def block_sparse_linear(
             B 16 or 32; a last stride of 1. An entry [z, i, j] belongs to output channel i of its block, and input j.
         crow: int32 [N / B + 1]: where each row of blocks begins in values, and Z.
         columns: int32 [Z]: the place of each block along K, in blocks. `effvit.block_sparse.compress` makes all three.
-        bias: [N] float32, bfloat16 or float16.
+        bias: [N]; residual: [..., N], a last stride of 1; each float32, bfloat16 or float16.
         activation: "none", "relu", "gelu" (with erf) or "silu", of the sum.
 
     Returns:
-        [..., N] in the dtype of x, contiguous. Differentiable in x, values and bias: weights train in their places.
-        Computed in float32 and rounded once. Under autocast x and values are cast.
+        [..., N] in the dtype of x, contiguous. Differentiable in x, values, bias and residual: weights train in their
+        places. Computed in float32 and rounded once. Under autocast x and values are cast. Deterministic; results do
+        not depend on the number of threads.
 
     Raises:
         TypeError: a tensor argument is not a dense tensor or has the wrong dtype.
@@ -109,4 +111,4 @@ def block_sparse_linear(
     Source: block sparsity of ViTs as LPViT (arXiv:2407.02068) prunes it.
     """
     check_tensor(OP.name, "x", x)
-    return OP(x, values, crow, columns, bias, activation=index_of(OP.name, "activation", activation, NAMES))
+    return OP(x, values, crow, columns, bias, residual, activation=index_of(OP.name, "activation", activation, NAMES))

@@ -34,10 +34,14 @@ def kept_blocks(w: torch.Tensor, crow: torch.Tensor, columns: torch.Tensor, bloc
     return blocks.index_select(0, block_places(crow, columns, across))
 
 
-def block_sparse_linear(x, values, crow, columns, bias=None, *, activation="none"):
-    """x [..., K], a block-sparse weight [N, K], bias [N] -> act(x weightᵀ + bias): [..., N]."""
-    bias = None if bias is None else bias.to(x.dtype)
-    return ACTIVATIONS[activation](F.linear(x, dense_weight(values, crow, columns, x.shape[-1]), bias))
+def _sum(x, weight, bias, residual):
+    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return y if residual is None else y + residual.to(y.dtype)
+
+
+def block_sparse_linear(x, values, crow, columns, bias=None, residual=None, *, activation="none"):
+    """x [..., K], a block-sparse weight [N, K], bias [N], residual [..., N] -> act(x weightᵀ + bias + residual)."""
+    return ACTIVATIONS[activation](_sum(x, dense_weight(values, crow, columns, x.shape[-1]), bias, residual))
 
 
 # What the activations change by.
@@ -49,11 +53,13 @@ DERIVATIVES = {
 }
 
 
-def block_sparse_linear_backward(grad_out, x, values, crow, columns, bias=None, *, activation="none"):
-    """dx, dvalues, dbias: gᵀ x is made in one piece, of which the blocks that are there are kept."""
+def block_sparse_linear_backward(grad_out, x, values, crow, columns, bias=None, residual=None, *, activation="none"):
+    """dx, dvalues, dbias, dresidual: gᵀ x is made in one piece, of which the blocks that are there are kept."""
     k, n, rows = x.shape[-1], grad_out.shape[-1], math.prod(x.shape[:-1])
-    xs, g, weight = x.reshape(rows, k), grad_out.reshape(rows, n), dense_weight(values, crow, columns, k)
+    weight, g = dense_weight(values, crow, columns, k), grad_out
     if activation != "none":
-        g = g * DERIVATIVES[activation](F.linear(xs, weight, None if bias is None else bias.to(x.dtype)))
-    dvalues = kept_blocks(g.mT @ xs, crow, columns, values.shape[-1])
-    return (g @ weight).view_as(x), dvalues, None if bias is None else g.sum(0)
+        g = g * DERIVATIVES[activation](_sum(x, weight, bias, residual))
+    xs, flat = x.reshape(rows, k), g.reshape(rows, n)
+    dvalues = kept_blocks(flat.mT @ xs, crow, columns, values.shape[-1])
+    dbias, dresidual = (None if bias is None else flat.sum(0)), (None if residual is None else g)
+    return (flat @ weight).view_as(x), dvalues, dbias, dresidual

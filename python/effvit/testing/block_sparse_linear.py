@@ -24,8 +24,8 @@ def _apart(t):
 
 
 def _sample(
-    name, lead, down, across, *, block=16, density=0.5, activation=NONE, bias=True, x_layout=None, layout=None, tags="",
-    dtypes=FLOAT_DTYPES,
+    name, lead, down, across, *, block=16, density=0.5, activation=NONE, bias=True, residual=False, x_layout=None, layout=None,
+    tags="", dtypes=FLOAT_DTYPES,
 ):  # fmt: skip
     def make(dtype, device, generator):
         x = torch.randn(*lead, across * block, generator=generator).to(dtype)
@@ -33,9 +33,10 @@ def _sample(
         size = max(density * across * block, 1) ** -0.5
         values = (size * torch.randn(len(columns), block, block, generator=generator)).to(dtype)
         b = torch.randn(down * block, generator=generator).to(dtype) if bias else None
-        x = x if x_layout is None else x_layout(x)
+        r = torch.randn(*lead, down * block, generator=generator).to(dtype) if residual else None
+        x, r = (t if x_layout is None or t is None else x_layout(t) for t in (x, r))
         crow, columns, values = (t if layout is None else layout(t) for t in (crow, columns, values))
-        tensors = (None if t is None else t.to(device) for t in (x, values, crow, columns, b))
+        tensors = (None if t is None else t.to(device) for t in (x, values, crow, columns, b, r))
         return tuple(tensors), {"activation": activation}
 
     return Sample(name, make, frozenset(tags.split()), dtypes)
@@ -46,7 +47,7 @@ def random_sample(name, choose):
     return _sample(
         name, lead, choose.randint(1, 4), choose.randint(1, 4), block=choose.choice((16, 32)),
         density=choose.choice((0.0, 0.3, 0.7, 1.0)), activation=choose.randrange(4), bias=choose.random() < 0.7,
-        x_layout=choose.choice((None, misaligned)), layout=choose.choice((None, _apart)),
+        residual=choose.random() < 0.5, x_layout=choose.choice((None, misaligned)), layout=choose.choice((None, _apart)),
     )  # fmt: skip
 
 
@@ -54,14 +55,18 @@ def magnitudes(args, kwargs, output_grads, eps):
     """Sums of the absolute values of the terms. gelu and silu change their argument by a factor of up to 1.13, and what
     they change it by changes by up to 0.8 of the argument's error."""
     smooth = kwargs["activation"] in (GELU, SILU)
-    x, values, crow, columns, bias = (t.abs() if t is not None and t.is_floating_point() else t for t in args)
-    y = block_sparse_linear(x, values, crow, columns, bias)
+    args = (*args, *(None,) * (6 - len(args)))
+    x, values, crow, columns, bias, residual = (
+        t.abs() if t is not None and t.is_floating_point() else t for t in args
+    )  # fmt: skip
+    y = block_sparse_linear(x, values, crow, columns, bias, residual)
     outputs = {"out": 1.13 * y if smooth else y}
     if output_grads is None:
         return outputs, {}
     g = output_grads[0].abs() * (1.13 + 0.8 * y if smooth else 1.0)
-    found = block_sparse_linear_backward(g, x, values, crow, columns, bias)
-    return outputs, {n: t for n, t in zip(("x", "values", "bias"), found, strict=True) if t is not None}
+    found = block_sparse_linear_backward(g, x, values, crow, columns, bias, residual)
+    names = ("x", "values", "bias", "residual")
+    return outputs, {n: t for n, t in zip(names, found, strict=True) if t is not None}
 
 
 def good_call():
@@ -72,13 +77,15 @@ def good_call():
         "crow": torch.tensor([0, 2, 3], dtype=torch.int32),
         "columns": torch.tensor([0, 2, 1], dtype=torch.int32),
         "bias": torch.randn(32, generator=generator),
+        "residual": torch.randn(2, 3, 32, generator=generator),
         "activation": GELU,
     }  # fmt: skip
 
 
 def resize(args, kwargs):
-    x, *rest = args
-    return (torch.cat((x, x.flip(0), x[:1])), *rest), kwargs
+    x, *rest, residual = args
+    x, residual = (None if t is None else torch.cat((t, t.flip(0), t[:1])) for t in (x, residual))
+    return (x, *rest, residual), kwargs
 
 
 def _bad(name, argument, match, error=ValueError, **change):
@@ -110,6 +117,8 @@ BAD_INPUTS = [
     _bad("columns_long", "columns", r"\[Z\]", columns=[0, 2, 1, 2]),
     _bad("columns_int64", "columns", "torch.int32, got torch.int64", TypeError, columns=torch.tensor([0, 2, 1])),
     _bad("bias_long", "bias", r"\[N\]", bias=torch.zeros(48)),
+    _bad("residual_wide", "residual", r"\[\.\.\., N\] = \[2, 3, 32\]", residual=torch.zeros(2, 3, 48)),
+    _bad("residual_short", "residual", r"\[\.\.\., N\] = \[2, 3, 32\]", residual=torch.zeros(3, 32)),
 ]
 
 
@@ -117,10 +126,16 @@ SPEC = OpSpec(
     name="block_sparse_linear",
     samples=[
         _sample("deit_s_fc1", (1, 197), 48, 12, block=32, activation=GELU, tags="vit", dtypes=FLOAT_DTYPES[:2]),
-        _sample("deit_s_fc2", (1, 197), 24, 96, density=0.3, tags="vit", dtypes=FLOAT_DTYPES[:1]),
-        *(_sample(f"small_{n}", (2, 3), 3, 4, activation=i, bias=i != SILU, tags="small framework")
+        _sample("deit_s_fc2", (1, 197), 24, 96, density=0.3, residual=True, tags="vit", dtypes=FLOAT_DTYPES[:1]),
+        *(_sample(f"small_{n}", (2, 3), 3, 4, activation=i, bias=i != SILU, residual=i != RELU,
+                  tags="small framework")
           for i, n in enumerate(NAMES)),
-        _sample("small_32", (3, 2), 2, 3, block=32, activation=RELU, tags="small"),
+        _sample("small_32", (3, 2), 2, 3, block=32, activation=RELU, residual=True, tags="small"),
+        _sample("residual_32", (4,), 3, 2, block=32, residual=True, bias=False, tags="small"),
+        *(_sample(f"rows_{m}", (m,), 3, 4, block=(16, 32)[m % 2], activation=m % 4, residual=m % 3 == 0)
+          for m in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 24, 25, 33, 100)),
+        _sample("splits", (2500,), 2, 3, activation=GELU, residual=True),
+        _sample("splits_32", (2100,), 2, 2, block=32, dtypes=FLOAT_DTYPES),
         _sample("tiny", (2,), 1, 2, density=1.0, activation=GELU, tags="tiny small"),
         _sample("tiny_none", (2,), 2, 1, density=1.0, tags="tiny small"),
         _sample("dense", (5,), 3, 2, density=1.0, tags="nasty small"),
@@ -128,11 +143,13 @@ SPEC = OpSpec(
         _sample("one_block", (7,), 1, 1, density=1.0, tags="nasty small"),
         _sample("vector", (), 2, 3, activation=GELU, tags="nasty small"),
         _sample("six_dims", (2, 1, 3, 1, 2), 2, 2, tags="nasty small"),
-        _sample("misaligned", (3, 5), 2, 3, x_layout=misaligned, layout=_apart, tags="strided small"),
-        _sample("expanded", (1, 4), 2, 2, x_layout=lambda t: t.expand(3, 4, 32), tags="strided"),
+        _sample("misaligned", (3, 5), 2, 3, residual=True, x_layout=misaligned, layout=_apart, tags="strided small"),
+        _sample("expanded", (1, 4), 2, 2, residual=True, x_layout=lambda t: t.expand(3, 4, 32), tags="strided"),
+        _sample("turned", (4, 3, 2), 2, 3, residual=True, activation=RELU, x_layout=lambda t: t.transpose(0, 2),
+                tags="strided"),
         _sample("empty_rows", (0, 3), 2, 3, tags="empty"),
         _sample("empty_columns", (2, 3), 0, 3, tags="empty"),
-        _sample("empty_depth", (2, 3), 2, 0, tags="nasty empty"),
+        _sample("empty_depth", (2, 3), 2, 0, residual=True, activation=GELU, tags="nasty empty"),
     ],
     random_sample=random_sample,
     random_calls=80,

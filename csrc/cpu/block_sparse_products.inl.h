@@ -1,0 +1,238 @@
+// Products with block-sparse matrices, in tiles of rows by a block: see block_sparse_linear_kernel.inl.h.
+#pragma once
+
+namespace effvit::cpu::EFFVIT_ISA_NAME {
+namespace block_sparse_impl {
+
+// A tile of the result is kTile rows by one block, in passes of kVectors vectors: 16 to 24 sums at once where there are
+// 32 registers, else 8 to 12. At most kLanes rows, so that one transpose makes a tile of x.
+template <int kSize>
+constexpr int kVectors = kLanes == 16 ? kSize / 16 : 2;
+template <int kSize>
+constexpr int kTile = kLanes == 16 ? (kSize == 16 ? 16 : 12) : kLanes == 8 ? 6 : 4;
+
+// The blocks of one row of blocks of the result: which block of x each is multiplied with, and where it lies.
+struct BlockList {
+  const int32_t* at;
+  const int32_t* place;  // null: one behind the other from `first` on
+  int64_t first, count;
+};
+
+// acc[kRows][kSize] = the sum over the blocks. x is a tile [words][kTile], w are blocks of [words of a block][kSize];
+// words are floats or pairs of bfloat16.
+template <int kSize, bool kPairs, int kRowsNow>
+__attribute__((noinline)) void multiply(const float* x, const float* w, BlockList list, float* acc) {
+  constexpr int kWords = kPairs ? kSize / 2 : kSize, kRow = kTile<kSize>, kNow = kVectors<kSize>;
+  for (int column = 0; column < kSize; column += kNow * kLanes) {
+    vf sum[kRowsNow][kNow] = {};
+    for (int64_t t = 0; t < list.count; ++t) {
+      const float* from = x + int64_t{list.at[t]} * (kWords * kRow);
+      const float* b = w + (list.place ? list.place[t] : list.first + t) * (kWords * kSize) + column;
+#pragma GCC unroll 2
+      for (int s = 0; s < kWords; ++s, from += kRow, b += kSize) {
+        vf v[kNow];
+#pragma GCC unroll 4
+        for (int j = 0; j < kNow; ++j) v[j] = load(b + j * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRowsNow; ++r) {
+          const vf a = set1(from[r]);
+#pragma GCC unroll 4
+          for (int j = 0; j < kNow; ++j) {
+            if constexpr (kPairs)
+              sum[r][j] = dot_pairs(a, v[j], sum[r][j]);
+            else
+              sum[r][j] = fma(a, v[j], sum[r][j]);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRowsNow; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kNow; ++j) store(acc + r * kSize + column + j * kLanes, sum[r][j]);
+    }
+  }
+}
+
+template <int kSize, bool kPairs>
+EFFVIT_INLINE void multiply_rows(int rows, const float* x, const float* w, const BlockList& list, float* acc) {
+  constexpr int kMost = kTile<kSize>;
+  if (rows == 1) return multiply<kSize, kPairs, 1>(x, w, list, acc);
+  if (rows <= 4) return multiply<kSize, kPairs, 4>(x, w, list, acc);
+  if constexpr (kMost > 8) {
+    if (rows <= 8) return multiply<kSize, kPairs, 8>(x, w, list, acc);
+  }
+  multiply<kSize, kPairs, kMost>(x, w, list, acc);
+}
+
+// Rows [M, width] of a tensor.
+struct Source {
+  const void* data;
+  DType dtype;
+  const LeadingRows* rows;
+  const int64_t* stride;  // of the dims of `rows`
+
+  EFFVIT_INLINE int64_t offset(int64_t row) const {
+    int64_t offset = 0;
+    for (int k = rows->dims - 1; k > 0; --k) {
+      const int64_t outer = row / rows->size[k];
+      offset += (row - outer * rows->size[k]) * stride[k];
+      row = outer;
+    }
+    return offset + row * stride[0];
+  }
+  template <class T>
+  EFFVIT_INLINE const T* row(int64_t i) const {
+    return static_cast<const T*>(data) + offset(i);
+  }
+};
+
+// to[words][kRow] = `rows` rows from `first` on, copies of the first one up to kRow; readable and written up to kLanes
+// floats beyond. width: a multiple of 16.
+template <class T, bool kPairs, int kRow>
+void pack_tile(float* to, const Source& source, int64_t first, int rows, int64_t width) {
+  const T* from[kLanes];
+  for (int r = 0; r < kLanes; ++r) from[r] = source.row<T>(first + (r < rows ? r : 0));
+  const int64_t words = kPairs ? width / 2 : width;
+  const auto transposed = [&](int count, const auto& word) __attribute__((always_inline)) {
+    vf x[kLanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) x[r] = word(r);
+    transpose_block(x);
+    // In ascending order: what a vector has beyond kRow is overwritten by the next.
+    for (int i = 0; i < count; ++i, to += kRow) store(to, x[i]);
+  };
+  int64_t k = 0;
+  for (; k + kLanes <= words; k += kLanes) {
+    transposed(kLanes, [&](int r) __attribute__((always_inline)) {
+      if constexpr (kPairs)
+        return load(reinterpret_cast<const float*>(from[r] + 2 * k));
+      else
+        return load(from[r] + k);
+    });
+  }
+  if (kPairs && k < words) {  // half a vector
+    transposed(static_cast<int>(words - k), [&](int r) __attribute__((always_inline)) {
+      alignas(64) float some[kLanes] = {};
+      std::memcpy(some, from[r] + 2 * k, static_cast<size_t>(words - k) * 4);
+      return load(some);
+    });
+  }
+}
+
+template <bool kPairs, int kRow>
+void pack_tile(float* to, const Source& source, int64_t first, int rows, int64_t width) {
+  if constexpr (kPairs) {
+    pack_tile<BFloat16, true, kRow>(to, source, first, rows, width);
+  } else {
+    dispatch_dtype(source.dtype,
+                   [&](auto type) { pack_tile<decltype(type), false, kRow>(to, source, first, rows, width); });
+  }
+}
+
+// Chunks of rows and of rows of blocks of the result, from shapes alone.
+struct Chunks {
+  static constexpr int64_t kMostRows = 96, kMostBytes = 384 << 10, kProducts = 1 << 23;
+  int64_t rows, down, m, n;
+
+  // products: how many there are for one row of the result.
+  Chunks(int64_t M, int64_t rows_of_blocks, int64_t width, int64_t products, int tile) {
+    const bool small = small_tiles();
+    const int64_t fit = std::max<int64_t>(1, kMostBytes / (4 * tile * std::max<int64_t>(width, 1))) * tile;
+    const int64_t most = small ? tile : std::min(kMostRows, fit);
+    const int64_t chunks = ceil_div(M, most);
+    rows = ceil_div(ceil_div(M, chunks), tile) * tile;
+    const int64_t pieces = small ? rows_of_blocks : std::max<int64_t>(1, rows * products / kProducts);
+    down = ceil_div(rows_of_blocks, std::min(rows_of_blocks, pieces));
+    m = ceil_div(M, rows), n = ceil_div(rows_of_blocks, down);
+  }
+};
+
+// Where sums of a tile go: rows [row, row + rows), columns from `column` on, acc[rows][kSize].
+using Finish = void (*)(const void* context, const float* acc, int64_t row, int rows, int64_t column);
+
+struct Product {
+  Source x;
+  int64_t M, width;  // of x
+  int64_t rows_of_blocks;  // of the result
+  const float* w;  // packed blocks
+  const int32_t* starts;  // [rows of blocks + 1] into `at` and `place`
+  const int32_t* at;
+  const int32_t* place;  // null: as they lie
+  const void* context;
+  Finish finish;
+};
+
+template <int kSize, bool kPairs>
+void run_product(const Product& p, const Chunks& chunks, int64_t begin, int64_t end) {
+  constexpr int kRow = kTile<kSize>;
+  const int64_t words = kPairs ? p.width / 2 : p.width, tile_floats = words * kRow;
+  const int64_t floats = chunks.rows / kRow * tile_floats + 2 * kLanes;
+  float* const x = static_cast<float*>(thread_scratch(static_cast<size_t>(floats) * 4));
+  alignas(64) float acc[kRow * kSize];
+  int64_t loaded = -1;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t chunk = unit / chunks.n, first = chunk * chunks.rows, last = std::min(first + chunks.rows, p.M);
+    if (chunk != loaded) {
+      for (int64_t row = first, t = 0; row < last; row += kRow, ++t) {
+        const int rows = static_cast<int>(std::min<int64_t>(kRow, last - row));
+        pack_tile<kPairs, kRow>(x + t * tile_floats, p.x, row, rows, p.width);
+      }
+      loaded = chunk;
+    }
+    const int64_t top = unit % chunks.n * chunks.down, bottom = std::min(top + chunks.down, p.rows_of_blocks);
+    for (int64_t b = top; b < bottom; ++b) {
+      const int64_t start = p.starts[b];
+      const BlockList list = {p.at + start, p.place ? p.place + start : nullptr, start, p.starts[b + 1] - start};
+      for (int64_t row = first, t = 0; row < last; row += kRow, ++t) {
+        const int rows = static_cast<int>(std::min<int64_t>(kRow, last - row));
+        multiply_rows<kSize, kPairs>(rows, x + t * tile_floats, p.w, list, acc);
+        p.finish(p.context, acc, row, rows, b * kSize);
+      }
+    }
+  }
+}
+
+// A block of values as the product with the weight's transpose wants it: [words along j][i].
+template <class T, bool kPairs, int kSize>
+void pack_block(float* to, const T* values, int64_t stride) {
+  for (int i = 0; i < kSize; i += kLanes) {
+    const int words = kPairs ? kSize / 2 : kSize;
+    for (int j = 0; j < words; j += kLanes) {
+      vf x[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) {
+        const T* const from = values + (i + r) * stride;
+        if constexpr (!kPairs) {
+          x[r] = load(from + j);
+        } else {
+          alignas(64) float some[kLanes] = {};
+          std::memcpy(some, from + 2 * j, static_cast<size_t>(std::min(kLanes, words - j)) * 4);
+          x[r] = load(some);
+        }
+      }
+      transpose_block(x);
+      for (int s = 0; s < std::min(kLanes, words - j); ++s) store(to + (j + s) * kSize + i, x[s]);
+    }
+  }
+}
+
+// Likewise for the product with the weight itself: [words along i][j].
+template <class T, bool kPairs, int kSize>
+void copy_block(float* to, const T* values, int64_t stride) {
+  if constexpr (kPairs) {
+    for (int i = 0; i < kSize; i += 2) {
+      for (int j = 0; j < kSize; j += kLanes) {
+        const vi pairs = join_pairs(load(values + i * stride + j), load(values + (i + 1) * stride + j));
+        store(to + i / 2 * kSize + j, (vf)pairs);
+      }
+    }
+  } else {
+    for (int i = 0; i < kSize; ++i) {
+      for (int j = 0; j < kSize; j += kLanes) store(to + i * kSize + j, load(values + i * stride + j));
+    }
+  }
+}
+
+}  // namespace block_sparse_impl
+}  // namespace effvit::cpu::EFFVIT_ISA_NAME
