@@ -101,7 +101,7 @@ def block_sparse_linear(
     Returns:
         [..., N] in the dtype of x, contiguous. Differentiable in x, values, bias and residual: weights train in their
         places. Computed in float32 and rounded once. Under autocast x and values are cast. Deterministic; results do
-        not depend on the number of threads.
+        not depend on the number of threads. Backward of an activation keeps one more [..., N] while it runs.
 
     Raises:
         TypeError: a tensor argument is not a dense tensor or has the wrong dtype.

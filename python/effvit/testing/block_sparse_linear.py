@@ -69,6 +69,16 @@ def magnitudes(args, kwargs, output_grads, eps):
     return outputs, {n: t for n, t in zip(names, found, strict=True) if t is not None}
 
 
+def memory_calls(dtype):
+    """Without an activation: backward keeps the gradient before one, [..., N], while it runs."""
+    generator = torch.Generator().manual_seed(0)
+    crow, columns = structure(24, 6, 0.5, generator)
+    x = torch.randn(20_000, 192, generator=generator).to(dtype)
+    values = torch.randn(len(columns), 32, 32, generator=generator).to(dtype)
+    bias, residual = torch.randn(768, generator=generator).to(dtype), torch.ones(20_000, 768, dtype=dtype)
+    return [("20000x768x192", (x, values, crow, columns, bias, residual), {"activation": NONE})]
+
+
 def good_call():
     generator = torch.Generator().manual_seed(0)
     return {
@@ -158,5 +168,6 @@ SPEC = OpSpec(
     magnitudes=magnitudes,
     dynamic="...",
     resize=resize,
+    memory_calls=memory_calls,
     public_kwargs=lambda kwargs: {"activation": NAMES[kwargs["activation"]]} if kwargs else {},
 )  # fmt: skip
