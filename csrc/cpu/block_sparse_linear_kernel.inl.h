@@ -128,6 +128,18 @@ EFFVIT_INLINE vf bias_at(const Params& p, int64_t column) {
   return p.bias ? load_as(p.bias, p.bias_dtype, column) : vf{};
 }
 
+// Where sums of a tile go: rows [row, row + rows), columns from `column` on, acc[rows][B].
+using Finish = void (*)(const void* context, const float* acc, int64_t row, int rows, int64_t column);
+
+struct Sink {
+  Finish finish;
+  const void* context;
+  EFFVIT_INLINE void columns(int64_t) {}
+  EFFVIT_INLINE void operator()(const float* acc, int64_t row, int rows, int64_t column) const {
+    finish(context, acc, row, rows, column);
+  }
+};
+
 template <class T, Activation kAct>
 void finish_forward(const void* context, const float* acc, int64_t row, int rows, int64_t column) {
   const Params p = *static_cast<const Params*>(context);
@@ -157,8 +169,8 @@ EFFVIT_INLINE void dispatch_activation(Activation activation, const F& f) {
 }
 
 // x times the weight's transpose.
-Product forward_product(const Params& p, const float* packed, Finish finish) {
-  return {{p.x, p.dtype, &p.rows, p.x_stride}, p.M, p.K, p.N / p.B, packed, p.crow, p.columns, nullptr, &p, finish};
+Product forward_product(const Params& p, const float* packed) {
+  return {{p.x, p.dtype, &p.rows, p.x_stride}, p.M, p.K, p.N / p.B, packed, p.crow, p.columns, nullptr, nullptr};
 }
 // In the part of the weight that is there: products for one row of the result.
 int64_t products(const Params& p) { return p.Z * p.B * p.B; }
@@ -170,8 +182,11 @@ int64_t forward_units(const Params& p) {
   return chunks.m * chunks.n;
 }
 
-void run(const Params& p, const Product& product, const Chunks& chunks, int64_t begin, int64_t end) {
-  dispatch(p, [&](auto size, auto paired) { run_product<size, paired>(product, chunks, begin, end); });
+void run(const Params& p, const Product& product, const Chunks& chunks, int64_t begin, int64_t end, Sink sink) {
+  dispatch(p, [&](auto size, auto paired) {
+    constexpr Kind kKind = decltype(paired)::value ? Kind::kPairs : Kind::kFloat;
+    run_product<size, kKind>(product, chunks, begin, end, sink);
+  });
 }
 
 void forward(const Params& p, float* workspace, int64_t begin, int64_t end) {
@@ -179,7 +194,8 @@ void forward(const Params& p, float* workspace, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) {
     dispatch_activation(p.activation, [&](auto act) { finish = finish_forward<decltype(type), act>; });
   });
-  run(p, forward_product(p, workspace + Layout(p, false).forward, finish), forward_chunks(p), begin, end);
+  const Product product = forward_product(p, workspace + Layout(p, false).forward);
+  run(p, product, forward_chunks(p), begin, end, {finish, &p});
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -276,9 +292,7 @@ void gradient(const Params& p, float* workspace, int64_t begin, int64_t end) {
                                                  : finish_gradient<T, Activation::kSilu>;
   });
   const GradientContext context = {p, workspace + l.g};
-  Product product = forward_product(p, workspace + l.forward, finish);
-  product.context = &context;
-  run(p, product, forward_chunks(p), begin, end);
+  run(p, forward_product(p, workspace + l.forward), forward_chunks(p), begin, end, {finish, &context});
 }
 
 // g [M, N] as products take it.
@@ -320,8 +334,8 @@ void dx(const Params& p, float* workspace, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) { finish = finish_dx<decltype(type)>; });
   const Product product = {
       g.source, p.M, p.N, p.K / p.B, workspace + l.backward, integers(workspace, l.columns_start),
-      integers(workspace, l.column_rows), integers(workspace, l.column_places), &p, finish};
-  run(p, product, dx_chunks(p), begin, end);
+      integers(workspace, l.column_rows), integers(workspace, l.column_places), nullptr};
+  run(p, product, dx_chunks(p), begin, end, {finish, &p});
 }
 
 // Rows of blocks go in at most kRanges ranges, each with every split of the rows.

@@ -11,20 +11,48 @@ constexpr int kVectors = kLanes == 16 ? kSize / 16 : 2;
 template <int kSize>
 constexpr int kTile = kLanes == 16 ? (kSize == 16 ? 16 : 12) : kLanes == 8 ? 6 : 4;
 
+// What a word of the operands is: a float, a pair of bfloat16, two int16, or four bytes, of x unsigned (x + 128).
+enum class Kind { kFloat, kPairs, kHalves, kBytes };
+constexpr int elements(Kind kind) { return kind == Kind::kFloat ? 1 : kind == Kind::kBytes ? 4 : 2; }
+constexpr bool exact(Kind kind) { return kind == Kind::kHalves || kind == Kind::kBytes; }
+
 // The blocks of one row of blocks of the result: which block of x each is multiplied with, and where it lies.
 struct BlockList {
   const int32_t* at;
   const int32_t* place;  // null: one behind the other from `first` on
   int64_t first, count;
+  const int32_t* sums;  // [kSize]: of int8, what sums start with; null: 0
 };
 
-// acc[kRows][kSize] = the sum over the blocks. x is a tile [words][kTile], w are blocks of [words of a block][kSize];
-// words are floats or pairs of bfloat16.
-template <int kSize, bool kPairs, int kRowsNow>
+template <Kind kKind>
+using Sums = std::conditional_t<exact(kKind), vi, vf>;
+
+template <Kind kKind>
+EFFVIT_INLINE Sums<kKind> multiply_add(vf x, vf w, Sums<kKind> sum) {
+  if constexpr (kKind == Kind::kPairs)
+    return dot_pairs(x, w, sum);
+  else if constexpr (kKind == Kind::kHalves)
+    return dot_halves(sum, (vh)x, (vh)w);
+  else if constexpr (kKind == Kind::kBytes)
+    return dot_bytes(sum, (vi)x, (vi)w);
+  else
+    return fma(x, w, sum);
+}
+
+// acc[kRows][kSize] = the sum over the blocks, in float32 or int32. x is a tile [words][kTile], w are blocks of
+// [words of a block][kSize].
+template <int kSize, Kind kKind, int kRowsNow>
 __attribute__((noinline)) void multiply(const float* x, const float* w, BlockList list, float* acc) {
-  constexpr int kWords = kPairs ? kSize / 2 : kSize, kRow = kTile<kSize>, kNow = kVectors<kSize>;
+  constexpr int kWords = kSize / elements(kKind), kRow = kTile<kSize>, kNow = kVectors<kSize>;
   for (int column = 0; column < kSize; column += kNow * kLanes) {
-    vf sum[kRowsNow][kNow] = {};
+    Sums<kKind> sum[kRowsNow][kNow] = {};
+    if constexpr (kKind == Kind::kBytes) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRowsNow; ++r) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kNow; ++j) sum[r][j] = load(list.sums + column + j * kLanes);
+      }
+    }
     for (int64_t t = 0; t < list.count; ++t) {
       const float* from = x + int64_t{list.at[t]} * (kWords * kRow);
       const float* b = w + (list.place ? list.place[t] : list.first + t) * (kWords * kSize) + column;
@@ -37,32 +65,27 @@ __attribute__((noinline)) void multiply(const float* x, const float* w, BlockLis
         for (int r = 0; r < kRowsNow; ++r) {
           const vf a = set1(from[r]);
 #pragma GCC unroll 4
-          for (int j = 0; j < kNow; ++j) {
-            if constexpr (kPairs)
-              sum[r][j] = dot_pairs(a, v[j], sum[r][j]);
-            else
-              sum[r][j] = fma(a, v[j], sum[r][j]);
-          }
+          for (int j = 0; j < kNow; ++j) sum[r][j] = multiply_add<kKind>(a, v[j], sum[r][j]);
         }
       }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRowsNow; ++r) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kNow; ++j) store(acc + r * kSize + column + j * kLanes, sum[r][j]);
+      for (int j = 0; j < kNow; ++j) store(acc + r * kSize + column + j * kLanes, (vf)sum[r][j]);
     }
   }
 }
 
-template <int kSize, bool kPairs>
+template <int kSize, Kind kKind>
 EFFVIT_INLINE void multiply_rows(int rows, const float* x, const float* w, const BlockList& list, float* acc) {
   constexpr int kMost = kTile<kSize>;
-  if (rows == 1) return multiply<kSize, kPairs, 1>(x, w, list, acc);
-  if (rows <= 4) return multiply<kSize, kPairs, 4>(x, w, list, acc);
+  if (rows == 1) return multiply<kSize, kKind, 1>(x, w, list, acc);
+  if (rows <= 4) return multiply<kSize, kKind, 4>(x, w, list, acc);
   if constexpr (kMost > 8) {
-    if (rows <= 8) return multiply<kSize, kPairs, 8>(x, w, list, acc);
+    if (rows <= 8) return multiply<kSize, kKind, 8>(x, w, list, acc);
   }
-  multiply<kSize, kPairs, kMost>(x, w, list, acc);
+  multiply<kSize, kKind, kMost>(x, w, list, acc);
 }
 
 // Rows [M, width] of a tensor.
@@ -87,46 +110,59 @@ struct Source {
   }
 };
 
-// to[words][kRow] = `rows` rows from `first` on, copies of the first one up to kRow; readable and written up to kLanes
-// floats beyond. width: a multiple of 16.
-template <class T, bool kPairs, int kRow>
-void pack_tile(float* to, const Source& source, int64_t first, int rows, int64_t width) {
-  const T* from[kLanes];
-  for (int r = 0; r < kLanes; ++r) from[r] = source.row<T>(first + (r < rows ? r : 0));
-  const int64_t words = kPairs ? width / 2 : width;
-  const auto transposed = [&](int count, const auto& word) __attribute__((always_inline)) {
-    vf x[kLanes];
-#pragma GCC unroll 16
-    for (int r = 0; r < kLanes; ++r) x[r] = word(r);
-    transpose_block(x);
-    // In ascending order: what a vector has beyond kRow is overwritten by the next.
-    for (int i = 0; i < count; ++i, to += kRow) store(to, x[i]);
-  };
-  int64_t k = 0;
-  for (; k + kLanes <= words; k += kLanes) {
-    transposed(kLanes, [&](int r) __attribute__((always_inline)) {
-      if constexpr (kPairs)
-        return load(reinterpret_cast<const float*>(from[r] + 2 * k));
-      else
-        return load(from[r] + k);
-    });
-  }
-  if (kPairs && k < words) {  // half a vector
-    transposed(static_cast<int>(words - k), [&](int r) __attribute__((always_inline)) {
-      alignas(64) float some[kLanes] = {};
-      std::memcpy(some, from[r] + 2 * k, static_cast<size_t>(words - k) * 4);
-      return load(some);
-    });
+// kLanes words of a row, or the `count` first ones and zeros, as the kind has them.
+template <class T, Kind kKind>
+EFFVIT_INLINE vf load_words(const T* from, int count) {
+  constexpr int kBytes = kKind == Kind::kFloat ? static_cast<int>(sizeof(T)) : kKind == Kind::kHalves ? 2 : 4;
+  if constexpr (kKind == Kind::kFloat) {
+    return load(from);
+  } else {
+    alignas(64) char some[kLanes * kBytes] = {};
+    const char* bytes = reinterpret_cast<const char*>(from);
+    if (count < kLanes) {
+      std::memcpy(some, bytes, static_cast<size_t>(count) * kBytes);
+      bytes = some;
+    }
+    if constexpr (kKind == Kind::kHalves) {
+      typedef int8_t vb __attribute__((vector_size(2 * EFFVIT_LANES)));
+      vb x;
+      std::memcpy(&x, bytes, sizeof(x));
+      return (vf)__builtin_convertvector(x, vh);
+    } else {
+      vf x;
+      std::memcpy(&x, bytes, sizeof(x));
+      return kKind == Kind::kBytes ? (vf)((vi)x ^ static_cast<int32_t>(0x80808080)) : x;
+    }
   }
 }
 
-template <bool kPairs, int kRow>
+// to[words][kRow] = `rows` rows from `first` on, copies of the first one up to kRow; written up to kLanes floats beyond.
+// width: a multiple of 16.
+template <class T, Kind kKind, int kRow>
 void pack_tile(float* to, const Source& source, int64_t first, int rows, int64_t width) {
-  if constexpr (kPairs) {
-    pack_tile<BFloat16, true, kRow>(to, source, first, rows, width);
+  const T* from[kLanes];
+  for (int r = 0; r < kLanes; ++r) from[r] = source.row<T>(first + (r < rows ? r : 0));
+  const int64_t words = width / elements(kKind);
+  for (int64_t k = 0; k < words; k += kLanes) {
+    const int count = static_cast<int>(std::min<int64_t>(kLanes, words - k));
+    vf x[kLanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) x[r] = load_words<T, kKind>(from[r] + k * elements(kKind), count);
+    transpose_block(x);
+    // In ascending order: what a vector has beyond kRow is overwritten by the next.
+    for (int i = 0; i < count; ++i, to += kRow) store(to, x[i]);
+  }
+}
+
+template <Kind kKind, int kRow>
+void pack_tile(float* to, const Source& source, int64_t first, int rows, int64_t width) {
+  if constexpr (kKind == Kind::kPairs) {
+    pack_tile<BFloat16, kKind, kRow>(to, source, first, rows, width);
+  } else if constexpr (exact(kKind)) {
+    pack_tile<int8_t, kKind, kRow>(to, source, first, rows, width);
   } else {
     dispatch_dtype(source.dtype,
-                   [&](auto type) { pack_tile<decltype(type), false, kRow>(to, source, first, rows, width); });
+                   [&](auto type) { pack_tile<decltype(type), kKind, kRow>(to, source, first, rows, width); });
   }
 }
 
@@ -148,9 +184,6 @@ struct Chunks {
   }
 };
 
-// Where sums of a tile go: rows [row, row + rows), columns from `column` on, acc[rows][kSize].
-using Finish = void (*)(const void* context, const float* acc, int64_t row, int rows, int64_t column);
-
 struct Product {
   Source x;
   int64_t M, width;  // of x
@@ -159,14 +192,14 @@ struct Product {
   const int32_t* starts;  // [rows of blocks + 1] into `at` and `place`
   const int32_t* at;
   const int32_t* place;  // null: as they lie
-  const void* context;
-  Finish finish;
+  const int32_t* sums;  // [rows of blocks * kSize]; null: 0
 };
 
-template <int kSize, bool kPairs>
-void run_product(const Product& p, const Chunks& chunks, int64_t begin, int64_t end) {
+// sink.columns(column) before the tiles of a row of blocks; sink(acc[rows][kSize], row, rows, column) for each.
+template <int kSize, Kind kKind, class Sink>
+void run_product(const Product& p, const Chunks& chunks, int64_t begin, int64_t end, Sink& sink) {
   constexpr int kRow = kTile<kSize>;
-  const int64_t words = kPairs ? p.width / 2 : p.width, tile_floats = words * kRow;
+  const int64_t words = p.width / elements(kKind), tile_floats = words * kRow;
   const int64_t floats = chunks.rows / kRow * tile_floats + 2 * kLanes;
   float* const x = static_cast<float*>(thread_scratch(static_cast<size_t>(floats) * 4));
   alignas(64) float acc[kRow * kSize];
@@ -176,18 +209,20 @@ void run_product(const Product& p, const Chunks& chunks, int64_t begin, int64_t 
     if (chunk != loaded) {
       for (int64_t row = first, t = 0; row < last; row += kRow, ++t) {
         const int rows = static_cast<int>(std::min<int64_t>(kRow, last - row));
-        pack_tile<kPairs, kRow>(x + t * tile_floats, p.x, row, rows, p.width);
+        pack_tile<kKind, kRow>(x + t * tile_floats, p.x, row, rows, p.width);
       }
       loaded = chunk;
     }
     const int64_t top = unit % chunks.n * chunks.down, bottom = std::min(top + chunks.down, p.rows_of_blocks);
     for (int64_t b = top; b < bottom; ++b) {
       const int64_t start = p.starts[b];
-      const BlockList list = {p.at + start, p.place ? p.place + start : nullptr, start, p.starts[b + 1] - start};
+      const BlockList list = {p.at + start, p.place ? p.place + start : nullptr, start, p.starts[b + 1] - start,
+                              p.sums ? p.sums + b * kSize : nullptr};
+      sink.columns(b * kSize);
       for (int64_t row = first, t = 0; row < last; row += kRow, ++t) {
         const int rows = static_cast<int>(std::min<int64_t>(kRow, last - row));
-        multiply_rows<kSize, kPairs>(rows, x + t * tile_floats, p.w, list, acc);
-        p.finish(p.context, acc, row, rows, b * kSize);
+        multiply_rows<kSize, kKind>(rows, x + t * tile_floats, p.w, list, acc);
+        sink(acc, row, rows, b * kSize);
       }
     }
   }

@@ -1,5 +1,6 @@
 """The operators. Each module defines `torch.ops.effvit.<name>` and a public function of the same name."""
 
+from .block_sparse_int8_linear import block_sparse_int8_linear
 from .block_sparse_linear import block_sparse_linear
 from .fake_quantize_int8 import fake_quantize_int8
 from .glu import glu
@@ -19,7 +20,8 @@ from .sparse24_prune import sparse24_prune
 from .window_attention import window_attention
 
 __all__ = [
-    "block_sparse_linear", "fake_quantize_int8", "glu", "int8_linear", "int8_prepack", "linear_attention",
-    "newton_pinv", "quantize_int8", "rbf_gram", "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear",
-    "sparse24_linear", "sparse24_mask", "sparse24_prepack", "sparse24_prune", "window_attention",
+    "block_sparse_int8_linear", "block_sparse_linear", "fake_quantize_int8", "glu", "int8_linear", "int8_prepack",
+    "linear_attention", "newton_pinv", "quantize_int8", "rbf_gram", "sparse24_compress", "sparse24_decompress",
+    "sparse24_int8_linear", "sparse24_linear", "sparse24_mask", "sparse24_prepack", "sparse24_prune",
+    "window_attention",
 ]  # fmt: skip

@@ -14,16 +14,21 @@ NAMES = tuple(ACTIVATIONS)  # the schema's int is an index into these
 BLOCKS = (16, 32)
 
 
-def _derive(op, dims, options, tensors):
+def derive_blocks(op, dims, tensors, rows) -> None:
+    """B, K and the number of rows of blocks."""
     block = dims["B"]
     if block not in BLOCKS:
         raise value_error(op, "values", "[Z, B, B] with B 16 or 32", shape(tensors["values"]))
     if dims["K"] % block:
-        expected = f"[..., K] with K a multiple of {block} like values {shape(tensors['values'])}"
+        expected = f"[{rows}, K] with K a multiple of {block} like values {shape(tensors['values'])}"
         raise value_error(op, "x", expected, shape(tensors["x"]))
     if dims["R"] < 0:
         raise value_error(op, "crow", "[N / B + 1]", shape(tensors["crow"]))
-    dims["N"] = dims["R"] * block
+
+
+def _derive(op, dims, options, tensors):
+    derive_blocks(op, dims, tensors, "...")
+    dims["N"] = dims["R"] * dims["B"]
 
 
 def check_places(op, crow, columns, across: int) -> None:

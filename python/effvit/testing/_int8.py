@@ -49,14 +49,17 @@ def sample(name, m, n, k, weights, *, activation=NONE, out=None, bias=True, resi
     return Sample(name, make, frozenset(tags.split()), FLOAT_DTYPES if out is None else FLOAT_DTYPES[:1])
 
 
-def standard_samples(weights, k_step=1):
-    """Real geometries and the nasty ones; K is a multiple of k_step."""
+def standard_samples(weights, k_step=1, n_step=1):
+    """Real geometries and the nasty ones; K is a multiple of k_step, N of n_step."""
 
     def k_of(k):
         return max(k // k_step, 1) * k_step if k else 0
 
+    def n_of(n):
+        return max(n // n_step, 1) * n_step if n else 0
+
     def one(name, m, n, k, **options):
-        return sample(name, m, n, k_of(k), weights, **options)
+        return sample(name, m, n_of(n), k_of(k), weights, **options)
 
     def strided(tensors):
         x, *rest = tensors
@@ -85,7 +88,7 @@ def standard_samples(weights, k_step=1):
         one("small_int32", 5, 18, 68, out=INT32, bias=False, tags="small"),
         *(one(f"rows_{m}", m, 70, 52, tags="small" if m in (1, 3, 13, 17) else "") for m in (*range(1, 18), 31, 33)),
         *(one(f"columns_{n}", 3, n, 20, residual=True, tags="small" if n < 4 else "")
-          for n in (1, 2, 3, 15, 16, 17, 47, 65)),
+          for n in sorted({n_of(n) for n in (1, 2, 3, 15, 16, 17, 47, 65)})),
         *(one(f"depth_{k}", 4, 19, k, tags="small" if k < 10 else "")
           for k in sorted({k_of(k) for k in (1, 2, 3, 4, 5, 7, 8, 9, 12, 31, 63, 64, 65, 127, 257)})),
         one("deep", 2, 17, 4100, tags="nasty"),
@@ -101,9 +104,10 @@ def standard_samples(weights, k_step=1):
     ]  # fmt: skip
 
 
-def random_call(weights, k_step=1):
+def random_call(weights, k_step=1, n_step=1):
     def random_sample(name, choose):
         m, n = choose.choice((1, 2, 5, 13, 16, 40)), choose.choice((1, 3, 16, 33, 50, 130))
+        n = max(n // n_step, 1) * n_step
         k = k_step * choose.randint(1, 200 // k_step)
         out = choose.choice((None, None, None, INT8, INT32))
         plain = out == INT32
@@ -209,7 +213,7 @@ def bad_inputs(name, good_call):
             **{scale: lambda t: t.bfloat16()},
         )
         short = {scale: lambda t: t[:2]}
-        yield bad(f"{scale}_short", "x_scale" if scale == "x_scale" else "(weight|values)", r"\[", **short)
+        yield bad(f"{scale}_short", "x_scale" if scale == "x_scale" else "(weight|values|w_scale)", r"\[", **short)
     yield bad("x_float", "x", "torch.int8, got torch.float32", TypeError, x=lambda t: t.float())
     yield bad("x_uint8", "x", "torch.int8, got torch.uint8", TypeError, x=lambda t: t.view(torch.uint8))
     yield bad("bias_int32", "bias", "float32, bfloat16 or float16", TypeError, bias=lambda t: t.int())
