@@ -56,7 +56,7 @@ __attribute__((noinline)) void multiply(const float* x, const float* w, BlockLis
     for (int64_t t = 0; t < list.count; ++t) {
       const float* from = x + int64_t{list.at[t]} * (kWords * kRow);
       const float* b = w + (list.place ? list.place[t] : list.first + t) * (kWords * kSize) + column;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int s = 0; s < kWords; ++s, from += kRow, b += kSize) {
         vf v[kNow];
 #pragma GCC unroll 4

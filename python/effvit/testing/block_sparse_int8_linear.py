@@ -10,10 +10,13 @@ from effvit.testing.block_sparse_linear import structure
 
 
 def weights(block, density=0.5):
-    """n, k, generator -> (values, crow, columns)."""
+    """n, k, generator -> (values, crow, columns); at least one block where there may be any."""
 
     def make(n, k, generator):
         crow, columns = structure(n // block, k // block, density, generator)
+        if density and n and k and not len(columns):
+            crow, columns = torch.ones_like(crow), torch.zeros(1, dtype=torch.int32)
+            crow[0] = 0
         return _int8.integers((len(columns), block, block), generator, -128), crow, columns
 
     return make
@@ -37,7 +40,7 @@ def _worst(tensors):
 SAMPLES = [
     *_int8.standard_samples(_either, 16, 16),
     *(_int8.sample(f"{name}_{block}", 9, 64, 96, weights(block, density), activation=_int8.SILU, residual=True,
-                   tags="nasty small" if block == 16 else "nasty")
+                   tags="nasty" + " small" * (block == 16) + " empty" * (density == 0))
       for block in (16, 32) for name, density in (("no_blocks", 0.0), ("dense", 1.0), ("sparse", 0.2))),
     *(_int8.sample(f"rows_{m}_32", m, 64, 96, weights(32), out=_int8.INT32, bias=False) for m in (1, 4, 8, 12, 13)),
     *(_int8.sample(f"worst_{block}", 5, block, 131072, weights(block, 1.0), out=_int8.INT32, bias=False, layout=_worst,
