@@ -37,10 +37,7 @@ def _derivative(y, ACT: tl.constexpr):
 @device_function
 def _load(pointer, mask):
     """An operand; zeros where there is nothing; float32 in the interpreter, which mistreats bfloat16."""
-    if mask is None:
-        x = tl.load(pointer)
-    else:
-        x = tl.load(pointer, mask=mask, other=0.0)
+    x = tl.load(pointer) if mask is None else tl.load(pointer, mask=mask, other=0.0)
     if _INTERPRETED:
         x = x.to(tl.float32)
     return x

@@ -17,13 +17,19 @@ from torch.nn.utils import parametrize
 from ._calibrate import Statistics, calibrate
 from ._report import class_name, grouped, kilobytes, number, table
 from .adapters import Fused
+from .layers.block_sparse import BlockSparseInt8Linear, BlockSparseLinear, reason_not
 from .layers.int8 import Int8Linear, OutlierLinear, QATLinear, QuantisedLinear
 from .layers.sparse24 import Sparse24Int8Linear, Sparse24Linear
 from .ops import _checks
+from .ops.block_sparse_linear import BLOCKS
 
-KINDS = ("int8", "sparse24_int8", "outlier", "float")
+KINDS = ("int8", "sparse24_int8", "block_sparse_int8", "block_sparse", "outlier", "float")
+QAT_KINDS = ("int8", "sparse24_int8", "block_sparse_int8")
 ORIGINAL = "_effvit_original"  # of a module that stands in for another: (that one,), where it was kept
-LAYERS = {cls.__name__: cls for cls in (Int8Linear, OutlierLinear, Sparse24Int8Linear, Sparse24Linear)}
+LAYERS = {
+    cls.__name__: cls
+    for cls in (BlockSparseInt8Linear, BlockSparseLinear, Int8Linear, OutlierLinear, Sparse24Int8Linear, Sparse24Linear)
+}
 
 
 @dataclasses.dataclass
@@ -33,8 +39,9 @@ class QuantizeConfig:
     Args:
         mode: "dynamic": activations get a scale per token, found in every call; "static": one per layer, from the
             calibration data.
-        kind: what linear layers become: "int8", "sparse24_int8", "outlier" (LLM.int8()), "float" (nothing), or "auto":
-            for each layer the one of `candidates` that keeps the errors of the layers small within `budget`.
+        kind: what linear layers become: "int8", "sparse24_int8", "block_sparse_int8", "block_sparse" (in floating
+            point), "outlier" (LLM.int8()), "float" (nothing), or "auto": for each layer the one of `candidates` that
+            keeps the errors of the layers small within `budget`.
         layers: {pattern: kind} for layers whose name matches (fnmatch); the first match counts, over `kind`.
         skip: patterns of names to leave alone.
         smooth: SmoothQuant's alpha, between 0 and 1: how much of the range of the activations moves into the weights.
@@ -47,6 +54,8 @@ class QuantizeConfig:
         keep_weight: of kind "outlier", multiply these columns with the float weights, which are kept; else with the
             int8 ones.
         algorithm: of kind "sparse24_int8", how to prune: "magnitude" or "transposable".
+        block, density: of the block-sparse kinds, the blocks and the share of them to keep, where `effvit.sparsify_`
+            has not chosen them.
         budget: of kind "auto", the share of the float layers' size or time that the chosen ones may take.
         budget_of: "size" or "latency".
         candidates: of kind "auto".
@@ -66,6 +75,8 @@ class QuantizeConfig:
     threshold: float = 6.0
     keep_weight: bool = True
     algorithm: str = "magnitude"
+    block: int = 16
+    density: float = 0.5
     budget: float | None = None
     budget_of: str = "size"
     candidates: Sequence[str] = ("float", "int8", "sparse24_int8")
@@ -84,6 +95,10 @@ class QuantizeConfig:
         for i, kind in enumerate(self.candidates):
             one_of(f"candidates[{i}]", kind, KINDS)
         one_of("algorithm", self.algorithm, ("magnitude", "transposable"))
+        if self.block not in BLOCKS:
+            raise _checks.value_error("quantize_", "block", "16 or 32", self.block)
+        if not 0 <= _checks.as_finite("quantize_", "density", self.density) <= 1:
+            raise _checks.value_error("quantize_", "density", "between 0 and 1", self.density)
         one_of("budget_of", self.budget_of, ("size", "latency"))
         if self.smooth is not None and not 0 <= _checks.as_finite("quantize_", "smooth", self.smooth) <= 1:
             raise _checks.value_error("quantize_", "smooth", "between 0 and 1", self.smooth)
@@ -93,8 +108,9 @@ class QuantizeConfig:
             raise _checks.value_error("quantize_", "budget", expected, self.budget)
         if chooses and not 0 < _checks.as_finite("quantize_", "budget", self.budget) <= 1:
             raise _checks.value_error("quantize_", "budget", "above 0 and at most 1", self.budget)
-        if self.qat and "outlier" in (self.kind, *self.layers.values()):
-            raise _checks.value_error("quantize_", "kind", "int8 or sparse24_int8 with qat", "outlier")
+        for kind in (self.kind, *self.layers.values()):
+            if self.qat and kind in ("outlier", "block_sparse"):
+                raise _checks.value_error("quantize_", "kind", f"one of {', '.join(QAT_KINDS)} with qat", kind)
         needs = [
             what
             for what, asked in (("mode static", self.mode == "static"), ("smooth", self.smooth is not None),
@@ -190,7 +206,7 @@ def scan(model: nn.Module, skip: Sequence[str], reason_not) -> tuple[dict[str, n
         if name.startswith(inside):
             continue
         kind = class_name(module)
-        if isinstance(module, (QuantisedLinear, QATLinear, Sparse24Linear)):
+        if isinstance(module, (QuantisedLinear, QATLinear, Sparse24Linear, BlockSparseLinear)):
             rows.append(Row(name, kind, False, "already quantised or sparse"))
             inside = (*inside, f"{name}.")
         elif is_linear(module):
@@ -317,10 +333,15 @@ class Plan:
         return float(largest.max().clamp(min=1e-12)) / 127
 
     def build(self, config: QuantizeConfig) -> None:
-        static = config.mode == "static" and self.kind != "outlier"
+        from .sparsify import BlockMask, mask_of
+
+        static = config.mode == "static" and self.kind not in ("outlier", "block_sparse")
         options = {"input_scale": self.input_scale() if static else None}
         if self.smooth is not None:
             options |= {"smooth": self.smooth, "folded": self.norm is not None}
+        blocks = {}
+        if self.kind.startswith("block_sparse") and not isinstance(mask_of(self.module), BlockMask):
+            blocks = {"block": config.block, "density": config.density}
         if config.qat:
             self.layer = QATLinear(self.module, self.kind, algorithm=config.algorithm, **options)
         elif self.kind == "outlier":
@@ -328,6 +349,10 @@ class Plan:
             self.layer = OutlierLinear.from_linear(
                 self.module, threshold=config.threshold, keep_weight=config.keep_weight, columns=columns
             )
+        elif self.kind == "block_sparse":
+            self.layer = BlockSparseLinear.from_linear(self.module, **blocks)
+        elif self.kind == "block_sparse_int8":
+            self.layer = BlockSparseInt8Linear.from_linear(self.module, **blocks, **options)
         elif self.kind == "sparse24_int8":
             self.layer = Sparse24Int8Linear.from_linear(self.module, algorithm=config.algorithm, **options)
         else:
@@ -349,6 +374,8 @@ def effective_weight(layer: nn.Module, smooth: torch.Tensor | None) -> torch.Ten
     """What multiplies x: [N, K] in float32."""
     if isinstance(layer, QATLinear):
         w = layer.rounded(layer.weight()).float()
+    elif isinstance(layer, BlockSparseLinear):
+        w = layer.plain_weight().float()
     else:
         w = layer.plain_weight().float() * layer.weight_scale[:, None]
     return w if smooth is None else w / smooth
@@ -359,8 +386,17 @@ def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
     return float((x.float() - truth.float()).norm() / size) if size > 0 else 0.0
 
 
-def check_kind(kind: str, module: nn.Module) -> str | None:
+def check_kind(kind: str, module: nn.Module, config: QuantizeConfig) -> str | None:
     """Why a layer cannot be of a kind."""
+    from .sparsify import BlockMask, mask_of
+
+    if kind.startswith("block_sparse"):
+        mask = mask_of(module)
+        if isinstance(mask, BlockMask):
+            return None
+        if config.qat:
+            return "effvit.sparsify_ has not cut it into blocks"
+        return reason_not(module.in_features, module.out_features, config.block)
     if kind == "sparse24_int8" and module.in_features % 4:
         return f"in_features {module.in_features} is no multiple of 4, for 2:4"
     return None
@@ -455,7 +491,7 @@ def choose_kinds(plans: Sequence[Plan], config: QuantizeConfig) -> None:
         for kind in config.candidates:
             if kind == "float":
                 options[plan.name][kind] = (float_cost, 0.0)
-            elif check_kind(kind, plan.module) is None:
+            elif check_kind(kind, plan.module, config) is None:
                 tried = dataclasses.replace(plan, kind=kind, smooth=None, norm=None)
                 tried.build(dataclasses.replace(config, qat=False))
                 cost = seconds(tried.layer, tokens) if by_time else size_of(tried.layer)
@@ -515,7 +551,7 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
     for name, module in chosen.items():
         pattern = matching(name, config.layers)
         kind = config.kind if pattern is None else config.layers[pattern]
-        reason = "kind float" if kind == "float" else check_kind(kind, module)
+        reason = "kind float" if kind == "float" else check_kind(kind, module, config)
         if seen[name] is not None and not seen[name].batches:
             reason = "never called on the calibration data: what uses its weight directly needs floats"
         if reason is None:
@@ -529,14 +565,15 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
             plans.remove(plan)
             rows.append(Row(plan.name, class_name(plan.module), False, "float is what the budget allows"))
             continue
-        if config.smooth is not None and plan.kind != "outlier":
+        if config.smooth is not None and plan.kind not in ("outlier", "block_sparse"):
             plan.smooth = smoothing(plan.module.weight, plan.seen.largest, config.smooth)
             plan.norm = norms.get(plan.module)
         plan.build(config)
     changed = []
     for plan in plans:
         errors = plan.errors()
-        detail = f"{type(plan.layer).__name__} {plan.kind if config.qat else config.mode}"
+        how = plan.kind if config.qat else "" if plan.kind == "block_sparse" else config.mode
+        detail = f"{type(plan.layer).__name__} {how}".strip()
         if plan.smooth is not None:
             detail += ", smooth in the norm" if plan.norm is not None else ", smooth"
         changed.append(
@@ -562,7 +599,7 @@ def _note(rows, layers, notes):
 def convert_(model: nn.Module, fuse: bool = True, verbose: bool = True) -> Report:
     """Turn the `QATLinear`s of a trained model, in place, into the int8 layers that they were trained to be.
 
-    Parametrisations of `effvit.sparsify_` end here: the 2:4 layer holds what their masks keep. `effvit.unquantize_`
+    Parametrisations of `effvit.sparsify_` end here: the sparse layer holds what their masks keep. `effvit.unquantize_`
     brings back the float layers, parametrised as they were, with the trained weights.
 
     Args:

@@ -434,7 +434,9 @@ def test_errors():
             make.from_linear(linear(6, 8))
     with pytest.raises(ValueError, match="OutlierLinear: threshold must be positive, got 0"):
         OutlierLinear(4, 4, threshold=0.0)
-    with pytest.raises(ValueError, match="QATLinear: kind must be int8 or sparse24_int8, got 'outlier'"):
+    with pytest.raises(
+        ValueError, match="QATLinear: kind must be int8, sparse24_int8 or block_sparse_int8, got 'outlier'"
+    ):
         QATLinear(linear(), "outlier")
 
 

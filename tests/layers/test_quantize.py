@@ -609,7 +609,10 @@ def test_gradients_of_a_static_model():
     "options, message",
     [
         ({"mode": "fast"}, "mode must be one of dynamic, static, got 'fast'"),
-        ({"kind": "int4"}, "kind must be one of int8, sparse24_int8, outlier, float, auto, got 'int4'"),
+        (
+            {"kind": "int4"},
+            "kind must be one of int8, sparse24_int8, block_sparse_int8, block_sparse, outlier, float, auto, got 'int4'",
+        ),
         ({"layers": {"*fc1": "int4"}}, r"layers\['\*fc1'\] must be one of"),
         ({"mode": "static"}, "calibration must be batches of data, for mode static, got None"),
         ({"smooth": 0.5}, "calibration must be batches of data, for smooth, got None"),
@@ -618,7 +621,10 @@ def test_gradients_of_a_static_model():
         ({"budget": 0.5}, "budget must be None without a kind auto, got 0.5"),
         ({"kind": "auto", "budget": 2.0, "calibration": data()}, "budget must be above 0 and at most 1, got 2.0"),
         ({"kind": "auto", "budget": 0.01, "calibration": data()}, "budget must be at least what the cheapest kinds"),
-        ({"kind": "outlier", "qat": True}, "kind must be int8 or sparse24_int8 with qat, got outlier"),
+        (
+            {"kind": "outlier", "qat": True},
+            "kind must be one of int8, sparse24_int8, block_sparse_int8 with qat, got outlier",
+        ),
         ({"algorithm": "random"}, "algorithm must be one of magnitude, transposable"),
         ({"config": effvit.QuantizeConfig(), "mode": "static"}, "config must be None where its fields are given"),
     ],

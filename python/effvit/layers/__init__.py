@@ -1,6 +1,7 @@
 """Drop-in modules built on effvit's operators: constructors and state_dict keys of timm or of the original code."""
 
 from .._when_imported import when_imported
+from .block_sparse import BlockSparseInt8Linear, BlockSparseLinear
 from .dualtoken import DualTokenAttention, PositionAwareTokenModule, TokenToMapAttention
 from .efficientvit import LiteMLA
 from .flatten import FocusedLinearAttention, FocusedLinearAttentionCSWin, FocusedLinearAttentionPVT
@@ -35,6 +36,8 @@ from .vssd import NonCausalSSD, VMAMBA2Block
 from .window_attention import WindowAttention
 
 __all__ = [
+    "BlockSparseInt8Linear",
+    "BlockSparseLinear",
     "ConvFFN",
     "ConvHierarchicalTransformerBlock",
     "DualTokenAttention",

@@ -7,6 +7,7 @@ import torch
 import effvit.ops
 import effvit.reference
 
+from ..reference.block_sparse_linear import block_sparse_linear as _block_sparse_definition
 from ..reference.sparse24_compress import sparse24_decompress
 
 
@@ -76,6 +77,14 @@ def newton_pinv(a, *, iterations):
     if _covered(a.dtype, a.shape[-1]):
         return effvit.ops.newton_pinv(a, iterations=iterations)
     return _reference("newton_pinv", a, iterations=iterations).to(a.dtype)
+
+
+def block_sparse_linear(x, values, crow, columns, bias=None, activation="none"):
+    """effvit.block_sparse_linear; float64 in plain PyTorch."""
+    x = _dense(x)
+    if x.dtype != torch.float64:
+        return effvit.ops.block_sparse_linear(x, values, crow, columns, bias, activation=activation)
+    return _block_sparse_definition(x, values, crow, columns, bias, activation=activation)
 
 
 def sparse24_linear(x, values, meta, bias=None):

@@ -3,13 +3,13 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 
 import effvit.ops
 
 from ..ops import _checks, _dispatcher
 from ..ops._int8 import DTYPES, NAMES
 from ..ops._op import OPS
+from ..reference.block_sparse_linear import dense_weight
 from ..reference.fake_quantize_int8 import fake_quantize_int8 as _fake_quantize
 from ..reference.int8_linear import ACTIVATIONS
 from ._ops import _dense
@@ -27,16 +27,21 @@ def _quantised(x, input_scale, excluded):
 
 
 def _product(q, scale, weights, w_scale, bias, residual, activation, out_dtype, out_scale):
-    """weights: (integers, metadata or None where they are dense, both packed or None)."""
+    """weights: (integers, metadata or None where they are dense, both packed or None), or (values, crow, columns)."""
     weight, meta, packed = weights
     options = {"activation": NAMES.index(activation), "out_dtype": DTYPES.index(out_dtype), "out_scale": out_scale}
+    if weight.dim() == 3:
+        parts = (weight, meta, packed)
+        return OPS["block_sparse_int8_linear"](q, *parts, scale, w_scale, bias, residual, **options)
     if meta is None:
         return OPS["int8_linear"](q, weight if packed is None else packed, scale, w_scale, bias, residual, **options)
     parts = (weight, meta) if packed is None else (packed, None)
     return OPS["sparse24_int8_linear"](q, *parts, scale, w_scale, bias, residual, **options)
 
 
-def _plain(weight, meta):
+def _plain(weight, meta, packed, k):
+    if weight.dim() == 3:
+        return dense_weight(weight, meta, packed, k)
     return weight if meta is None else OPS["sparse24_decompress"](weight, meta)
 
 
@@ -89,7 +94,7 @@ class _StraightThrough(torch.autograd.Function):
             g = g * _slope(before, ctx.activation)
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = (g * w_scale) @ _plain(weight, meta).float()
+            dx = (g * w_scale) @ _plain(weight, meta, packed, x.shape[-1]).float()
             if input_scale is not None:
                 dx = torch.where(x.abs() <= 127 * input_scale, dx, 0.0)
             if excluded is not None:
@@ -106,7 +111,7 @@ def _formula(x, bias, residual, weight, meta, packed, w_scale, input_scale, excl
     if excluded is not None:
         x = torch.where(excluded != 0, 0.0, x)
     x = effvit.ops.fake_quantize_int8(x, input_scale)
-    y = F.linear(x.float(), _plain(weight, meta).float() * w_scale[:, None])
+    y = F.linear(x.float(), _plain(weight, meta, packed, x.shape[-1]).float() * w_scale[:, None])
     for t in (bias, residual):
         y = y if t is None else y + t
     return ACTIVATIONS[activation](y).to(out_dtype)
@@ -485,7 +490,8 @@ class QATLinear(nn.Module):
     `linear` is the layer that it trains. Its weights and x are rounded as `Int8Linear` rounds them, by
     :func:`effvit.ops.fake_quantize_int8`. Where `kind` is "sparse24_int8" the weights are 2:4 sparse: by the
     parametrisation of `effvit.sparsify_` if linear has it, else by :func:`effvit.ops.sparse24_prune` with `algorithm`
-    and `strength`. `deployed()` is the `Int8Linear` or `Sparse24Int8Linear`. `input_scale` [1] makes it static; it,
+    and `strength`. Kind "block_sparse_int8" takes the blocks of that parametrisation. `deployed()` is the `Int8Linear`,
+    `Sparse24Int8Linear` or `BlockSparseInt8Linear`. `input_scale` [1] makes it static; it,
     `smooth` and `folded` are as in `Int8Linear.from_linear`.
     """
 
@@ -494,8 +500,12 @@ class QATLinear(nn.Module):
         algorithm="magnitude", strength=2e-4,
     ):  # fmt: skip
         super().__init__()
-        if kind not in ("int8", "sparse24_int8"):
-            raise _checks.value_error("QATLinear", "kind", "int8 or sparse24_int8", repr(kind))
+        from ..sparsify import BlockMask, mask_of
+
+        if kind not in ("int8", "sparse24_int8", "block_sparse_int8"):
+            raise _checks.value_error("QATLinear", "kind", "int8, sparse24_int8 or block_sparse_int8", repr(kind))
+        if kind == "block_sparse_int8" and not isinstance(mask_of(linear), BlockMask):
+            raise _checks.value_error("QATLinear", "linear", "one that effvit.sparsify_ has cut into blocks", "dense")
         _checks.index_of("QATLinear", "activation", activation, tuple(ACTIVATIONS))
         self.linear = linear
         self.kind = kind
@@ -519,8 +529,10 @@ class QATLinear(nn.Module):
 
     def weight(self):
         """What is rounded: [out_features, in_features] in floating point."""
+        from ..sparsify import Sparse24Mask, mask_of
+
         w = self.linear.weight
-        if self.kind == "sparse24_int8" and not parametrize.is_parametrized(self.linear, "weight"):
+        if self.kind == "sparse24_int8" and not isinstance(mask_of(self.linear), Sparse24Mask):
             w = effvit.ops.sparse24_prune(w, algorithm=self.algorithm, strength=self.strength)
         return scaled(w, self.smooth)
 
@@ -542,11 +554,14 @@ class QATLinear(nn.Module):
     @torch.no_grad()
     def deployed(self):
         """The quantised layer that this one has been trained to be; it shares the bias."""
+        from .block_sparse import BlockSparseInt8Linear
         from .sparse24 import Sparse24Int8Linear
 
         options = {"activation": self.activation, "input_scale": self.input_scale, "smooth": self.smooth}
         if self.kind == "int8":
             return Int8Linear.from_linear(self.linear, folded=self.folded, **options)
+        if self.kind == "block_sparse_int8":
+            return BlockSparseInt8Linear.from_linear(self.linear, folded=self.folded, **options)
         return Sparse24Int8Linear.from_linear(
             self.linear, algorithm=self.algorithm, folded=self.folded, **options
         )  # fmt: skip
