@@ -119,10 +119,7 @@ def choose_blocks(
 
     The largest scores stay, of equal ones the first; within a budget every layer keeps one block at least.
     """
-    if budget is None:
-        groups = [({name: s}, density[name]) for name, s in scores.items()]
-    else:
-        groups = [(dict(scores), budget)]
+    groups = [(dict(scores), budget)] if budget is not None else [({n: s}, density[n]) for n, s in scores.items()]
     kept = {}
     for group, share in groups:
         flat = [s.flatten().clone() for s in group.values()]

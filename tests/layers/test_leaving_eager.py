@@ -26,8 +26,15 @@ def quantised(layer, **options):
     return layer.from_linear(randomise(torch.nn.Linear(C, 12)), **options)
 
 
+def blocks(layer, **options):
+    return layer.from_linear(randomise(torch.nn.Linear(32, 48)), density=0.5, **options)
+
+
+BLOCKS = (2, 5, 32)
 # name: (module, shape of its input, call). Every exported module is here: see test_every_layer_is_here.
 LAYERS = {
+    "BlockSparseInt8Linear": (lambda: blocks(layers.BlockSparseInt8Linear, activation="silu"), BLOCKS, None),
+    "BlockSparseLinear": (lambda: layers.BlockSparseLinear(32, 48, blocks=4, activation="gelu"), BLOCKS, None),
     "ConvFFN": (lambda: layers.ConvFFN(C, 2 * C), TOKENS, lambda m, x: m(x, (H, W))),
     "ConvHierarchicalTransformerBlock": (
         lambda: layers.ConvHierarchicalTransformerBlock(C, (H, W), 2, (2, 2), (2, 2)), TOKENS, lambda m, x: m(x, (H, W))

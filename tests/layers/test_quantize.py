@@ -611,7 +611,8 @@ def test_gradients_of_a_static_model():
         ({"mode": "fast"}, "mode must be one of dynamic, static, got 'fast'"),
         (
             {"kind": "int4"},
-            "kind must be one of int8, sparse24_int8, block_sparse_int8, block_sparse, outlier, float, auto, got 'int4'",
+            "kind must be one of int8, sparse24_int8, block_sparse_int8, block_sparse, outlier, float, auto, got "
+            "'int4'",
         ),
         ({"layers": {"*fc1": "int4"}}, r"layers\['\*fc1'\] must be one of"),
         ({"mode": "static"}, "calibration must be batches of data, for mode static, got None"),

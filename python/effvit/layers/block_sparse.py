@@ -194,7 +194,7 @@ class BlockSparseLinear(nn.Module):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """An nn.Linear of the same values, with zeros where no block is; it shares the bias. Leaves an activation out."""
+        """An nn.Linear of the same values, with zeros where no block is; it shares the bias and has no activation."""
         linear = nn.Linear(self.in_features, self.out_features, False, device="meta", dtype=self.values.dtype)
         linear.weight = nn.Parameter(self.plain_weight(), requires_grad=self.values.requires_grad)
         linear.bias = self.bias

@@ -24,8 +24,8 @@ def _apart(t):
 
 
 def _sample(
-    name, lead, down, across, *, block=16, density=0.5, activation=NONE, bias=True, residual=False, x_layout=None, layout=None,
-    tags="", dtypes=FLOAT_DTYPES,
+    name, lead, down, across, *, block=16, density=0.5, activation=NONE, bias=True, residual=False, x_layout=None,
+    layout=None, tags="", dtypes=FLOAT_DTYPES,
 ):  # fmt: skip
     def make(dtype, device, generator):
         x = torch.randn(*lead, across * block, generator=generator).to(dtype)
@@ -47,7 +47,8 @@ def random_sample(name, choose):
     return _sample(
         name, lead, choose.randint(1, 4), choose.randint(1, 4), block=choose.choice((16, 32)),
         density=choose.choice((0.0, 0.3, 0.7, 1.0)), activation=choose.randrange(4), bias=choose.random() < 0.7,
-        residual=choose.random() < 0.5, x_layout=choose.choice((None, misaligned)), layout=choose.choice((None, _apart)),
+        residual=choose.random() < 0.5, x_layout=choose.choice((None, misaligned)),
+        layout=choose.choice((None, _apart)),
     )  # fmt: skip
 
 
