@@ -1,6 +1,6 @@
 // block_sparse_int8_linear on the CPU: forward, on raw pointers, compiled once per ISA. The product of
-// block_sparse_products.inl.h on words of four bytes where the ISA has their dot products (kInt8Dot), else of two int16,
-// whose products in pairs cannot saturate; then the epilogue that all int8 products share.
+// block_sparse_products.inl.h on words of four bytes where the ISA has their dot products (kInt8Dot), else of two
+// int16, whose products in pairs cannot saturate; then the epilogue that all int8 products share.
 //
 // The operand that dot products of bytes want unsigned is x, as x + 128; what is too much is 128 times the sum of a
 // channel's weights, with which the sums start. All of it wraps modulo 2^32 and ends below 2^31.
@@ -79,8 +79,7 @@ void pack_row(const Params& p, float* packed, int32_t* sums, int64_t row) {
   const int64_t first = start * block_words(p), last = first + count * block_words(p);
   for (int i = 0; i < kSize; i += kLanes) {
     vi sum{};
-    for (int64_t at = first; at < last; at += kSize)
-      sum = dot_bytes(sum, set1(0x01010101), (vi)load(packed + at + i));
+    for (int64_t at = first; at < last; at += kSize) sum = dot_bytes(sum, set1(0x01010101), (vi)load(packed + at + i));
     store(sums + row * kSize + i, sum * -128);
   }
 #else
@@ -126,8 +125,15 @@ int64_t units(const Params& p) {
 void run(const Params& p, float* workspace, int64_t begin, int64_t end) {
   LeadingRows rows;
   rows.size[0] = p.M, rows.dims = 1;
-  const Product product = {{p.x, DType::kInt8, &rows, &p.x_stride_m}, p.M, p.K, p.N / p.B, workspace, p.crow, p.columns,
-                           nullptr, sums_of(p, workspace)};
+  const Product product = {{p.x, DType::kInt8, &rows, &p.x_stride_m},
+                           p.M,
+                           p.K,
+                           p.N / p.B,
+                           workspace,
+                           p.crow,
+                           p.columns,
+                           nullptr,
+                           sums_of(p, workspace)};
   Sink sink = {p, int8_impl::finish_of(p), {}};
   if (p.B == 16)
     run_product<16, kWords>(product, chunks_of(p), begin, end, sink);

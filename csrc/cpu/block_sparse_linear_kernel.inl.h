@@ -278,8 +278,7 @@ void gradient(const Params& p, float* workspace, int64_t begin, int64_t end) {
     dispatch_dtype(p.dtype, [&](auto type) {
       for (int64_t m = begin; m < end; ++m) {
         const auto* const from = grad.row<decltype(type)>(m);
-        for (int64_t n = 0; n < p.N; n += kLanes)
-          store_as(p.dresidual, p.residual_dtype, m * p.N + n, load(from + n));
+        for (int64_t n = 0; n < p.N; n += kLanes) store_as(p.dresidual, p.residual_dtype, m * p.N + n, load(from + n));
       }
     });
     return;
@@ -332,9 +331,15 @@ void dx(const Params& p, float* workspace, int64_t begin, int64_t end) {
   const Gradient g(p, workspace, l);
   Finish finish = nullptr;
   dispatch_dtype(p.dtype, [&](auto type) { finish = finish_dx<decltype(type)>; });
-  const Product product = {
-      g.source, p.M, p.N, p.K / p.B, workspace + l.backward, integers(workspace, l.columns_start),
-      integers(workspace, l.column_rows), integers(workspace, l.column_places), nullptr};
+  const Product product = {g.source,
+                           p.M,
+                           p.N,
+                           p.K / p.B,
+                           workspace + l.backward,
+                           integers(workspace, l.columns_start),
+                           integers(workspace, l.column_rows),
+                           integers(workspace, l.column_places),
+                           nullptr};
   run(p, product, dx_chunks(p), begin, end, {finish, &p});
 }
 
@@ -424,8 +429,8 @@ void weights(const Params& p, float* workspace, int64_t begin, int64_t end) {
     const int64_t split = unit / n, range = unit % n;
     const int64_t first = p.M * split / l.splits, last = p.M * (split + 1) / l.splits;
     const int64_t top = down * range / n, bottom = down * (range + 1) / n;
-    float* const dvalues = direct(p, l) ? static_cast<float*>(p.dvalues)
-                                        : workspace + l.dvalues + split * p.Z * p.B * p.B;
+    float* const dvalues =
+        direct(p, l) ? static_cast<float*>(p.dvalues) : workspace + l.dvalues + split * p.Z * p.B * p.B;
     float* const dbias = p.dbias ? workspace + l.dbias + split * p.N : nullptr;
     dispatch_types(p, [&](auto x_type, auto g_type, auto paired) {
       weight_range<decltype(x_type), decltype(g_type), decltype(paired)::value>(p, g.source, first, last, top, bottom,
@@ -465,8 +470,8 @@ constexpr Step<Params> kBackward[] = {{sort_units, sort}, {pack_units, pack_both
 namespace effvit::cpu {
 const Kernel<BlockSparseLinearParams>* EFFVIT_KERNEL_NAME(block_sparse_linear)() {
   namespace impl = EFFVIT_ISA_NAME::block_sparse_linear_impl;
-  static constexpr Kernel<BlockSparseLinearParams> kernel = {
-      routine(impl::kForward, impl::forward_workspace), routine(impl::kBackward, impl::backward_workspace)};
+  static constexpr Kernel<BlockSparseLinearParams> kernel = {routine(impl::kForward, impl::forward_workspace),
+                                                             routine(impl::kBackward, impl::backward_workspace)};
   return &kernel;
 }
 }  // namespace effvit::cpu

@@ -9,7 +9,9 @@ namespace block_sparse_impl {
 template <int kSize>
 constexpr int kVectors = kLanes == 16 ? kSize / 16 : 2;
 template <int kSize>
-constexpr int kTile = kLanes == 16 ? (kSize == 16 ? 16 : 12) : kLanes == 8 ? 6 : 4;
+constexpr int kTile = kLanes == 16  ? (kSize == 16 ? 16 : 12)
+                      : kLanes == 8 ? 6
+                                    : 4;
 
 // What a word of the operands is: a float, a pair of bfloat16, two int16, or four bytes, of x unsigned (x + 128).
 enum class Kind { kFloat, kPairs, kHalves, kBytes };
@@ -127,7 +129,7 @@ EFFVIT_INLINE vf load_words(const T* from, int count) {
       typedef int8_t vb __attribute__((vector_size(2 * EFFVIT_LANES)));
       vb x;
       std::memcpy(&x, bytes, sizeof(x));
-      return (vf)__builtin_convertvector(x, vh);
+      return (vf) __builtin_convertvector(x, vh);
     } else {
       vf x;
       std::memcpy(&x, bytes, sizeof(x));
@@ -136,8 +138,8 @@ EFFVIT_INLINE vf load_words(const T* from, int count) {
   }
 }
 
-// to[words][kRow] = `rows` rows from `first` on, copies of the first one up to kRow; written up to kLanes floats beyond.
-// width: a multiple of 16.
+// to[words][kRow] = `rows` rows from `first` on, copies of the first one up to kRow; written up to kLanes floats
+// beyond. width: a multiple of 16.
 template <class T, Kind kKind, int kRow>
 void pack_tile(float* to, const Source& source, int64_t first, int rows, int64_t width) {
   const T* from[kLanes];
