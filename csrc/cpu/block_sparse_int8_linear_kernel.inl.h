@@ -17,7 +17,10 @@ using Params = BlockSparseInt8LinearParams;
 
 constexpr Kind kWords = kInt8Dot ? Kind::kBytes : Kind::kHalves;
 
-int64_t block_words(const Params& p) { return p.B * p.B / elements(kWords); }
+// On AMX int8 is multiplied as it is.
+bool tiled(const Params& p) { return kInt8Tiles && p.M > kFewRows; }
+
+int64_t block_words(const Params& p) { return tiled(p) ? p.B * 16 : p.B * p.B / elements(kWords); }
 
 // Packed blocks, then the sums of channels where they are needed.
 int64_t workspace(const Params& p) { return p.Z * block_words(p) + (kInt8Dot ? p.N : 0); }
@@ -74,6 +77,15 @@ void pack_blocks(const Params& p, float* to, const int8_t* values, int64_t count
 template <int kSize>
 void pack_row(const Params& p, float* packed, int32_t* sums, int64_t row) {
   const int64_t start = p.crow[row], count = p.crow[row + 1] - start;
+  if (tiled(p)) {
+    constexpr int kFloats = kSize * kSize / elements(kWords);
+    for (int64_t z = start; z < start + count; ++z) {
+      alignas(64) float some[kFloats];
+      pack_blocks<kSize>(p, some, p.values + z * p.values_stride_z, 1);
+      pack_tiles<kSize>(packed + z * block_words(p), some, kFloats / kSize);
+    }
+    return;
+  }
   pack_blocks<kSize>(p, packed + start * block_words(p), p.values + start * p.values_stride_z, count);
 #if defined(EFFVIT_HAS_INT8_DOT)
   const int64_t first = start * block_words(p), last = first + count * block_words(p);
@@ -107,12 +119,13 @@ struct Sink {
 
   EFFVIT_INLINE void columns(int64_t column) { c.set(p, column, p.B); }
   EFFVIT_INLINE void operator()(const float* acc, int64_t row, int rows, int64_t) const {
-    static const int32_t kNothing[kLanes] = {};
+    static const int32_t kNothing[kTileRows] = {};
     finish(p, reinterpret_cast<const int32_t*>(acc), p.B, kNothing, row, rows, c);
   }
 };
 
 Chunks chunks_of(const Params& p) {
+  if (tiled(p)) return {p.M, p.N / p.B, p.K / p.B * 16, p.Z * p.B * p.B / 16, kTileRows};
   const int tile = p.B == 16 ? kTile<16> : kTile<32>;
   return {p.M, p.N / p.B, p.K / elements(kWords), p.Z * p.B * p.B / elements(kWords), tile};
 }
@@ -135,6 +148,13 @@ void run(const Params& p, float* workspace, int64_t begin, int64_t end) {
                            nullptr,
                            sums_of(p, workspace)};
   Sink sink = {p, int8_impl::finish_of(p), {}};
+#if defined(EFFVIT_HAS_INT8_DOT) && defined(EFFVIT_HAS_TILES)
+  if (tiled(p)) {
+    p.B == 16 ? run_tiles<int8_t, 16>(product, chunks_of(p), begin, end, sink)
+              : run_tiles<int8_t, 32>(product, chunks_of(p), begin, end, sink);
+    return;
+  }
+#endif
   if (p.B == 16)
     run_product<16, kWords>(product, chunks_of(p), begin, end, sink);
   else

@@ -2,11 +2,11 @@
 //
 // Forward: blocks are packed with output channels along lanes, x is packed tile by tile, [K][rows of the tile], and a
 // tile of rows by one block of channels is summed in registers over all blocks of its row of blocks. Where there are
-// dot products of bfloat16 (kBf16Products), words are pairs. Bias, residual and activation follow in a tile in the L1
-// cache.
-// Backward: g, the gradient of the sum, is grad_out or, where there is an activation, made by another forward product
-// and kept. dx is the same product with the blocks of each column of blocks. dvalues are products of panels of g and x,
-// of the blocks that are there only; rows are split by the shape alone and the parts are added in order.
+// dot products of bfloat16 (kBf16Products), words are pairs; AMX has tiles. Bias, residual and activation follow in a
+// tile in the L1 cache. Backward: g, the gradient of the sum, is grad_out or, where there is an activation, made by
+// another forward product and kept. dx is the same product with the blocks of each column of blocks. dvalues are
+// products of panels of g and x, of the blocks that are there only; rows are split by the shape alone and the parts are
+// added in order.
 #pragma once
 
 #include "block_sparse_products.inl.h"
@@ -20,6 +20,8 @@ using int8_impl::activate;
 using Params = BlockSparseLinearParams;
 
 bool pairs(const Params& p) { return kBf16Products<BFloat16> && p.dtype == DType::kBFloat16; }
+
+bool tiled(const Params& p) { return kBf16Tiles<BFloat16> && pairs(p) && p.M > kFewRows; }
 
 // Calls f with the size of a block and whether words are pairs, as constants.
 template <class F>
@@ -39,7 +41,7 @@ struct Layout {
   int64_t splits;  // of rows, for dvalues and dbias
 
   Layout(const Params& p, bool gradients) {
-    const int64_t blocks = p.Z * p.B * p.B, packed = pairs(p) ? blocks / 2 : blocks;
+    const int64_t blocks = p.Z * p.B * p.B, packed = tiled(p) ? p.Z * (p.B * 16) : pairs(p) ? blocks / 2 : blocks;
     const bool active = gradients && p.activation != Activation::kNone;
     splits = std::min<int64_t>(8, std::max<int64_t>(1, p.M / (small_tiles() ? 8 : 1024)));
     int64_t at = 0;
@@ -67,18 +69,22 @@ int64_t backward_workspace(const Params& p) { return Layout(p, true).size; }
 
 template <bool kTransposed>
 void pack_blocks(const Params& p, float* to, int64_t begin, int64_t end) {
+  const bool tiles = tiled(p);
   dispatch(p, [&](auto size, auto paired) {
     constexpr int kSize = decltype(size)::value;
     constexpr bool kPairs = decltype(paired)::value;
     const auto all = [&](auto type) {
       using T = decltype(type);
       for (int64_t z = begin; z < end; ++z) {
-        float* const block = to + z * (kPairs ? kSize * kSize / 2 : kSize * kSize);
+        constexpr int kFloats = kPairs ? kSize * kSize / 2 : kSize * kSize;
+        alignas(64) float some[kFloats];
+        float* const block = tiles ? some : to + z * kFloats;
         const T* const from = static_cast<const T*>(p.values) + z * p.values_stride_z;
         if constexpr (kTransposed)
           pack_block<T, kPairs, kSize>(block, from, p.values_stride_i);
         else
           copy_block<T, kPairs, kSize>(block, from, p.values_stride_i);
+        if (tiles) pack_tiles<kSize>(to + z * kTileWords<kSize>, block, kFloats / kSize);
       }
     };
     if constexpr (kPairs)
@@ -174,8 +180,12 @@ Product forward_product(const Params& p, const float* packed) {
 }
 // In the part of the weight that is there: products for one row of the result.
 int64_t products(const Params& p) { return p.Z * p.B * p.B; }
-int tile_of(const Params& p) { return p.B == 16 ? kTile<16> : kTile<32>; }
-Chunks forward_chunks(const Params& p) { return {p.M, p.N / p.B, p.K, products(p), tile_of(p)}; }
+// For x of `width`.
+Chunks chunks_of(const Params& p, int64_t rows_of_blocks, int64_t width) {
+  if (tiled(p)) return {p.M, rows_of_blocks, width / p.B * 16, products(p) / 8, kTileRows};
+  return {p.M, rows_of_blocks, width, products(p), p.B == 16 ? kTile<16> : kTile<32>};
+}
+Chunks forward_chunks(const Params& p) { return chunks_of(p, p.N / p.B, p.K); }
 
 int64_t forward_units(const Params& p) {
   const Chunks chunks = forward_chunks(p);
@@ -183,6 +193,13 @@ int64_t forward_units(const Params& p) {
 }
 
 void run(const Params& p, const Product& product, const Chunks& chunks, int64_t begin, int64_t end, Sink sink) {
+#if defined(EFFVIT_HAS_TILES)
+  if (tiled(p)) {
+    p.B == 16 ? run_tiles<BFloat16, 16>(product, chunks, begin, end, sink)
+              : run_tiles<BFloat16, 32>(product, chunks, begin, end, sink);
+    return;
+  }
+#endif
   dispatch(p, [&](auto size, auto paired) {
     constexpr Kind kKind = decltype(paired)::value ? Kind::kPairs : Kind::kFloat;
     run_product<size, kKind>(product, chunks, begin, end, sink);
@@ -318,7 +335,7 @@ void finish_dx(const void* context, const float* acc, int64_t row, int rows, int
   }
 }
 
-Chunks dx_chunks(const Params& p) { return {p.M, p.K / p.B, p.N, products(p), tile_of(p)}; }
+Chunks dx_chunks(const Params& p) { return chunks_of(p, p.K / p.B, p.N); }
 
 int64_t dx_units(const Params& p) {
   if (p.K == 0) return 0;

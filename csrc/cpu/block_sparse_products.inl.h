@@ -230,6 +230,125 @@ void run_product(const Product& p, const Chunks& chunks, int64_t begin, int64_t 
   }
 }
 
+// ---- on AMX ---------------------------------------------------------------------------------------------------------
+// Of few rows the tiles would be empty: these are for products of more than kFewRows, of T: int8_t or BFloat16. A block
+// is kSize / 16 tiles beside each other, 1 KiB each, with zeros below its last words; x is [blocks along K][rows][64
+// bytes], with zeros behind the bytes of a block. So half of a tile's work is for nothing where a block is half as deep
+// as a tile (32 int8, 16 bfloat16), and three quarters of it at 16 int8.
+
+constexpr int64_t kFewRows = 8;
+constexpr int kTileRows = 32;
+template <int kSize>
+constexpr int kTileWords = kSize / 16 * 256;  // of a block
+
+// From [words][kSize] to tiles.
+template <int kSize>
+EFFVIT_INLINE void pack_tiles(float* to, const float* block, int words) {
+  std::memset(to, 0, kTileWords<kSize> * sizeof(float));
+  for (int s = 0; s < words; ++s) {
+    for (int j = 0; j < kSize / 16; ++j) std::memcpy(to + 256 * j + 16 * s, block + s * kSize + 16 * j, 64);
+  }
+}
+
+#if defined(EFFVIT_HAS_TILES)
+#if defined(EFFVIT_HAS_EMULATED_TILES)
+#define EFFVIT_TILE_DOT_SIGNED(c, a, b) emulated_dot_signed(c, a, b)
+inline void emulated_dot_signed(int c, int a, int b) {
+  TileState& s = tile_state();
+  for (int m = 0; m < 16; ++m) {
+    for (int n = 0; n < 16; ++n) {
+      int32_t sum = load_word(s.rows[c][m] + 4 * n);
+      for (int k = 0; k < 64; ++k)
+        sum += static_cast<int8_t>(s.rows[a][m][k]) * static_cast<int8_t>(s.rows[b][k / 4][4 * n + k % 4]);
+      std::memcpy(s.rows[c][m] + 4 * n, &sum, 4);
+    }
+  }
+}
+#else
+#define EFFVIT_TILE_DOT_SIGNED(c, a, b) _tile_dpbssd(c, a, b)
+#endif
+
+// c += a b of T.
+#define EFFVIT_TILE_DOT_OF(c, a, b)        \
+  if constexpr (std::is_same_v<T, int8_t>) \
+    EFFVIT_TILE_DOT_SIGNED(c, a, b);       \
+  else                                     \
+    EFFVIT_TILE_DOT(c, a, b)
+
+// acc[kM * 16][kSize]. x: [blocks along K][rows][64 bytes], `rows` of them to a block.
+template <class T, int kSize, int kM>
+void multiply_tiles_of(const char* x, int64_t rows, const float* w, const BlockList& list, float* acc) {
+  EFFVIT_TILE_ZERO(0);
+  EFFVIT_TILE_ZERO(1);
+  EFFVIT_TILE_ZERO(2);
+  EFFVIT_TILE_ZERO(3);
+  for (int64_t t = 0; t < list.count; ++t) {
+    const char* const from = x + list.at[t] * rows * 64;
+    const float* const b = w + (list.place ? list.place[t] : list.first + t) * kTileWords<kSize>;
+    EFFVIT_TILE_LOAD(4, from, 64);
+    EFFVIT_TILE_LOAD(6, b, 64);
+    if constexpr (kSize == 32) EFFVIT_TILE_LOAD(7, b + 256, 64);
+    if constexpr (kM == 2) EFFVIT_TILE_LOAD(5, from + 1024, 64);
+    EFFVIT_TILE_DOT_OF(0, 4, 6);
+    if constexpr (kSize == 32) {
+      EFFVIT_TILE_DOT_OF(1, 4, 7);
+    }
+    if constexpr (kM == 2) {
+      EFFVIT_TILE_DOT_OF(2, 5, 6);
+    }
+    if constexpr (kM == 2 && kSize == 32) {
+      EFFVIT_TILE_DOT_OF(3, 5, 7);
+    }
+  }
+  constexpr int kBytes = 4 * kSize;
+  EFFVIT_TILE_STORE(0, acc, kBytes);
+  if constexpr (kSize == 32) EFFVIT_TILE_STORE(1, acc + 16, kBytes);
+  if constexpr (kM == 2) EFFVIT_TILE_STORE(2, acc + 16 * kSize, kBytes);
+  if constexpr (kM == 2 && kSize == 32) EFFVIT_TILE_STORE(3, acc + 16 * kSize + 16, kBytes);
+}
+
+// As run_product; w are tiles.
+template <class T, int kSize, class Sink>
+void run_tiles(const Product& p, const Chunks& chunks, int64_t begin, int64_t end, Sink& sink) {
+  constexpr int kBytes = kSize * static_cast<int>(sizeof(T));
+  const int64_t blocks = p.width / kSize;
+  char* const x = static_cast<char*>(thread_scratch(static_cast<size_t>(chunks.rows * blocks * 64)));
+  alignas(64) float acc[kTileRows * kSize];
+  [[maybe_unused]] const TileScope scope;
+  int64_t loaded = -1;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t chunk = unit / chunks.n, first = chunk * chunks.rows, last = std::min(first + chunks.rows, p.M);
+    if (chunk != loaded) {
+      if (kBytes < 64 || last - first < chunks.rows) std::memset(x, 0, static_cast<size_t>(chunks.rows * blocks * 64));
+      for (int64_t row = first; row < last; ++row) {
+        const char* const from = reinterpret_cast<const char*>(p.x.row<T>(row));
+        char* const to = x + (row - first) * 64;
+        for (int64_t c = 0; c < blocks; ++c) std::memcpy(to + c * chunks.rows * 64, from + c * kBytes, kBytes);
+      }
+      loaded = chunk;
+    }
+    const int64_t top = unit % chunks.n * chunks.down, bottom = std::min(top + chunks.down, p.rows_of_blocks);
+    for (int64_t b = top; b < bottom; ++b) {
+      const int64_t start = p.starts[b];
+      const BlockList list = {p.at + start, p.place ? p.place + start : nullptr, start, p.starts[b + 1] - start,
+                              nullptr};
+      sink.columns(b * kSize);
+      for (int64_t row = first; row < last; row += kTileRows) {
+        const int rows = static_cast<int>(std::min<int64_t>(kTileRows, last - row));
+        const char* const from = x + (row - first) * 64;
+        if (rows > 16)
+          multiply_tiles_of<T, kSize, 2>(from, chunks.rows, p.w, list, acc);
+        else
+          multiply_tiles_of<T, kSize, 1>(from, chunks.rows, p.w, list, acc);
+        sink(acc, row, rows, b * kSize);
+      }
+    }
+  }
+}
+#endif
+
+// ---- packing --------------------------------------------------------------------------------------------------------
+
 // A block of values as the product with the weight's transpose wants it: [words along j][i].
 template <class T, bool kPairs, int kSize>
 void pack_block(float* to, const T* values, int64_t stride) {
