@@ -360,10 +360,23 @@ void dx(const Params& p, float* workspace, int64_t begin, int64_t end) {
   run(p, product, dx_chunks(p), begin, end, {finish, &p});
 }
 
-// Rows of blocks go in at most kRanges ranges, each with every split of the rows.
-constexpr int64_t kRanges = 8;
-constexpr int kPanelRows = 64;
-int64_t ranges(const Params& p) { return std::min(kRanges, p.N / p.B); }
+// Rows of blocks go in ranges, each with every split of the rows. Every unit makes panels of all of x: what has 12 rows
+// of blocks to share them gains from no more.
+int64_t ranges(const Params& p) {
+  const int64_t down = p.N / p.B;
+  return std::min(down, std::min<int64_t>(8, std::max<int64_t>(4, down / 12)));
+}
+
+// Rows of a panel: as many as leave those of x in the L2 cache.
+constexpr int kMostPanelRows = 256;
+int panel_rows(const Params& p, int64_t rows) {
+  const int64_t bytes = p.K * (pairs(p) ? 2 : 4);
+  int64_t most = std::min<int64_t>(kMostPanelRows, std::max<int64_t>(64, (512 << 10) / std::max<int64_t>(bytes, 1)));
+  if (kBf16Tiles<BFloat16> && pairs(p)) most = 64;  // of gemm_transposed
+  if (small_tiles()) most = 16;
+  return static_cast<int>(ceil_div(ceil_div(rows, ceil_div(rows, most)), 2) * 2);
+}
+
 int64_t weight_units(const Params& p) { return p.Z || p.dbias ? ranges(p) * Layout(p, true).splits : 0; }
 
 // to[rows][B], or in pairs of rows: what gemm_transposed takes.
@@ -382,8 +395,8 @@ EFFVIT_INLINE void pack_panel(Operand<T>* to, const T* const* from, int64_t colu
 template <class X, class G, bool kPairs>
 void weight_range(const Params& p, const Source& g, int64_t first, int64_t last, int64_t top, int64_t bottom,
                   float* dvalues, float* dbias) {
-  const int B = p.B, step = small_tiles() ? 16 : kPanelRows;
-  const int64_t across = p.K / B, panel = int64_t{kPanelRows} * B;
+  const int B = p.B, step = panel_rows(p, last - first);
+  const int64_t across = p.K / B, panel = int64_t{round_up(step, kBf16Products<X> ? 32 : 1)} * B;
   Scratch count;
   count.take<Operand<X>>(panel * (across + 1));
   Scratch scratch(static_cast<char*>(thread_scratch(static_cast<size_t>(count.used()))));
@@ -393,8 +406,8 @@ void weight_range(const Params& p, const Source& g, int64_t first, int64_t last,
   const Source source = {p.x, p.dtype, &p.rows, p.x_stride};
   for (int64_t row = first; row < last; row += step) {
     const int rows = static_cast<int>(std::min<int64_t>(step, last - row));
-    const X* x_rows[kPanelRows];
-    const G* g_rows[kPanelRows];
+    const X* x_rows[kMostPanelRows];
+    const G* g_rows[kMostPanelRows];
     for (int r = 0; r < rows; ++r) x_rows[r] = source.row<X>(row + r), g_rows[r] = g.row<G>(row + r);
     for (int64_t c = 0; c < across; ++c) pack_panel<X, kPairs>(x + c * panel, x_rows, c * B, rows, B);
     for (int64_t b = top; b < bottom; ++b) {
@@ -411,10 +424,16 @@ void weight_range(const Params& p, const Source& g, int64_t first, int64_t last,
       for (int64_t z = p.crow[b]; z < p.crow[b + 1]; ++z) {
         float* const to = dvalues + z * B * B;
         const float* const add = row > first ? to : nullptr;
-        if constexpr (kPairs)
-          gemm_transposed(B, B, rows, gp, x + p.columns[z] * panel, add, to, B);
-        else
-          gemm_transposed(B, B, rows, gp, B, x + p.columns[z] * panel, B, add, to, B);
+        const Operand<X>* const xp = x + p.columns[z] * panel;
+        if constexpr (kBf16Tiles<X>) {
+          gemm_transposed(B, B, rows, gp, xp, add, to, B);
+        } else {
+          constexpr Kind kKind = kPairs ? Kind::kPairs : Kind::kFloat;
+          const int words = kPairs ? (rows + 1) / 2 : rows;
+          const float *const a = reinterpret_cast<const float*>(gp), *const b_ = reinterpret_cast<const float*>(xp);
+          B == 16 ? multiply_panels<16, kKind>(words, a, b_, add, to)
+                  : multiply_panels<32, kKind>(words, a, b_, add, to);
+        }
       }
     }
   }

@@ -230,6 +230,37 @@ void run_product(const Product& p, const Chunks& chunks, int64_t begin, int64_t 
   }
 }
 
+// to[kSize][kSize] = add + the product of g [words][kSize], transposed, and x [words][kSize].
+template <int kSize, Kind kKind>
+__attribute__((noinline)) void multiply_panels(int words, const float* g, const float* x, const float* add, float* to) {
+  constexpr int kNow = kVectors<kSize>, kRowsNow = kLanes == 16 ? 16 / kNow : 4;
+  for (int column = 0; column < kSize; column += kNow * kLanes) {
+    for (int row = 0; row < kSize; row += kRowsNow) {
+      vf sum[kRowsNow][kNow] = {};
+      const float *a = g + row, *b = x + column;
+      for (int s = 0; s < words; ++s, a += kSize, b += kSize) {
+        vf v[kNow];
+#pragma GCC unroll 4
+        for (int j = 0; j < kNow; ++j) v[j] = load(b + j * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRowsNow; ++r) {
+          const vf one = set1(a[r]);
+#pragma GCC unroll 4
+          for (int j = 0; j < kNow; ++j) sum[r][j] = multiply_add<kKind>(one, v[j], sum[r][j]);
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRowsNow; ++r) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kNow; ++j) {
+          const int at = (row + r) * kSize + column + j * kLanes;
+          store(to + at, add ? load(add + at) + sum[r][j] : sum[r][j]);
+        }
+      }
+    }
+  }
+}
+
 // ---- on AMX ---------------------------------------------------------------------------------------------------------
 // Of few rows the tiles would be empty: these are for products of more than kFewRows, of T: int8_t or BFloat16. A block
 // is kSize / 16 tiles beside each other, 1 KiB each, with zeros below its last words; x is [blocks along K][rows][64
