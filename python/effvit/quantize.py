@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ._calibrate import Statistics, calibrate
+from ._quantizable import readers
 from ._report import Report, Row, class_name
 from .adapters import Fused
 from .layers.block_sparse import BlockSparseInt8Linear, BlockSparseLinear, reason_not
@@ -455,8 +456,9 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
     """Turn the linear layers of `model`, in place, into int8 ones; `effvit.unquantize_(model)` is the exact way back.
 
     Every nn.Linear that no pattern of `skip` names becomes an `Int8Linear`, or what the configuration says: a
-    `Sparse24Int8Linear`, an `OutlierLinear`, or with `qat` a `QATLinear`. Subclasses of Linear and layers that the
-    calibration data never reaches are left alone; the report says so.
+    `Sparse24Int8Linear`, an `OutlierLinear`, or with `qat` a `QATLinear`. Subclasses of Linear, layers whose weight
+    another module's forward reads, and layers that the calibration data never reaches are left alone; the report says
+    so.
 
     Args:
         model: any module; in evaluation or in training mode, on any device.
@@ -476,7 +478,8 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
     config.check()
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("effvit.quantize_: model must have materialised parameters, got meta tensors")
-    chosen, rows = scan(model, config.skip, lambda module: None)
+    read = readers(model)
+    chosen, rows = scan(model, config.skip, lambda m: f"{read[m]} reads its weight itself" if m in read else None)
     if not chosen and not any("already" in r.detail for r in rows):
         raise ValueError(
             f"effvit.quantize_: model must contain a Linear to quantise, got {class_name(model)} with "

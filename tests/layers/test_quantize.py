@@ -191,7 +191,7 @@ def test_what_is_never_called_stays_float():
             self.used, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x):
-            return nn.functional.linear(self.used(x), self.read.weight, self.read.bias)
+            return nn.functional.linear(self.used(x), *self.read.parameters())
 
     model = Functional()
     report = quantize(model, calibration=[tokens(3, 8)])

@@ -1,0 +1,65 @@
+"""Which linear layers may become other modules, and what is checked before anything changes."""
+
+from __future__ import annotations
+
+import dis
+import types
+from collections.abc import Iterator
+
+from torch import nn
+
+# ---- whose weight something else reads -------------------------------------------------------------------------------
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _weights_read(code: types.CodeType) -> Iterator[tuple[str, ...]]:
+    """("attn", "qkv") for every `self.attn.qkv.weight` of a function's code, whatever self is called."""
+    path = None
+    for step in dis.get_instructions(code):
+        if "LOAD_FAST" in step.opname or "LOAD_DEREF" in step.opname:
+            path = ()
+        elif step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")) and path is not None:
+            if step.argval == "weight" and path:
+                yield path
+            path = (*path, step.argval)
+        elif not step.opname.startswith(("CACHE", "COPY_FREE_VARS")):
+            path = None
+
+
+def _paths(cls: type) -> set[tuple[str, ...]]:
+    """The paths of modules whose `weight` the class reads in `forward` or in methods that this one names."""
+    own = [c for c in cls.__mro__ if c not in (nn.Module, object)]
+    names, done, found = {"forward"}, set(), set()
+    while names - done:
+        name = (names - done).pop()
+        done.add(name)
+        for c in own:
+            f = vars(c).get(name)
+            f = f.fget if isinstance(f, property) else getattr(f, "__wrapped__", f)
+            if isinstance(f, types.FunctionType):
+                for code in _codes(f.__code__):
+                    found.update(_weights_read(code))
+                    names.update(code.co_names)
+    return found
+
+
+def readers(model: nn.Module) -> dict[nn.Module, str]:
+    """{linear layer: the class of a module that reads its weight itself}, by the code of the classes' forwards."""
+    found, paths = {}, {}
+    for module in model.modules():
+        cls = type(module)
+        if cls not in paths:
+            paths[cls] = _paths(cls)
+        for path in paths[cls]:
+            layer = module
+            for name in path:
+                layer = getattr(layer, "_modules", {}).get(name)
+            if isinstance(layer, nn.Linear):
+                found.setdefault(layer, cls.__name__)
+    return found

@@ -1,0 +1,98 @@
+"""What effvit.quantize_ and its kin refuse, leave alone or check, and that a model which they refuse is as it was."""
+
+import pytest
+import torch
+from layer_suite import tokens
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import nn
+
+import effvit
+
+torchvision_swin = pytest.importorskip("torchvision.models.swin_transformer")
+
+
+def quantize(model, **options):
+    return effvit.quantize_(model, verbose=False, progress=False, **options)
+
+
+def two(k=8):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(k, k), nn.Linear(k, k))
+
+
+# ---- layers that are left alone --------------------------------------------------------------------------------------
+
+
+def torchvision(block):
+    return torchvision_swin.SwinTransformer(
+        [2, 2], 16, [1, 1], [2, 2], [4, 4], stochastic_depth_prob=0.0, num_classes=5, block=block,
+        downsample_layer=torchvision_swin.PatchMergingV2,
+    )  # fmt: skip
+
+
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 5}
+READERS = {
+    "timm_swin_v2": lambda: SwinTransformerV2(
+        img_size=16, patch_size=2, embed_dim=16, depths=(1,), num_heads=(2,), window_size=4, num_classes=5
+    ),
+    "timm_beit": lambda: Beit(**SMALL),
+    "timm_eva": lambda: Eva(**SMALL, qkv_fused=True),
+    "torchvision_v1": lambda: torchvision(torchvision_swin.SwinTransformerBlock),
+    "torchvision_v2": lambda: torchvision(torchvision_swin.SwinTransformerBlockV2),
+}
+
+
+@pytest.mark.parametrize("qat", [False, True], ids=["int8", "qat"])
+@pytest.mark.parametrize("make", READERS.values(), ids=READERS)
+def test_a_weight_that_another_module_reads(make, qat):
+    """These attentions call F.linear on their qkv's weight: it stays float, what they call as a module does not."""
+    torch.manual_seed(0)
+    model, x = make().eval(), tokens(2, 3, 16, 16)
+    y = model(x)
+    report = quantize(model, qat=qat)
+    left = {r.name.rpartition(".")[2]: r.detail for r in report.unchanged if "reads its weight itself" in r.detail}
+    is_torchvision = "torchvision" in type(model).__module__
+    assert set(left) == ({"qkv", "proj"} if is_torchvision else {"qkv"}) and "Attention" in left["qkv"]
+    names = {r.name.rpartition(".")[2] for r in report.changed}
+    assert names >= ({"0", "3"} if is_torchvision else {"proj", "fc1", "fc2"})
+    assert float((model(x) - y).detach().norm() / y.detach().norm()) < 0.1
+
+
+def test_readers_of_every_form():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deep = nn.Linear(8, 8)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.called, self.by_method, self.by_property, self.init = (nn.Linear(8, 8) for _ in range(4))
+            self.inner = Inner()
+            nn.init.zeros_(self.init.weight)
+
+        @property
+        def w(module):
+            return module.by_property.weight
+
+        def helper(self, x):
+            return nn.functional.linear(x, self.by_method.weight)
+
+        def forward(self, x):
+            x = [f(self.called(x)) for f in (lambda t: nn.functional.linear(t, self.inner.deep.weight),)][0]
+            return self.init(nn.functional.linear(self.helper(x), self.w))
+
+    class Derived(Outer):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = Derived()
+    report = quantize(model)
+    assert {r.name for r in report.changed} == {"called", "init"}
+    assert {r.detail for r in report.unchanged} == {"Derived reads its weight itself"} and len(report.unchanged) == 3
+    model(tokens(2, 8))
+    masked = Derived()
+    assert len(effvit.sparsify_(masked, verbose=False).report.changed) == 5  # a mask serves every reader
+    masked(tokens(2, 8))
