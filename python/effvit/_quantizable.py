@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dis
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 # ---- whose weight something else reads -------------------------------------------------------------------------------
 
@@ -63,3 +65,39 @@ def readers(model: nn.Module) -> dict[nn.Module, str]:
             if isinstance(layer, nn.Linear):
                 found.setdefault(layer, cls.__name__)
     return found
+
+
+# ---- what a layer is -------------------------------------------------------------------------------------------------
+
+
+def not_plain(linear: nn.Linear) -> str | None:
+    """Why a linear layer cannot be taken for its weight and bias: a hook makes one of them before every call."""
+    kept = {"bias"} if parametrize.is_parametrized(linear) else {"weight", "bias"}
+    made = kept - set(linear._parameters)
+    if made:
+        return (
+            f"its {min(made)} is not a parameter but made anew in every call, as by torch.nn.utils.prune or weight_norm"
+        )
+    return None
+
+
+def needs_floats(model: nn.Module) -> Callable[[nn.Linear], str | None]:
+    """Why a linear layer of this model cannot become a module of another kind."""
+    read = readers(model)
+
+    def reason(linear):
+        if linear in read:
+            return f"{read[linear]} reads its weight itself"
+        return "its forward has been replaced on the instance" if "forward" in vars(linear) else None
+
+    return reason
+
+
+def moved(original: nn.Module, module: nn.Module, device: torch.device) -> nn.Module:
+    """The original of a module that stood in for it, on the device and in the dtype that this one now has."""
+    before = getattr(original, "weight", None)
+    now = getattr(module, "dtype", None)  # of int8 layers
+    if now is None:
+        now = next((t.dtype for t in module.parameters() if t.is_floating_point()), None)
+    cast = isinstance(before, torch.Tensor) and now is not None and now != before.dtype
+    return original.to(device, now) if cast else original.to(device)

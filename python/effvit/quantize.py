@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ._calibrate import Statistics, calibrate
-from ._quantizable import readers
+from ._quantizable import moved, needs_floats, not_plain
 from ._report import Report, Row, class_name
 from .adapters import Fused
 from .layers.block_sparse import BlockSparseInt8Linear, BlockSparseLinear, reason_not
@@ -150,7 +150,8 @@ def scan(model: nn.Module, skip: Sequence[str], reason_not) -> tuple[dict[str, n
             inside = (*inside, f"{name}.")
         elif is_linear(module):
             pattern = matching(name, skip)
-            reason = f"skipped by the pattern {pattern!r}" if pattern is not None else reason_not(module)
+            reason = f"skipped by the pattern {pattern!r}" if pattern is not None else not_plain(module)
+            reason = reason_not(module) if reason is None else reason
             if module in read:
                 reason = "nn.TransformerEncoderLayer reads its weight itself, in evaluation"
             if reason is None:
@@ -478,8 +479,7 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
     config.check()
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("effvit.quantize_: model must have materialised parameters, got meta tensors")
-    read = readers(model)
-    chosen, rows = scan(model, config.skip, lambda m: f"{read[m]} reads its weight itself" if m in read else None)
+    chosen, rows = scan(model, config.skip, needs_floats(model))
     if not chosen and not any("already" in r.detail for r in rows):
         raise ValueError(
             f"effvit.quantize_: model must contain a Linear to quantise, got {class_name(model)} with "
@@ -574,7 +574,8 @@ def convert_(model: nn.Module, fuse: bool = True, verbose: bool = True) -> Repor
 def unquantize_(model: nn.Module, verbose: bool = True) -> list[str]:
     """Undo `effvit.quantize_` and `effvit.convert_` exactly, in place: the float modules themselves come back.
 
-    Returns the names of the restored modules, none if there were none. They are moved to where their replacements are.
+    Returns the names of the restored modules, none if there were none. They are moved to where their replacements are,
+    and cast where the model has been cast since.
 
     Raises:
         ValueError: the originals were not kept (`keep_original=False`, or the model was loaded).
@@ -592,7 +593,7 @@ def unquantize_(model: nn.Module, verbose: bool = True) -> list[str]:
         (original,) = vars(module)[ORIGINAL]
         here = next((t for t in (*module.parameters(), *module.buffers())), None)
         original.train(module.training)
-        put(model, module, original if here is None else original.to(here.device))
+        put(model, module, original if here is None else moved(original, module, here.device))
     if verbose and not found:
         print(f"effvit.unquantize_: nothing to undo, {class_name(model)} is not quantised")
     return list(found)

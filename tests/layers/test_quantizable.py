@@ -6,7 +6,9 @@ from layer_suite import tokens
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.utils import prune
 
 import effvit
 
@@ -96,3 +98,47 @@ def test_readers_of_every_form():
     masked = Derived()
     assert len(effvit.sparsify_(masked, verbose=False).report.changed) == 5  # a mask serves every reader
     masked(tokens(2, 8))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("how", ["prune", "prune_bias", "weight_norm"])
+def test_a_weight_that_a_hook_makes(how):
+    model, x = two(), tokens(3, 8)
+    if how == "weight_norm":
+        nn.utils.weight_norm(model[0])
+    else:
+        prune.l1_unstructured(model[0], "bias" if how == "prune_bias" else "weight", 0.5)
+    y = model(x)
+    for change in (quantize, lambda m: effvit.sparsify_(m, verbose=False)):
+        other = nn.Sequential(model[0], nn.Linear(8, 8))
+        (row,) = [r for r in change(other) if not r.changed]
+        assert row.name == "0" and "is not a parameter but made anew in every call" in row.detail
+        other(x)
+    torch.testing.assert_close(model(x), y)
+
+
+def test_a_forward_of_an_instance():
+    model, x = two(), tokens(3, 8)
+    model[0].forward = lambda x: x * 0
+    report = quantize(model)
+    assert [(r.name, r.detail) for r in report.unchanged] == [("0", "its forward has been replaced on the instance")]
+    torch.testing.assert_close(model(x), model[1](0 * x))
+
+
+# ---- the way back ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "outlier"}, {"qat": True}, {"smooth": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_cast_in_between(dtype, options):
+    """The float layers and norms come back in the dtype that the model has by then."""
+    model, x = VisionTransformer(**SMALL).eval(), tokens(2, 3, 16, 16)
+    calibration = {"calibration": [x]} if "smooth" in options else {}
+    expected = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+    quantize(model, **options, **calibration)
+    model.to(dtype)(x.to(dtype))
+    effvit.unquantize_(model, verbose=False)
+    found = dict(model.named_parameters())
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], p) and found[name].dtype == dtype for name, p in expected.items())
+    model(x.to(dtype))
