@@ -11,6 +11,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ._report import class_name, grouped, number, table
 from .adapters import Adapter, Fused, adapters
+from .layers.int8 import QATLinear, QuantisedLinear
+from .quantize import effective_weight
+from .reference.int8_linear import ACTIVATIONS
 
 
 @dataclasses.dataclass
@@ -99,6 +102,8 @@ def _clone(module):
         for name, child in m.named_children():
             if hasattr(child, "_weight_bias"):
                 setattr(m, name, _dequantised(child))
+            elif isinstance(child, (QuantisedLinear, QATLinear)):
+                setattr(m, name, _Unrounded(child))
     return copied.eval()
 
 
@@ -113,6 +118,25 @@ def _dequantised(linear):
     return plain
 
 
+class _Unrounded(torch.nn.Linear):
+    """An int8 layer with the same weights and x in floating point: rounding makes steps of the smallest differences."""
+
+    def __init__(self, layer):
+        trained = isinstance(layer, QATLinear)
+        like = layer.linear if trained else layer
+        dtype = like.weight.dtype if trained else layer.dtype
+        with torch.no_grad():
+            weight = effective_weight(layer, None).to(dtype)
+        super().__init__(layer.in_features, layer.out_features, False, weight.device, dtype)
+        self.weight, self.bias, self.activation = torch.nn.Parameter(weight), like.bias, layer.activation
+        divides = trained and layer.smooth is not None and not layer.folded
+        self.register_buffer("factors", layer.smooth.reciprocal() if divides else None if trained else layer.smooth)
+
+    def forward(self, x):
+        x = x if self.factors is None else (x * self.factors).to(x.dtype)
+        return ACTIVATIONS[self.activation](super().forward(x))
+
+
 def _float_parameter(module):
     for t in (*module.parameters(), *module.buffers()):
         if t.is_floating_point():
@@ -122,8 +146,8 @@ def _float_parameter(module):
 
 def _verify(module, adapter, generator):
     """(dtype, error before, error after, bound, ok) of one module on random input at its own resolution."""
-    like = _float_parameter(module)
     original, fused = _clone(module), _clone(module)
+    like = _float_parameter(original).detach()  # which double() below does not reach
     adapter.swap(fused)
     with torch.device("cpu"):  # whatever the default is, the generator is there
         inputs = [x.to(like.device, like.dtype) for x in adapter.sample(module, generator)]
@@ -135,10 +159,10 @@ def _verify(module, adapter, generator):
 
 def _verify_model(model, chosen, example):
     """The same for the whole model on `example`, a tensor or a tuple of positional arguments."""
-    like = _float_parameter(model)
     args = example if isinstance(example, tuple) else (example,)
     names = {name for name, _, _ in chosen}
     original, fused = _clone(model), _clone(model)
+    like = _float_parameter(original).detach()  # which double() below does not reach
     found = adapters()
     for name, module in list(fused.named_modules()):
         if name in names:
@@ -201,7 +225,8 @@ def patch(model: torch.nn.Module, verify: bool = True, example=None, verbose: bo
         model: any module; every supported block inside it is replaced, whatever the model around it is.
         verify: run every block, original and replaced, on random input at its own resolution, dtype and device, and
             raise VerificationError if the replacement's error against the original in float64 exceeds twice the
-            original's own plus two roundings. The model is changed only after every block has passed.
+            original's own plus two roundings. The model is changed only after every block has passed. Layers that are
+            int8 already take part with the same weights in floating point.
         example: with verify, also an input of the whole model (a tensor or a tuple of arguments) to compare on.
         verbose: print the report.
 

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-import effvit.ops
-
 from . import block_sparse
 from ._report import class_name
+from .layers import _ops
 from .ops import _checks
 
 PATTERNS = ("2:4", "block")
@@ -37,7 +36,7 @@ class Sparse24Mask(nn.Module):
         self.decay = decay
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return effvit.ops.sparse24_prune(
+        return _ops.sparse24_prune(
             weight, algorithm=self.algorithm, strength=self.strength, decay=self.decay
         )  # fmt: skip
 
@@ -276,7 +275,7 @@ def sparsify_(
             detail = f"{count} of {mask.blocks.numel()} blocks of {block} x {block}, {score}"
         else:
             mask = Sparse24Mask(algorithm, strength, first)
-            there = effvit.ops.sparse24_mask(weight, algorithm=algorithm)
+            there = _ops.sparse24_mask(weight, algorithm=algorithm)
             values, meta = weight.numel() // 2 * weight.element_size(), weight.numel() // 8
             detail = f"2:4 {algorithm}"
         kept = weight * there

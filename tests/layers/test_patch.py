@@ -566,3 +566,58 @@ def test_patch_under_the_meta_device():
     with torch.device("meta"):
         report = effvit.patch(model, verbose=False)
     assert len(report.replaced) == 4 and all(r.ok for r in report.replaced)
+
+
+def tiny_vit():
+    torch.manual_seed(0)
+    return excite(
+        timm.models.vision_transformer.VisionTransformer(
+            img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=5
+        )
+    ).eval()  # fmt: skip
+
+
+BEFORE = {
+    "dynamic": lambda m, x: quantize(m),
+    "static_smooth": lambda m, x: quantize(m, mode="static", smooth=0.5, calibration=[x]),
+    "outlier": lambda m, x: quantize(m, kind="outlier", threshold=2.0),
+    "sparse24": lambda m, x: quantize(m, kind="sparse24_int8"),
+    "qat": lambda m, x: quantize(m, qat=True, smooth=0.5, calibration=[x]),
+    "sparsify": lambda m, x: effvit.sparsify_(m, verbose=False),
+    "transposable": lambda m, x: effvit.sparsify_(m, "transposable", verbose=False),
+    "sparsify_qat": lambda m, x: (effvit.sparsify_(m, verbose=False), quantize(m, kind="sparse24_int8", qat=True)),
+}
+
+
+def quantize(model, **options):
+    return effvit.quantize_(model, verbose=False, progress=False, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+@pytest.mark.parametrize("make, size", [(tiny, 64), (tiny_vit, 16)], ids=["swin", "vit"])
+def test_patch_after_quantize_or_sparsify(make, size, before, dtype):
+    """The check sees the attention, not the rounding around it, and the layers stay what they are."""
+    model, x = make().to(dtype), images(2, size, size).to(dtype)
+    before(model, x)
+    layers = [(name, type(m)) for name, m in model.named_modules() if "inear" in type(m).__name__]
+    with torch.no_grad():
+        y = model(x)
+        report = effvit.patch(model, verbose=False, example=x)
+        assert {(r.ok, r.dtype) for r in report.replaced} == {(True, str(dtype).removeprefix("torch."))}, report
+        assert float((model(x) - y).norm() / y.norm()) < 0.1
+    assert layers == [(name, type(m)) for name, m in model.named_modules() if "inear" in type(m).__name__]
+
+
+def test_a_wrong_attention_between_int8_layers_is_found(monkeypatch):
+    model = tiny_vit()
+    quantize(model)
+    right = effvit.ops.window_attention
+
+    def wrong(*args, **options):
+        y, state = right(*args, **options)
+        return y * 1.001, state
+
+    monkeypatch.setattr(effvit.ops, "window_attention", wrong)
+    with pytest.raises(VerificationError, match="2 of 2 replacements disagree"):
+        effvit.patch(model, verbose=False)

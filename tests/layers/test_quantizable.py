@@ -1,5 +1,7 @@
 """What effvit.quantize_ and its kin refuse, leave alone or check, and that a model which they refuse is as it was."""
 
+import copy
+
 import pytest
 import torch
 from layer_suite import tokens
@@ -142,3 +144,27 @@ def test_cast_in_between(dtype, options):
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], p) and found[name].dtype == dtype for name, p in expected.items())
     model(x.to(dtype))
+
+
+@pytest.mark.parametrize("algorithm", ["magnitude", "transposable"])
+def test_sparse_in_float64(algorithm):
+    """The same mask, gradient and int8 weights as in float32, in whose range these weights are."""
+    models = [two(16), two(16).double()]
+    options = {"kind": "sparse24_int8", "algorithm": algorithm}
+    for qat in (False, True):
+        first, second = copy.deepcopy(models)
+        quantize(first, **options, qat=qat)
+        quantize(second, **options, qat=qat)
+        if qat:
+            torch.testing.assert_close(second(tokens(3, 16).double()), first(tokens(3, 16)).double(), rtol=0, atol=0.03)
+        else:
+            assert all(torch.equal(a.values, b.values) for a, b in zip(first, second, strict=True))
+    grads = []
+    for m in models:
+        effvit.sparsify_(m, algorithm, decay="linear", steps=2, strength=0.5, verbose=False).step()
+        x = tokens(3, 16).to(m[0].parametrizations.weight.original.dtype)
+        m(x).square().sum().backward()
+        grads.append((m[0].weight.detach(), m[0].parametrizations.weight.original.grad))
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == torch.float32 and b.dtype == torch.float64
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)

@@ -9,6 +9,9 @@ import effvit.reference
 
 from ..reference.block_sparse_linear import block_sparse_linear as _block_sparse_definition
 from ..reference.sparse24_compress import sparse24_decompress
+from ..reference.sparse24_mask import sparse24_mask as _mask_definition
+from ..reference.sparse24_prune import sparse24_prune as _prune_definition
+from ..reference.sparse24_prune import sparse24_prune_backward
 
 
 def _dense(t):
@@ -93,3 +96,31 @@ def sparse24_linear(x, values, meta, bias=None):
     if x.dtype != torch.float64:
         return effvit.ops.sparse24_linear(x, values, meta, bias)
     return torch.nn.functional.linear(x, sparse24_decompress(values, meta), bias)
+
+
+class _Prune(torch.autograd.Function):
+    """The definition of sparse24_prune with its own gradient, for float64."""
+
+    @staticmethod
+    def forward(ctx, w, algorithm, strength, decay):
+        ctx.save_for_backward(w)
+        ctx.options = {"algorithm": algorithm, "strength": strength}
+        return _prune_definition(w, algorithm=algorithm, decay=decay)
+
+    @staticmethod
+    def backward(ctx, g):
+        return sparse24_prune_backward(g, *ctx.saved_tensors, **ctx.options), None, None, None
+
+
+def sparse24_prune(w, *, algorithm, strength, decay=0.0):
+    """effvit.sparse24_prune; float64 in plain PyTorch."""
+    if w.dtype != torch.float64:
+        return effvit.ops.sparse24_prune(w, algorithm=algorithm, strength=strength, decay=decay)
+    return _Prune.apply(w, algorithm, strength, decay)
+
+
+def sparse24_mask(w, *, algorithm):
+    """effvit.sparse24_mask; float64 in plain PyTorch."""
+    if w.dtype != torch.float64:
+        return effvit.ops.sparse24_mask(w, algorithm=algorithm)
+    return _mask_definition(w, algorithm=algorithm)

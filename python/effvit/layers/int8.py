@@ -12,7 +12,7 @@ from ..ops._op import OPS
 from ..reference.block_sparse_linear import dense_weight
 from ..reference.fake_quantize_int8 import fake_quantize_int8 as _fake_quantize
 from ..reference.int8_linear import ACTIVATIONS
-from ._ops import _dense
+from ._ops import _dense, sparse24_prune
 from ._written import LastSeen
 
 # ---- the product, and its derivative straight through the rounding ---------------------------------------------------
@@ -533,7 +533,7 @@ class QATLinear(nn.Module):
 
         w = self.linear.weight
         if self.kind == "sparse24_int8" and not isinstance(mask_of(self.linear), Sparse24Mask):
-            w = effvit.ops.sparse24_prune(w, algorithm=self.algorithm, strength=self.strength)
+            w = sparse24_prune(w, algorithm=self.algorithm, strength=self.strength)
         return scaled(w, self.smooth)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ def pruned(owner, weight, algorithm):
     """The weight with the two entries of every four that `algorithm` keeps."""
     check_width(owner, weight.shape[1])
     weight = weight.detach()
-    return weight * effvit.ops.sparse24_mask(weight, algorithm=algorithm).to(weight.dtype)
+    return weight * _ops.sparse24_mask(weight, algorithm=algorithm).to(weight.dtype)
 
 
 class Sparse24Int8Linear(QuantisedLinear):
