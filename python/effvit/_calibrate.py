@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ._progress import progress
+from .ops import _checks
 
 TOKENS = 512  # of a layer, kept for measuring
 
@@ -63,7 +64,9 @@ def run(model: torch.nn.Module, batch: object) -> None:
 def calibrate(
     model: torch.nn.Module, layers: Mapping[str, torch.nn.Module], batches: Iterable, limit: int | None, bar: bool
 ) -> dict[str, Statistics]:
-    """{name: what the layer of that name saw}."""
+    """{name: what the layer of that name saw}. ValueError where there are no batches."""
+    if limit is not None and _checks.as_int("calibration", "batches", limit, None) < 1:
+        raise _checks.value_error("calibration", "batches", "positive or None", limit)
     found = {name: Statistics() for name in layers}
 
     def watch(seen):
@@ -73,13 +76,17 @@ def calibrate(
     total = len(batches) if hasattr(batches, "__len__") else None
     if limit is not None:
         total = limit if total is None else min(limit, total)
+    done = 0
     try:
         with evaluating(model):
             # zip stops before it takes a batch too many
             numbered = zip(range(limit), batches, strict=False) if limit is not None else enumerate(batches)
             for _, batch in progress(numbered, "calibrating", total, bar):
                 run(model, batch)
+                done += 1
     finally:
         for handle in handles:
             handle.remove()
+    if not done:
+        raise _checks.value_error("calibration", "batches", "at least one", "none: empty, or a generator used before")
     return found

@@ -10,6 +10,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .layers.int8 import QATLinear
+from .ops import _checks
+from .ops._int8 import MAX_K
+
 # ---- whose weight something else reads -------------------------------------------------------------------------------
 
 
@@ -91,6 +95,29 @@ def needs_floats(model: nn.Module) -> Callable[[nn.Linear], str | None]:
         return "its forward has been replaced on the instance" if "forward" in vars(linear) else None
 
     return reason
+
+
+def too_large(kind: str, linear: nn.Linear, algorithm: str) -> str | None:
+    """Why a layer has the wrong size for a kind, beyond what 2:4 asks of its rows."""
+    if kind == "sparse24_int8" and algorithm == "transposable" and linear.out_features % 4:
+        return f"out_features {linear.out_features} is no multiple of 4, for a transposable mask"
+    if kind not in ("float", "block_sparse") and linear.in_features > MAX_K:
+        return f"in_features {linear.in_features} is above {MAX_K}: the int32 sums could overflow"
+    return None
+
+
+def check_finite(name: str, linear: nn.Linear) -> None:
+    """What the layers check too, which do not know their names."""
+    if not bool(torch.isfinite(linear.weight.detach()).all()):
+        raise _checks.value_error("quantize_", f"the weight of {name}", "finite", "NaN or infinity")
+
+
+def deployed(name: str, layer: QATLinear) -> nn.Module:
+    """layer.deployed(), whose errors say which layer it was."""
+    try:
+        return layer.deployed()
+    except ValueError as e:
+        raise ValueError(f"{e}, in {name}") from e
 
 
 def moved(original: nn.Module, module: nn.Module, device: torch.device) -> nn.Module:

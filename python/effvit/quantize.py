@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ._calibrate import Statistics, calibrate
-from ._quantizable import moved, needs_floats, not_plain
+from ._quantizable import check_finite, deployed, moved, needs_floats, not_plain, too_large
 from ._report import Report, Row, class_name
 from .adapters import Fused
 from .layers.block_sparse import BlockSparseInt8Linear, BlockSparseLinear, reason_not
@@ -46,7 +46,8 @@ class QuantizeConfig:
         layers: {pattern: kind} for layers whose name matches (fnmatch); the first match counts, over `kind`.
         skip: patterns of names to leave alone.
         smooth: SmoothQuant's alpha, between 0 and 1: how much of the range of the activations moves into the weights.
-            The factors go into the LayerNorm before, in timm's ViT, DeiT and Swin blocks, else into the layer.
+            The factors go into the LayerNorm before, in timm's ViT, DeiT and Swin blocks, else into the layer; with
+            `qat` only in `effvit.convert_`, so that the norms that are trained are the model's own.
         calibration: batches: an input, (input, target, ...) or a mapping of keyword arguments each.
         batches: how many of them to use; None: all.
         fuse: in timm's Mlp, GELU (ReLU, SiLU) becomes part of fc1, whose result goes to a static fc2 as int8.
@@ -323,7 +324,7 @@ def effective_weight(layer: nn.Module, smooth: torch.Tensor | None) -> torch.Ten
 
 def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
     size = truth.float().norm()
-    return float((x.float() - truth.float()).norm() / size) if size > 0 else 0.0
+    return 0.0 if size == 0 else float((x.float() - truth.float()).norm() / size)
 
 
 def check_kind(kind: str, module: nn.Module, config: QuantizeConfig) -> str | None:
@@ -339,7 +340,7 @@ def check_kind(kind: str, module: nn.Module, config: QuantizeConfig) -> str | No
         return reason_not(module.in_features, module.out_features, config.block)
     if kind == "sparse24_int8" and module.in_features % 4:
         return f"in_features {module.in_features} is no multiple of 4, for 2:4"
-    return None
+    return too_large(kind, module, config.algorithm)
 
 
 # ---- fusing ----------------------------------------------------------------------------------------------------------
@@ -496,11 +497,12 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
         if seen[name] is not None and not seen[name].batches:
             reason = "never called on the calibration data: what uses its weight directly needs floats"
         if reason is None:
+            check_finite(name, module)
             plans.append(Plan(name, module, kind, seen[name]))
         else:
             rows.append(Row(name, class_name(module), False, reason))
     choose_kinds(plans, config)
-    norms = foldable(model) if config.smooth is not None else {}
+    norms = foldable(model) if config.smooth is not None and not config.qat else {}  # convert_ folds what is trained
     for plan in [*plans]:
         if plan.kind == "float":
             plans.remove(plan)
@@ -553,17 +555,23 @@ def convert_(model: nn.Module, fuse: bool = True, verbose: bool = True) -> Repor
             f"effvit.convert_: model must contain QATLinear layers (effvit.quantize_ with qat=True), got "
             f"{class_name(model)} without"
         )
-    rows, layers = [], []
+    rows, made, layers, norms = [], [], [], foldable(model)
     for name, module in found.items():
-        layer = module.deployed()
+        layer = deployed(name, module)
         error = relative(effective_weight(layer, module.smooth), module.linear.weight.detach())
-        rows.append(
-            Row(name, class_name(module), True, type(layer).__name__, error, None, size_of(module), size_of(layer))
-        )  # fmt: skip
+        detail, norm = type(layer).__name__, norms.get(module) if layer.smooth is not None else None
+        if norm is not None:
+            layer.hold("smooth", None)
+            detail += ", smooth in the norm"
+        rows.append(Row(name, class_name(module), True, detail, error, None, size_of(module), size_of(layer)))
+        layers.append(layer)
+        made.append((module, layer, norm))
+    for module, layer, norm in made:
+        if norm is not None:
+            stand_in(model, norm, folded(norm, module.smooth))
         kept = vars(module).get(ORIGINAL, (module.linear,))
         stand_in(model, module, layer)
         vars(layer)[ORIGINAL] = kept
-        layers.append(layer)
     _note(rows, layers, fuse_mlps(model, True) if fuse else {})
     report = Report(rows)
     if verbose:

@@ -1,6 +1,7 @@
 """What effvit.quantize_ and its kin refuse, leave alone or check, and that a model which they refuse is as it was."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import effvit
+from effvit.layers import QATLinear
 
 torchvision_swin = pytest.importorskip("torchvision.models.swin_transformer")
 
@@ -168,3 +170,93 @@ def test_sparse_in_float64(algorithm):
     for a, b in zip(*grads, strict=True):
         assert a.dtype == torch.float32 and b.dtype == torch.float64
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_norms_trained_after_smoothing(mode):
+    """What training has made of a norm stays after convert_ and unquantize_; convert_ folds the factors into it."""
+    torch.manual_seed(0)
+    model, x = VisionTransformer(**SMALL).eval(), tokens(2, 3, 16, 16)
+    parameters = dict(model.named_parameters())
+    quantize(model, qat=True, mode=mode, smooth=0.5, calibration=[x])
+    assert {id(p) for p in model.parameters()} == {id(p) for p in parameters.values()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    model(x).square().sum().backward()
+    optimizer.step()
+    trained, y = {name: p.detach().clone() for name, p in parameters.items()}, model(x)
+    report = effvit.convert_(model, verbose=False)
+    in_norm = {r.name for r in report.changed if "smooth in the norm" in r.detail}
+    assert in_norm == {"blocks.0.attn.qkv", "blocks.0.mlp.fc1"}
+    assert model.blocks[0].attn.qkv.smooth is None and model.blocks[0].mlp.fc2.smooth is not None
+    assert not torch.equal(model.blocks[0].norm1.weight, trained["blocks.0.norm1.weight"])
+    assert float((model(x) - y).detach().norm() / y.detach().norm()) < 0.02
+    effvit.unquantize_(model, verbose=False)
+    assert all(p is parameters[name] and torch.equal(p, trained[name]) for name, p in model.named_parameters())
+
+
+# ---- calibration -----------------------------------------------------------------------------------------------------
+
+
+def test_no_batches():
+    used = iter([tokens(3, 8)])
+    list(used)
+    for given in ([], used):
+        model = two()
+        with pytest.raises(ValueError, match="calibration: batches must be at least one, got none"):
+            quantize(model, mode="static", calibration=given)
+        assert type(model[0]) is nn.Linear and not model[0]._forward_pre_hooks
+    for limit in (0, -1):
+        with pytest.raises(ValueError, match=f"calibration: batches must be positive or None, got {limit}"):
+            quantize(two(), mode="static", calibration=[tokens(3, 8)], batches=limit)
+    with pytest.raises(TypeError, match="calibration: batches must be an int, got 1.5"):
+        quantize(two(), mode="static", calibration=[tokens(3, 8)], batches=1.5)
+
+
+# ---- sizes and values ------------------------------------------------------------------------------------------------
+
+
+def test_transposable_needs_rows_too():
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8), nn.Linear(8, 8))
+    for options in ({}, {"qat": True}):
+        report = quantize(copy.deepcopy(model), kind="sparse24_int8", algorithm="transposable", **options)
+        assert [r.name for r in report.changed] == ["3"]
+        details = {r.name: r.detail for r in report.unchanged}
+        assert details["0"] == "out_features 6 is no multiple of 4, for a transposable mask"
+        assert "in_features 6" in details["2"]
+    report = quantize(
+        model, kind="auto", budget=0.5, calibration=[tokens(3, 8)], algorithm="transposable",
+        candidates=("int8", "sparse24_int8"),
+    )  # fmt: skip
+    assert {r.name: r.detail.split()[0] for r in report.changed}["0"] == "Int8Linear"
+
+
+@pytest.mark.parametrize("options", [{}, {"qat": True}, {"kind": "outlier"}], ids=str)
+def test_more_inputs_than_int32_holds(options):
+    report = quantize(nn.Sequential(nn.Linear(131076, 1), nn.Linear(8, 8)), **options)
+    assert [r.name for r in report.changed] == ["1"]
+    assert report.unchanged[0].detail == "in_features 131076 is above 131072: the int32 sums could overflow"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"qat": True}, {"kind": "auto", "budget": 0.9, "calibration": [tokens(3, 8)]}], ids=str
+)
+def test_a_weight_that_is_not_finite(options):
+    """An error with the layer's name, and nothing has changed; a mask, which can pass it on, reports it."""
+    model = two()
+    with torch.no_grad():
+        model[1].weight[2, 3] = torch.nan
+    with pytest.raises(ValueError, match="quantize_: the weight of 1 must be finite, got NaN or infinity"):
+        quantize(model, **options)
+    assert [type(m) for m in model] == [nn.Linear] * 2
+    report = effvit.sparsify_(model, verbose=False)
+    assert math.isnan(report.report.changed[1].weight_error) and "nan" in str(report)
+
+
+def test_convert_changes_nothing_where_it_fails():
+    model = two()
+    quantize(model, qat=True)
+    with torch.no_grad():
+        model[1].linear.weight[2, 3] = torch.nan
+    with pytest.raises(ValueError, match="weight must be finite, got NaN or infinity, in 1$"):
+        effvit.convert_(model)
+    assert [type(m) for m in model] == [QATLinear] * 2
