@@ -128,3 +128,77 @@ def moved(original: nn.Module, module: nn.Module, device: torch.device) -> nn.Mo
         now = next((t.dtype for t in module.parameters() if t.is_floating_point()), None)
     cast = isinstance(before, torch.Tensor) and now is not None and now != before.dtype
     return original.to(device, now) if cast else original.to(device)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def check_materialised(function: str, model: nn.Module) -> None:
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(f"effvit.{function}: model must have materialised parameters, got meta tensors")
+
+
+def check_saveable(model: nn.Module) -> None:
+    """A float model of the same architecture could not load what training needs."""
+    from .sparsify import is_sparsified
+
+    for what, first, here in (
+        ("QATLinear layers", "effvit.convert_(model)", lambda m: isinstance(m, QATLinear)),
+        ("masks", "effvit.unsparsify_(model, keep_zeros=True)", is_sparsified),
+    ):
+        names = [name for name, m in model.named_modules() if here(m)]
+        if names:
+            raise ValueError(
+                f"effvit.save_quantized: model must have no {what} (call {first} first), got {len(names)} "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            )
+
+
+def header(safetensors: types.ModuleType, path: object) -> tuple[str | None, dict[str, list[int]]]:
+    """(effvit's metadata, {name: shape of the tensor}) of a safetensors file."""
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            names = list(file.keys())
+            return (file.metadata() or {}).get("effvit"), {name: file.get_slice(name).get_shape() for name in names}
+    except safetensors.SafetensorError as e:
+        raise ValueError(f"effvit.load_quantized_: path must be a safetensors file, got {path}: {e}") from e
+
+
+def check_options(name: str, linear: nn.Linear, options: dict) -> None:
+    """The layer of a file has the sizes of the one that it is to replace."""
+    own = {k: getattr(linear, k) for k in ("in_features", "out_features")} | {"bias": linear.bias is not None}
+    for key, value in own.items():
+        if options.get(key) != value:
+            raise ValueError(
+                f"effvit.load_quantized_: model must have a Linear {name} with {key} {options.get(key)}, got {value}"
+            )
+
+
+def check_tensors(
+    model: nn.Module, replaced: dict[nn.Module, nn.Module], shapes: dict[str, list[int]], strict: bool
+) -> None:
+    """The tensors of a file are those the model will have. Of tensors that share memory a file has one."""
+    own = model.state_dict(keep_vars=True)
+    for name, m in model.named_modules(remove_duplicate=False):
+        if m in replaced:
+            own = {k: t for k, t in own.items() if not k.startswith(f"{name}.")}
+            own |= replaced[m].state_dict(prefix=f"{name}.", keep_vars=True)
+
+    def memory(t):
+        return t.untyped_storage().data_ptr(), t.storage_offset(), t.shape
+
+    given = {memory(own[name]) for name in shapes if name in own}
+    wrong = [
+        f"{name} {list(own[name].shape)} where the file has {list(shape)}"
+        for name, shape in shapes.items()
+        if name in own and list(own[name].shape) != list(shape)
+    ]
+    if strict:
+        wrong += [f"no {name}" for name in shapes if name not in own]
+        wrong += [f"{name}, which the file has not" for name, t in own.items()
+                  if name not in shapes and memory(t) not in given]  # fmt: skip
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"effvit.load_quantized_: model must have the file's tensors, got {', '.join(wrong[:3])}{more}"
+        )

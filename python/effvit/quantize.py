@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from . import _quantizable
 from ._calibrate import Statistics, calibrate
-from ._quantizable import check_finite, deployed, moved, needs_floats, not_plain, too_large
 from ._report import Report, Row, class_name
 from .adapters import Fused
 from .layers.block_sparse import BlockSparseInt8Linear, BlockSparseLinear, reason_not
@@ -151,7 +151,7 @@ def scan(model: nn.Module, skip: Sequence[str], reason_not) -> tuple[dict[str, n
             inside = (*inside, f"{name}.")
         elif is_linear(module):
             pattern = matching(name, skip)
-            reason = f"skipped by the pattern {pattern!r}" if pattern is not None else not_plain(module)
+            reason = f"skipped by the pattern {pattern!r}" if pattern is not None else _quantizable.not_plain(module)
             reason = reason_not(module) if reason is None else reason
             if module in read:
                 reason = "nn.TransformerEncoderLayer reads its weight itself, in evaluation"
@@ -340,7 +340,7 @@ def check_kind(kind: str, module: nn.Module, config: QuantizeConfig) -> str | No
         return reason_not(module.in_features, module.out_features, config.block)
     if kind == "sparse24_int8" and module.in_features % 4:
         return f"in_features {module.in_features} is no multiple of 4, for 2:4"
-    return too_large(kind, module, config.algorithm)
+    return _quantizable.too_large(kind, module, config.algorithm)
 
 
 # ---- fusing ----------------------------------------------------------------------------------------------------------
@@ -478,9 +478,8 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
         raise _checks.value_error("quantize_", "config", "None where its fields are given", type(config).__name__)
     config = QuantizeConfig(**options) if config is None else config
     config.check()
-    if any(p.is_meta for p in model.parameters()):
-        raise ValueError("effvit.quantize_: model must have materialised parameters, got meta tensors")
-    chosen, rows = scan(model, config.skip, needs_floats(model))
+    _quantizable.check_materialised("quantize_", model)
+    chosen, rows = scan(model, config.skip, _quantizable.needs_floats(model))
     if not chosen and not any("already" in r.detail for r in rows):
         raise ValueError(
             f"effvit.quantize_: model must contain a Linear to quantise, got {class_name(model)} with "
@@ -497,7 +496,7 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
         if seen[name] is not None and not seen[name].batches:
             reason = "never called on the calibration data: what uses its weight directly needs floats"
         if reason is None:
-            check_finite(name, module)
+            _quantizable.check_finite(name, module)
             plans.append(Plan(name, module, kind, seen[name]))
         else:
             rows.append(Row(name, class_name(module), False, reason))
@@ -557,7 +556,7 @@ def convert_(model: nn.Module, fuse: bool = True, verbose: bool = True) -> Repor
         )
     rows, made, layers, norms = [], [], [], foldable(model)
     for name, module in found.items():
-        layer = deployed(name, module)
+        layer = _quantizable.deployed(name, module)
         error = relative(effective_weight(layer, module.smooth), module.linear.weight.detach())
         detail, norm = type(layer).__name__, norms.get(module) if layer.smooth is not None else None
         if norm is not None:
@@ -601,7 +600,7 @@ def unquantize_(model: nn.Module, verbose: bool = True) -> list[str]:
         (original,) = vars(module)[ORIGINAL]
         here = next((t for t in (*module.parameters(), *module.buffers())), None)
         original.train(module.training)
-        put(model, module, original if here is None else moved(original, module, here.device))
+        put(model, module, original if here is None else _quantizable.moved(original, module, here.device))
     if verbose and not found:
         print(f"effvit.unquantize_: nothing to undo, {class_name(model)} is not quantised")
     return list(found)
@@ -621,9 +620,11 @@ def _safetensors(function: str):
 def save_quantized(model: nn.Module, path) -> None:
     """The state_dict of a quantised model as a safetensors file, with what `effvit.load_quantized_` needs to know.
 
-    Nothing in it depends on the machine, and nothing is a pickle.
+    Nothing in it depends on the machine, and nothing is a pickle. Layers in training (`QATLinear`, masks of
+    `effvit.sparsify_`) are refused.
     """
     _check_model("save_quantized", model)
+    _quantizable.check_saveable(model)
     safetensors = _safetensors("save_quantized")
     layers = {
         name: [type(m).__name__, m.options()] for name, m in model.named_modules() if type(m) in LAYERS.values()
@@ -638,12 +639,13 @@ def save_quantized(model: nn.Module, path) -> None:
 def load_quantized_(model: nn.Module, path, strict: bool = True) -> nn.Module:
     """Make the float `model` that which `effvit.save_quantized` wrote: its layers in place, then its tensors.
 
-    Returns model. Raises ValueError where the file is not one of these or was made from another architecture.
+    Returns model. Raises ValueError where the file is not one of these or was made from another architecture; the model
+    is then as it was.
     """
     _check_model("load_quantized_", model)
+    _quantizable.check_materialised("load_quantized_", model)
     safetensors = _safetensors("load_quantized_")
-    with safetensors.safe_open(str(path), "pt") as file:
-        text = (file.metadata() or {}).get("effvit")
+    text, shapes = _quantizable.header(safetensors, path)
     if text is None:
         raise ValueError(f"effvit.load_quantized_: path must be a file of effvit.save_quantized, got {path}")
     plan = json.loads(text)
@@ -655,8 +657,10 @@ def load_quantized_(model: nn.Module, path, strict: bool = True) -> nn.Module:
         if not isinstance(module, nn.Linear) or cls not in LAYERS:
             given = "no such module" if module is None else class_name(module)
             raise ValueError(f"effvit.load_quantized_: model must have a Linear {name} for a {cls}, got {given}")
+        _quantizable.check_options(name, module, options)
         weight = module.weight
         made[name] = module, LAYERS[cls](**options, device=weight.device, dtype=weight.dtype)
+    _quantizable.check_tensors(model, dict(made.values()), shapes, strict)
     for module, layer in made.values():
         stand_in(model, module, layer, keep=False)
     for name in plan["fused"]:

@@ -260,3 +260,84 @@ def test_convert_changes_nothing_where_it_fails():
     with pytest.raises(ValueError, match="weight must be finite, got NaN or infinity, in 1$"):
         effvit.convert_(model)
     assert [type(m) for m in model] == [QATLinear] * 2
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+class Other(nn.Module):
+    def __init__(self, k=8, n=8, bias=True, norm=8, extra=False):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.norm, self.last = nn.Linear(8, 8), nn.LayerNorm(norm), nn.Linear(k, n, bias=bias)
+        self.extra = nn.LayerNorm(4) if extra else nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"k": 4}, "model must have a Linear last with in_features 8, got 4"),
+        ({"n": 4}, "model must have a Linear last with out_features 8, got 4"),
+        ({"bias": False}, "model must have a Linear last with bias True, got False"),
+        ({"norm": 4}, r"file's tensors, got norm.bias \[4\] where the file has \[8\], norm.weight"),
+        ({"extra": True}, "file's tensors, got extra.weight, which the file has not, extra.bias"),
+    ],
+    ids=str,
+)
+def test_files_of_another_architecture(given, message, tmp_path):
+    """Found before anything changes."""
+    pytest.importorskip("safetensors")
+    model, other = Other(), Other(**given)
+    quantize(model)
+    effvit.save_quantized(model, tmp_path / "model.safetensors")
+    before = [(name, m, type(m)) for name, m in other.named_modules()], copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=f"load_quantized_: .*{message}"):
+        effvit.load_quantized_(other, tmp_path / "model.safetensors")
+    assert before[0] == [(name, m, type(m)) for name, m in other.named_modules()]
+    assert all(torch.equal(t, before[1][name]) for name, t in other.state_dict().items())
+    if "extra" in given:
+        effvit.load_quantized_(other, tmp_path / "model.safetensors", strict=False)
+        assert torch.equal(other.last.weight, model.last.weight)
+
+
+def test_tensors_that_share_memory(tmp_path):
+    """A file has one of their names."""
+    pytest.importorskip("safetensors")
+    model, other = Other(), Other()
+    for m in (model, other):
+        m.again, m.also = m.norm, m.first
+    quantize(model)
+    effvit.save_quantized(model, tmp_path / "model.safetensors")
+    effvit.load_quantized_(other, tmp_path / "model.safetensors")
+    assert (
+        torch.equal(other.first.weight, model.first.weight) and other.again is other.norm and other.also is other.first
+    )
+
+
+def test_what_cannot_be_loaded_or_saved(tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"not one of these")
+    with pytest.raises(ValueError, match="load_quantized_: path must be a safetensors file, got .*model.safetensors: "):
+        effvit.load_quantized_(Other(), path)
+    trained = Other()
+    quantize(trained, qat=True)
+    with pytest.raises(
+        ValueError,
+        match=r"save_quantized: model must have no QATLinear layers \(call effvit.convert_\(model\) first\), got 2 "
+        r"\(first, last\)",
+    ):
+        effvit.save_quantized(trained, path)
+    mixed = Other()
+    effvit.sparsify_(mixed, skip=["last"], verbose=False)
+    quantize(mixed, skip=["first"])
+    with pytest.raises(
+        ValueError, match=r"no masks \(call effvit.unsparsify_\(model, keep_zeros=True\) first\), got 1"
+    ):
+        effvit.save_quantized(mixed, path)
+    effvit.unsparsify_(mixed, keep_zeros=True)
+    effvit.save_quantized(mixed, path)
+    with pytest.raises(ValueError, match="load_quantized_: model must have materialised parameters, got meta tensors"):
+        effvit.load_quantized_(Other().to("meta"), path)
+    loaded = effvit.load_quantized_(Other(), path)
+    assert torch.equal(loaded.first.weight, mixed.first.weight) and torch.equal(loaded.last.weight, mixed.last.weight)
