@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dis
+import fnmatch
+import json
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -112,6 +114,30 @@ def check_finite(name: str, linear: nn.Linear) -> None:
         raise _checks.value_error("quantize_", f"the weight of {name}", "finite", "NaN or infinity")
 
 
+def check_collections(layers: object, candidates: object) -> None:
+    if not isinstance(layers, Mapping):
+        raise _checks.type_error("quantize_", "layers", "a mapping of patterns to kinds", type(layers).__name__)
+    if isinstance(candidates, str) or not isinstance(candidates, Sequence):
+        raise _checks.type_error("quantize_", "candidates", "a sequence of kinds", type(candidates).__name__)
+    if not candidates:
+        raise _checks.value_error("quantize_", "candidates", "at least one kind", "none")
+
+
+def check_patterns(patterns: Mapping[str, str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise _checks.value_error(
+                "quantize_", f"layers[{pattern!r}]", "a linear layer's name or pattern", "no match"
+            )
+
+
+def unfinished(layer: QATLinear) -> str:
+    """For a report: its mask still lets through what the layer that it becomes leaves out."""
+    masks = layer.linear.parametrizations.weight if parametrize.is_parametrized(layer.linear, "weight") else ()
+    decay = max((getattr(mask, "decay", 0.0) for mask in masks), default=0.0)
+    return f", before its mask's decay was 0: {decay:.3g}" if decay > 0 else ""
+
+
 def deployed(name: str, layer: QATLinear) -> nn.Module:
     """layer.deployed(), whose errors say which layer it was."""
     try:
@@ -154,14 +180,20 @@ def check_saveable(model: nn.Module) -> None:
             )
 
 
-def header(safetensors: types.ModuleType, path: object) -> tuple[str | None, dict[str, list[int]]]:
-    """(effvit's metadata, {name: shape of the tensor}) of a safetensors file."""
+def header(safetensors: types.ModuleType, path: object) -> tuple[dict, dict[str, list[int]]]:
+    """(what effvit.save_quantized wrote about the layers, {name: shape of the tensor}) of a file."""
     try:
         with safetensors.safe_open(str(path), "pt") as file:
-            names = list(file.keys())
-            return (file.metadata() or {}).get("effvit"), {name: file.get_slice(name).get_shape() for name in names}
+            text = (file.metadata() or {}).get("effvit")
+            shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
     except safetensors.SafetensorError as e:
         raise ValueError(f"effvit.load_quantized_: path must be a safetensors file, got {path}: {e}") from e
+    if text is None:
+        raise ValueError(f"effvit.load_quantized_: path must be a file of effvit.save_quantized, got {path}")
+    plan = json.loads(text)
+    if plan.get("version") != 1:
+        raise ValueError(f"effvit.load_quantized_: path must be of version 1, got {plan.get('version')}")
+    return plan, shapes
 
 
 def check_options(name: str, linear: nn.Linear, options: dict) -> None:

@@ -43,8 +43,9 @@ class QuantizeConfig:
         kind: what linear layers become: "int8", "sparse24_int8", "block_sparse_int8", "block_sparse" (in floating
             point), "outlier" (LLM.int8()), "float" (nothing), or "auto": for each layer the one of `candidates` that
             keeps the errors of the layers small within `budget`.
-        layers: {pattern: kind} for layers whose name matches (fnmatch); the first match counts, over `kind`.
-        skip: patterns of names to leave alone.
+        layers: {pattern: kind} for layers whose name matches (fnmatch); the first match counts, over `kind`; a
+            pattern without a match is an error.
+        skip: patterns of names to leave alone, or one pattern.
         smooth: SmoothQuant's alpha, between 0 and 1: how much of the range of the activations moves into the weights.
             The factors go into the LayerNorm before, in timm's ViT, DeiT and Swin blocks, else into the layer; with
             `qat` only in `effvit.convert_`, so that the norms that are trained are the model's own.
@@ -90,6 +91,7 @@ class QuantizeConfig:
         def one_of(name, value, choices):
             _checks.index_of("quantize_", name, value, choices)
 
+        _quantizable.check_collections(self.layers, self.candidates)
         one_of("mode", self.mode, ("dynamic", "static"))
         one_of("kind", self.kind, (*KINDS, "auto"))
         for pattern, kind in self.layers.items():
@@ -139,7 +141,7 @@ def matching(name: str, patterns: Iterable[str]) -> str | None:
 
 def scan(model: nn.Module, skip: Sequence[str], reason_not) -> tuple[dict[str, nn.Module], list[Row]]:
     """(layers to change by name, rows of linear layers that are left alone); a layer with two names has its first."""
-    chosen, rows, inside = {}, [], ()
+    chosen, rows, inside, skip = {}, [], (), [skip] if isinstance(skip, str) else skip
     read = {m for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer)
             for m in (layer.linear1, layer.linear2)}  # fmt: skip
     for name, module in model.named_modules():
@@ -477,6 +479,8 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
     if config is not None and options:
         raise _checks.value_error("quantize_", "config", "None where its fields are given", type(config).__name__)
     config = QuantizeConfig(**options) if config is None else config
+    if not isinstance(config, QuantizeConfig):
+        raise _checks.type_error("quantize_", "config", "a QuantizeConfig or None", type(config).__name__)
     config.check()
     _quantizable.check_materialised("quantize_", model)
     chosen, rows = scan(model, config.skip, _quantizable.needs_floats(model))
@@ -485,6 +489,7 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
             f"effvit.quantize_: model must contain a Linear to quantise, got {class_name(model)} with "
             f"{Report(rows) if rows else 'no Linear'}"
         )
+    _quantizable.check_patterns(config.layers, [*chosen, *(r.name for r in rows)])
     seen: dict[str, Statistics | None] = dict.fromkeys(chosen)
     if config.calibration is not None:
         seen.update(calibrate(model, chosen, config.calibration, config.batches, config.progress))
@@ -558,7 +563,10 @@ def convert_(model: nn.Module, fuse: bool = True, verbose: bool = True) -> Repor
     for name, module in found.items():
         layer = _quantizable.deployed(name, module)
         error = relative(effective_weight(layer, module.smooth), module.linear.weight.detach())
-        detail, norm = type(layer).__name__, norms.get(module) if layer.smooth is not None else None
+        detail, norm = (
+            type(layer).__name__ + _quantizable.unfinished(module),
+            norms.get(module) if layer.smooth is not None else None,
+        )
         if norm is not None:
             layer.hold("smooth", None)
             detail += ", smooth in the norm"
@@ -645,12 +653,7 @@ def load_quantized_(model: nn.Module, path, strict: bool = True) -> nn.Module:
     _check_model("load_quantized_", model)
     _quantizable.check_materialised("load_quantized_", model)
     safetensors = _safetensors("load_quantized_")
-    text, shapes = _quantizable.header(safetensors, path)
-    if text is None:
-        raise ValueError(f"effvit.load_quantized_: path must be a file of effvit.save_quantized, got {path}")
-    plan = json.loads(text)
-    if plan.get("version") != 1:
-        raise ValueError(f"effvit.load_quantized_: path must be of version 1, got {plan.get('version')}")
+    plan, shapes = _quantizable.header(safetensors, path)
     made = {}
     for name, (cls, options) in plan["layers"].items():
         module = dict(model.named_modules()).get(name)

@@ -440,6 +440,63 @@ def test_errors():
         QATLinear(linear(), "outlier")
 
 
+@pytest.mark.parametrize(
+    "columns, error, message",
+    [
+        ([1, 1], ValueError, r"columns must be each given once, got \[1, 1\]"),
+        ([99, 2], ValueError, r"columns must be from 0 to 35, got \[2, 99\]"),
+        ([-1], ValueError, r"columns must be from 0 to 35, got \[-1\]"),
+        ([0.5], TypeError, "columns must be a one-dimensional sequence of integers, got torch.float32"),
+        ([[1, 2]], TypeError, r"columns must be a one-dimensional sequence of integers, got torch.int64 \[1, 2\]"),
+        ([True] * K, TypeError, "columns must be a one-dimensional sequence of integers, got torch.bool"),
+    ],
+    ids=str,
+)
+def test_columns(columns, error, message):
+    with pytest.raises(error, match=f"^effvit::OutlierLinear: {message}"):
+        OutlierLinear.from_linear(linear(), columns=columns)
+
+
+def test_columns_in_any_order():
+    m, x = linear(), tokens(5, K)
+    layer = OutlierLinear.from_linear(m, columns=[5, 1])
+    assert layer.columns.tolist() == [1, 5] and OutlierLinear.from_linear(m, columns=[]).columns.tolist() == []
+    assert_bitwise_equal(layer(x), OutlierLinear.from_linear(m, columns=torch.tensor([1, 5]))(x))
+
+
+def test_smooth_and_scales_that_cannot_be():
+    for make in (Int8Linear.from_linear, Sparse24Int8Linear.from_linear, lambda m, smooth: QATLinear(m, smooth=smooth)):
+        for wrong in (torch.ones(1), torch.ones(N), torch.ones(K, 1)):
+            with pytest.raises(ValueError, match=r"smooth must be \[36\]"):
+                make(linear(), smooth=wrong)
+        for value in (0.0, -1.0, float("nan")):
+            with pytest.raises(ValueError, match="smooth must be positive and finite"):
+                make(linear(), smooth=torch.ones(K).index_fill(0, torch.tensor([3]), value))
+    for value in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="QATLinear: input_scale must be positive and finite"):
+            QATLinear(linear(), input_scale=value)
+        layer = Int8Linear.from_linear(linear(), input_scale=0.1)
+        with pytest.raises(ValueError, match="Int8Linear: output_scale must be positive and finite"):
+            layer.fuse("gelu", torch.tensor([value]))
+        assert layer.activation == "none" and layer.output_scale is None
+        with pytest.raises(ValueError, match="Int8Linear: activation must be one of"):
+            layer.fuse("tanh")
+        full = Int8Linear.from_linear(linear(), input_scale=0.1, output_scale=0.2, smooth=torch.ones(K))
+        for name in ("input_scale", "output_scale", "smooth", "weight_scale"):
+            state = {**full.state_dict(), name: torch.full_like(getattr(full, name), value)}
+            with pytest.raises(RuntimeError, match=f"{name} must be positive and finite"):
+                copy.deepcopy(full).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "make", [Int8Linear.from_linear, Sparse24Linear.from_linear, OutlierLinear.from_linear, QATLinear]
+)
+def test_input_by_keyword(make):
+    """As nn.Linear takes it."""
+    layer, x = make(linear()), tokens(5, K)
+    assert_bitwise_equal(layer(input=x), layer(x))
+
+
 def test_a_float_checkpoint_is_refused():
     """Copied into an int8 buffer it would be zeros."""
     layer, m = Int8Linear.from_linear(linear()), linear()

@@ -341,3 +341,46 @@ def test_what_cannot_be_loaded_or_saved(tmp_path):
         effvit.load_quantized_(Other().to("meta"), path)
     loaded = effvit.load_quantized_(Other(), path)
     assert torch.equal(loaded.first.weight, mixed.first.weight) and torch.equal(loaded.last.weight, mixed.last.weight)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, message",
+    [
+        (("static",), {}, TypeError, "config must be a QuantizeConfig or None, got str"),
+        (({"mode": "static"},), {}, TypeError, "config must be a QuantizeConfig or None, got dict"),
+        ((), {"layers": [("0", "int8")]}, TypeError, "layers must be a mapping of patterns to kinds, got list"),
+        ((), {"candidates": ()}, ValueError, "candidates must be at least one kind, got none"),
+        ((), {"candidates": "int8"}, TypeError, "candidates must be a sequence of kinds, got str"),
+        ((), {"layers": {"0": "int8", "*.fc9": "float"}}, ValueError, r"layers\['\*.fc9'\] must be .* got no match"),
+    ],
+    ids=str,
+)
+def test_arguments(arguments, options, error, message):
+    model = two()
+    with pytest.raises(error, match=f"^effvit::quantize_: {message}"):
+        effvit.quantize_(model, *arguments, **options)
+    assert [type(m) for m in model] == [nn.Linear] * 2
+
+
+def test_patterns_as_one_string():
+    model = nn.ModuleDict({"head": nn.Linear(8, 8), "body": nn.Linear(8, 8), "ad": nn.Linear(8, 8)})
+    assert [r.name for r in quantize(copy.deepcopy(model), skip="head*").changed] == ["body", "ad"]
+    assert [r.name for r in effvit.sparsify_(model, skip="head*", verbose=False).report.changed] == ["body", "ad"]
+    report = quantize(model, layers={"head": "float", "body": "float"}, skip=["head"])  # a match, if a skipped one
+    assert [r.name for r in report.changed] == ["ad"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "sparse24_int8"])
+def test_convert_tells_of_a_mask_before_its_end(kind):
+    model = two()
+    schedule = effvit.sparsify_(model, decay="linear", steps=4, verbose=False)
+    schedule.step()
+    quantize(model, kind=kind, qat=True)
+    other = copy.deepcopy(model)
+    assert all("before its mask's decay was 0: 0.75" in r.detail for r in effvit.convert_(model, verbose=False))
+    for m in other:
+        m.linear.parametrizations.weight[0].decay = 0.0
+    assert not any("decay" in r.detail for r in effvit.convert_(other, verbose=False))

@@ -223,6 +223,12 @@ class QuantisedLinear(nn.Module):
                     "into the float model and call effvit.quantize_"
                 )
                 return
+        for name in self.scales:
+            try:
+                _checks.check_scales(type(self).__name__, {prefix + name: state_dict.get(prefix + name)}, prefix + name)
+            except ValueError as e:
+                error_msgs.append(str(e))
+                return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )  # fmt: skip
@@ -264,11 +270,12 @@ class QuantisedLinear(nn.Module):
         """(columns to leave out as int8 [K], their product [M, N]), or Nones, for x [M, K] in floating point."""
         return None, None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features] in the dtype of x; int8 where the layer has an output scale.
 
         Where a gradient is asked for, which int8 cannot have, these are the same values in floating point.
         """
+        x = input  # nn.Linear's name for it
         self._check_input(x)
         dtype, weights = self._output_dtype(x), self.weights()
         to_int8 = self.output_scale is not None
@@ -297,9 +304,12 @@ class QuantisedLinear(nn.Module):
 
     def fuse(self, activation, output_scale=None):
         """Take over an activation that follows, and the quantisation after that. Returns self."""
-        self.activation = activation
+        _checks.index_of(type(self).__name__, "activation", activation, tuple(ACTIVATIONS))
         if output_scale is not None:
-            self.hold("output_scale", output_scale.detach().float().reshape(1).clone())
+            output_scale = output_scale.detach().float().reshape(1).clone()
+            _checks.check_scales(type(self).__name__, {"output_scale": output_scale}, "output_scale")
+            self.hold("output_scale", output_scale)
+        self.activation = activation
         return self.prepare()
 
     def options(self) -> dict:
@@ -350,6 +360,26 @@ def quantised_weight(owner, weight):
     return effvit.ops.quantize_int8(weight.contiguous())
 
 
+def checked_columns(columns, k):
+    """Indices of columns as int64 [*] in their order."""
+    t = torch.as_tensor(columns)
+    if t.numel() and (t.dim() != 1 or t.dtype.is_floating_point or t.dtype.is_complex or t.dtype == torch.bool):
+        expected = "a one-dimensional sequence of integers"
+        raise _checks.type_error("OutlierLinear", "columns", expected, f"{t.dtype} {_checks.shape(t)}")
+    t = t.to(torch.int64).sort().values
+    if len(t) and not 0 <= int(t[0]) <= int(t[-1]) < k:
+        raise _checks.value_error("OutlierLinear", "columns", f"from 0 to {k - 1}", t.tolist())
+    if bool((t[1:] == t[:-1]).any()):
+        raise _checks.value_error("OutlierLinear", "columns", "each given once", t.tolist())
+    return t
+
+
+def check_smooth(owner, smooth, weight):
+    if smooth is not None and smooth.shape != weight.shape[1:]:
+        raise _checks.value_error(owner, "smooth", f"[{weight.shape[1]}] like in_features", _checks.shape(smooth))
+    _checks.check_scales(owner, {"smooth": smooth}, "smooth")
+
+
 def scaled(weight, smooth):
     return weight if smooth is None else weight * smooth.to(weight.dtype)
 
@@ -395,6 +425,7 @@ class Int8Linear(QuantisedLinear):
             smooth: [in_features], what the weights are multiplied by and the activations divided by.
             folded: the activations come divided by `smooth`.
         """
+        check_smooth(cls.__name__, smooth, linear.weight)
         q, scale = quantised_weight(cls.__name__, scaled(linear.weight, smooth))
         inside = None if folded else smooth
         layer = cls.empty_like(linear, activation, input_scale, output_scale, inside)
@@ -462,9 +493,10 @@ class OutlierLinear(QuantisedLinear):
 
     @classmethod
     def from_linear(cls, linear, *, threshold=6.0, activation="none", keep_weight=True, columns=None):
-        """The layer of an nn.Linear, whose bias it shares; columns: indices of the columns to leave out, always."""
+        """The layer of an nn.Linear, whose bias it shares; columns: indices of those to leave out always."""
         q, scale = quantised_weight(cls.__name__, linear.weight)
-        count = None if columns is None else torch.as_tensor(columns).numel()
+        columns = None if columns is None else checked_columns(columns, linear.in_features)
+        count = None if columns is None else columns.numel()
         layer = cls(
             linear.in_features, linear.out_features, False, threshold, activation, keep_weight, count, device="meta",
             dtype=linear.weight.dtype,
@@ -473,7 +505,7 @@ class OutlierLinear(QuantisedLinear):
         if keep_weight:
             tensors["weight_float"] = linear.weight.detach().clone()
         if columns is not None:
-            tensors["columns"] = torch.as_tensor(columns, dtype=torch.int64, device=linear.weight.device)
+            tensors["columns"] = columns.to(linear.weight.device)
         return layer.fill(linear.weight, tensors, scale, linear.bias, None, None, None)
 
     def extra_repr(self):
@@ -516,6 +548,8 @@ class QATLinear(nn.Module):
         device = linear.weight.device
         if input_scale is not None:
             input_scale = torch.as_tensor(input_scale, dtype=torch.float32, device=device).detach().reshape(1).clone()
+        _checks.check_scales("QATLinear", {"input_scale": input_scale}, "input_scale")
+        check_smooth("QATLinear", smooth, linear.weight)
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("smooth", None if smooth is None else smooth.detach().float().clone())
 
@@ -536,8 +570,8 @@ class QATLinear(nn.Module):
             w = sparse24_prune(w, algorithm=self.algorithm, strength=self.strength)
         return scaled(w, self.smooth)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        w = self.weight()
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x, w = input, self.weight()
         if self.smooth is not None and not self.folded:
             x = x / self.smooth.to(x.dtype)
         return ACTIVATIONS[self.activation](

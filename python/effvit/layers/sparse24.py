@@ -7,7 +7,7 @@ import effvit.ops
 
 from ..ops import _checks
 from . import _ops
-from .int8 import QuantisedLinear, quantised_weight, scaled
+from .int8 import QuantisedLinear, check_smooth, quantised_weight, scaled
 
 FIRST_TWO = 0x44  # of the metadata: both groups of a byte keep their entries 0 and 1
 EMPTY_GROUP = 0xE  # what pads the last byte: entries 2 and 3, of a group that is not there
@@ -69,6 +69,7 @@ class Sparse24Int8Linear(QuantisedLinear):
         """The layer of an nn.Linear, pruned by `algorithm` ("magnitude" or "transposable", nothing changes where its
         weight is 2:4 already) and quantised. The rest is as in `Int8Linear.from_linear`; pruning comes before smooth.
         """
+        check_smooth(cls.__name__, smooth, linear.weight)
         weight = scaled(pruned(cls.__name__, linear.weight, algorithm), smooth)
         q, scale = quantised_weight(cls.__name__, weight)
         values, meta = effvit.ops.sparse24_compress(q)
@@ -109,9 +110,9 @@ class Sparse24Linear(nn.Module):
         """[out_features, in_features] with zeros, differentiable."""
         return effvit.ops.sparse24_decompress(self.values, self.metadata)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        return _ops.sparse24_linear(x, self.values, self.metadata, self.bias)
+        return _ops.sparse24_linear(input, self.values, self.metadata, self.bias)
 
     @classmethod
     def from_linear(cls, linear, *, algorithm="magnitude"):
