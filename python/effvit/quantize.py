@@ -333,6 +333,9 @@ def check_kind(kind: str, module: nn.Module, config: QuantizeConfig) -> str | No
     """Why a layer cannot be of a kind."""
     from .sparsify import BlockMask, mask_of
 
+    reason = _quantizable.too_large(kind, module, config.algorithm)
+    if reason is not None:
+        return reason
     if kind.startswith("block_sparse"):
         mask = mask_of(module)
         if isinstance(mask, BlockMask):
@@ -342,7 +345,7 @@ def check_kind(kind: str, module: nn.Module, config: QuantizeConfig) -> str | No
         return reason_not(module.in_features, module.out_features, config.block)
     if kind == "sparse24_int8" and module.in_features % 4:
         return f"in_features {module.in_features} is no multiple of 4, for 2:4"
-    return _quantizable.too_large(kind, module, config.algorithm)
+    return None
 
 
 # ---- fusing ----------------------------------------------------------------------------------------------------------
@@ -563,10 +566,8 @@ def convert_(model: nn.Module, fuse: bool = True, verbose: bool = True) -> Repor
     for name, module in found.items():
         layer = _quantizable.deployed(name, module)
         error = relative(effective_weight(layer, module.smooth), module.linear.weight.detach())
-        detail, norm = (
-            type(layer).__name__ + _quantizable.unfinished(module),
-            norms.get(module) if layer.smooth is not None else None,
-        )
+        norm = norms.get(module) if layer.smooth is not None else None
+        detail = type(layer).__name__ + _quantizable.unfinished(module)
         if norm is not None:
             layer.hold("smooth", None)
             detail += ", smooth in the norm"

@@ -8,7 +8,7 @@ from ..ops.block_sparse_linear import BLOCKS
 from ..reference.block_sparse_linear import dense_weight, kept_blocks
 from ..reference.int8_linear import ACTIVATIONS
 from . import _ops
-from .int8 import QuantisedLinear, quantised_weight, scaled
+from .int8 import QuantisedLinear, check_smooth, quantised_weight, scaled
 
 
 def reason_not(in_features, out_features, block):
@@ -110,6 +110,7 @@ class BlockSparseInt8Linear(QuantisedLinear):
         """The layer of an nn.Linear; the blocks as in `BlockSparseLinear.from_linear`, the rest as in
         `Int8Linear.from_linear`. Blocks are chosen before smooth."""
         weight, (crow, columns), block = chosen(cls.__name__, linear, block, density, mask)
+        check_smooth(cls.__name__, smooth, weight)
         q, scale = quantised_weight(cls.__name__, scaled(weight, smooth))
         inside = None if folded else smooth
         options = {"block": block, "blocks": len(columns)}
@@ -166,9 +167,9 @@ class BlockSparseLinear(nn.Module):
         """[out_features, in_features] with zeros, differentiable."""
         return dense_weight(self.values, self.crow, self.columns, self.in_features)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        return _ops.block_sparse_linear(x, self.values, self.crow, self.columns, self.bias, self.activation)
+        return _ops.block_sparse_linear(input, self.values, self.crow, self.columns, self.bias, self.activation)
 
     @classmethod
     def from_linear(cls, linear, *, block=None, density=None, mask=None, activation="none"):
