@@ -25,7 +25,7 @@ _small = False
 
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int8: "*i8",
-    torch.uint8: "*u8",
+    torch.uint8: "*u8", torch.int16: "*i16",
 }  # fmt: skip
 
 

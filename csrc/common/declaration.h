@@ -355,7 +355,8 @@ inline TensorSpec Declaration::parse_tensor(const std::string& s) {
     const char* name;
     DType dtype;
   } fixed[] = {{"float32", DType::kFloat32}, {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16},
-               {"int32", DType::kInt32},     {"int8", DType::kInt8},         {"uint8", DType::kUInt8}};
+               {"int32", DType::kInt32},     {"int8", DType::kInt8},         {"uint8", DType::kUInt8},
+               {"int16", DType::kInt16}};
   for (const std::string& mark : parts.size() > 1 ? split(parts[1], ' ') : std::vector<std::string>()) {
     bool known = mark == "float" || mark == "strided" || mark == "packed" || mark == "whole";
     if (mark == "float") spec.type = Type::kFloat;

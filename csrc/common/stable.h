@@ -69,15 +69,16 @@ inline Device device_of(const Handle& t) {
 // torch's numbers of the element types that operators take, by DType.
 inline int32_t torch_dtype(DType type) {
   static const int32_t numbers[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16(),
-                                    aoti_torch_dtype_int32(),   aoti_torch_dtype_int8(),     aoti_torch_dtype_uint8()};
+                                    aoti_torch_dtype_int32(),   aoti_torch_dtype_int8(),     aoti_torch_dtype_uint8(),
+                                    aoti_torch_dtype_int16()};
   return numbers[static_cast<int>(type)];
 }
 
 inline DType dtype_of(const Handle& t) {
   int32_t number = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
-  for (const DType type :
-       {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt32, DType::kInt8, DType::kUInt8}) {
+  for (int i = 0; i < static_cast<int>(DType::kOther); ++i) {
+    const DType type = static_cast<DType>(i);
     if (number == torch_dtype(type)) return type;
   }
   return DType::kOther;

@@ -63,6 +63,19 @@ EFFVIT_INLINE void store(int8_t* p, vi x) {
 #endif
 }
 
+// Their low halves.
+EFFVIT_INLINE void store(int16_t* p, vi x) {
+#if defined(EFFVIT_HAS_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
+#elif defined(EFFVIT_HAS_AVX2)
+  const __m256i low = _mm256_and_si256((__m256i)x, _mm256_set1_epi32(0xffff));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int16_t>(x[i]);
+#endif
+}
+
 // Sums of neighbours: of a, then of b.
 EFFVIT_INLINE vi add_pairs(vi a, vi b) {
 #if EFFVIT_LANES == 16

@@ -29,7 +29,7 @@ import functools
 import re
 
 LAYOUTS = ("strided", "packed", "whole")
-OUT_DTYPES = ("float32", "bfloat16", "float16", "int32", "int8")
+OUT_DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "uint8", "int16")
 
 
 @dataclasses.dataclass(frozen=True)

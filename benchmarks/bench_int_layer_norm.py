@@ -1,0 +1,57 @@
+"""int_layer_norm with an int8 result against PyTorch's LayerNorm in floating point, at the shapes of tokens."""
+
+from harness import Case, main  # first: it pins the threads before torch starts any
+
+# isort: split
+import math
+
+import torch
+import torch.nn.functional as F
+
+import effvit  # noqa: F401
+from effvit.ops._op import Cost
+
+SCALE = 0.001
+SHAPES = {
+    "DeiT-S 8x197x384": ((8, 197, 384), "default"),
+    "Swin-T stage 1 8x3136x96": ((8, 3136, 96), "default"),
+    "Swin-T stage 4 8x49x768": ((8, 49, 768), "default"),
+    "smoke 7x20": ((7, 20), "smoke"),
+}
+
+
+def _call(x, x_int):
+    columns = x.shape[-1]
+    bias = torch.zeros(columns, dtype=torch.int32)
+    multiplier, shift = (torch.full((columns,), i, dtype=torch.int32) for i in (2**30 + 5, 53))
+    return lambda: torch.ops.effvit.int_layer_norm(x_int, bias, multiplier, shift, out_dtype=4)
+
+
+def _float(x, x_int):
+    weight, bias = torch.ones(x.shape[-1], dtype=x.dtype), torch.zeros(x.shape[-1], dtype=x.dtype)
+    return lambda: F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def _inputs(dtype, device, shape):
+    x_int = (torch.randn(shape) / SCALE).round().to(torch.int32).to(device)
+    return {"x": (x_int * SCALE).to(dtype), "x_int": x_int}
+
+
+def cases():
+    for name, (shape, tag) in SHAPES.items():
+        n = math.prod(shape)
+        yield Case(
+            shape=name,
+            inputs=lambda dtype, device, shape=shape: _inputs(dtype, device, shape),
+            effvit=_call,
+            peers={"eager": _float},
+            reference=_float,
+            cost=lambda direction, dtype, n=n: Cost(12 * n, 5 * n),
+            unchecked=("effvit",),  # integers, which the suite compares bit by bit
+            directions=("forward",),
+            tags=(tag,),
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("int_layer_norm", cases()))

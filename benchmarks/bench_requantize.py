@@ -1,0 +1,53 @@
+"""requantize to int8 against multiplication, rounding and clamping in PyTorch, at the shapes of tokens."""
+
+from harness import Case, main  # first: it pins the threads before torch starts any
+
+# isort: split
+import math
+
+import torch
+
+import effvit  # noqa: F401
+from effvit.ops._op import Cost
+
+SCALE = 0.001
+SHAPES = {
+    "DeiT-S 8x197x384": ((8, 197, 384), "default"),
+    "Swin-T stage 1 8x3136x96": ((8, 3136, 96), "default"),
+    "Swin-T stage 4 8x49x768": ((8, 49, 768), "default"),
+    "smoke 7x20": ((7, 20), "smoke"),
+}
+
+
+def _call(x, x_int):
+    multiplier, shift = (torch.full((x.shape[-1],), i, dtype=torch.int32) for i in (2**30 + 5, 37))
+    return lambda: torch.ops.effvit.requantize(x_int, multiplier, shift)
+
+
+def _float(x, x_int):
+    return lambda: (x_int * 0.01).round().clamp(-128, 127).to(torch.int8)
+
+
+def _inputs(dtype, device, shape):
+    x_int = (torch.randn(shape) / SCALE).round().to(torch.int32).to(device)
+    return {"x": (x_int * SCALE).to(dtype), "x_int": x_int}
+
+
+def cases():
+    for name, (shape, tag) in SHAPES.items():
+        n = math.prod(shape)
+        yield Case(
+            shape=name,
+            inputs=lambda dtype, device, shape=shape: _inputs(dtype, device, shape),
+            effvit=_call,
+            peers={"eager": _float},
+            reference=lambda x, x_int: lambda: x * 1.0,
+            cost=lambda direction, dtype, n=n: Cost(8 * n, 5 * n),
+            unchecked=("effvit", "eager"),  # integers, which the suite compares bit by bit
+            directions=("forward",),
+            tags=(tag,),
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("requantize", cases()))

@@ -1,0 +1,305 @@
+// Integer row-wise operators on the CPU: the functor of rows/<op>.h on vectors, pass by pass over a row that stays in
+// the L1 cache.
+#pragma once
+
+namespace effvit::cpu::EFFVIT_ISA_NAME {
+namespace rows_impl {
+
+typedef int64_t vl __attribute__((vector_size(4 * EFFVIT_LANES)));
+typedef uint64_t vul __attribute__((vector_size(4 * EFFVIT_LANES)));
+
+#define EFFVIT_FN EFFVIT_INLINE
+template <class V>
+EFFVIT_INLINE V splat(uint32_t x) {
+  if constexpr (std::is_integral_v<V>) {
+    return static_cast<V>(x);
+  } else {
+    return (V)set1(static_cast<int32_t>(x));
+  }
+}
+EFFVIT_INLINE vi select(vi mask, vi a, vi b) { return mask ? a : b; }
+EFFVIT_INLINE vu select(vi mask, vu a, vu b) { return mask ? a : b; }
+
+// Products of the even lanes, in 64 bits.
+EFFVIT_INLINE vl mul_even(vi a, vi b) {
+#if defined(EFFVIT_HAS_AVX512)
+  return (vl)_mm512_mul_epi32((__m512i)a, (__m512i)b);
+#elif defined(EFFVIT_HAS_AVX2)
+  return (vl)_mm256_mul_epi32((__m256i)a, (__m256i)b);
+#else
+  return (((vl)a << 32) >> 32) * (((vl)b << 32) >> 32);
+#endif
+}
+EFFVIT_INLINE vul mul_even(vu a, vu b) {
+#if defined(EFFVIT_HAS_AVX512)
+  return (vul)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(EFFVIT_HAS_AVX2)
+  return (vul)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#else
+  return ((vul)a & 0xffffffffu) * ((vul)b & 0xffffffffu);
+#endif
+}
+// The low halves of both, in turn.
+EFFVIT_INLINE vi interleave(vul even, vul odd) { return (vi)((even & 0xffffffffu) | (odd << 32)); }
+
+EFFVIT_INLINE vu mul_high(vu a, uint32_t b) {
+  const vu m = (vu)set1(static_cast<int32_t>(b));
+  const vul even = mul_even(a, m) >> 32, odd = mul_even((vu)((vul)a >> 32), m);
+  return (vu)(even | (odd & ~uint64_t{0xffffffff}));
+}
+EFFVIT_INLINE vu divide(vu a, vu b) {
+  for (int i = 0; i < kLanes; ++i) a[i] /= b[i];
+  return a;
+}
+
+#include "../rows/int_math.h"
+template <>
+struct UnsignedOf<vi> {
+  using type = vu;
+};
+
+// rounded_shift of vectors; 1 <= c <= 61.
+EFFVIT_INLINE vl rounded_shift(vl t, vul c) {
+  const vul u = (vul)t + (uint64_t{1} << 62), one = vul{} + 1u;
+  const vul q = (u + (one << (c - 1u)) - 1u + ((u >> c) & 1u)) >> c;
+  return (vl)(q - ((vul{} + (uint64_t{1} << 62)) >> c));
+}
+EFFVIT_INLINE vl between(vl x, int32_t low, int32_t high) {
+  const vl a = vl{} + low, b = vl{} + high;
+  x = x < a ? a : x;
+  return x > b ? b : x;
+}
+EFFVIT_INLINE vi odd_lanes(vi x) { return (vi)((vul)x >> 32); }
+EFFVIT_INLINE vl rescaled_even(vi z, vi m, vi c) { return rounded_shift(mul_even(z, m), (vul)c & 0xffffffffu); }
+EFFVIT_INLINE vl rescaled_odd(vi z, vi m, vi c) {
+  return rounded_shift(mul_even(odd_lanes(z), odd_lanes(m)), (vul)c >> 32);
+}
+EFFVIT_INLINE vi between(vl even, vl odd, int32_t low, int32_t high) {
+  return interleave((vul)between(even, low, high), (vul)between(odd, low, high));
+}
+EFFVIT_INLINE vi rescale(vi z, vi m, vi c, int32_t low, int32_t high) {
+  return between(rescaled_even(z, m, c), rescaled_odd(z, m, c), low, high);
+}
+EFFVIT_INLINE vi rescale_sum(vi z, vi m, vi c, vi z2, vi m2, vi c2, int32_t low, int32_t high) {
+  return between(rescaled_even(z, m, c) + rescaled_even(z2, m2, c2), rescaled_odd(z, m, c) + rescaled_odd(z2, m2, c2),
+                 low, high);
+}
+EFFVIT_INLINE vi product(vi a, vi b, int32_t low, int32_t high) {
+  return between(mul_even(a, b), mul_even(odd_lanes(a), odd_lanes(b)), low, high);
+}
+
+#define EFFVIT_ROWS
+#include EFFVIT_ROWS_HEADER
+#undef EFFVIT_ROWS
+#undef EFFVIT_FN
+
+using Params = IntRowsParams<ops::EFFVIT_OP>;
+
+constexpr int64_t kUnit = 1 << 14;  // elements of a unit of work, about
+constexpr int64_t kFlush = 1 << 14;  // vectors whose halves can be added in 32 bits
+
+// The first n elements, zeros beyond.
+EFFVIT_INLINE vi load_first(const int32_t* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+#if defined(EFFVIT_HAS_AVX512)
+  return (vi)_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << n) - 1), p);
+#elif defined(EFFVIT_HAS_AVX2)
+  return (vi)_mm256_maskload_epi32(p, (__m256i)lanes_below(static_cast<int>(n)));
+#else
+  int32_t some[kLanes] = {};
+  std::memcpy(some, p, static_cast<size_t>(n) * 4);
+  return load(some);
+#endif
+}
+template <class T>
+EFFVIT_INLINE void store_first(T* p, vi x, int64_t n) {
+  if (n >= kLanes) return store(p, x);
+  T some[kLanes];
+  store(some, x);
+  std::memcpy(p, some, static_cast<size_t>(n) * sizeof(T));
+}
+
+// One row: where it is, what is kept of it.
+struct Source {
+  const int32_t *x, *residual, *const *vectors;
+  int32_t* kept;  // [columns], up to whole vectors
+  int64_t columns;
+};
+
+// The lanes that exist; the others `other`.
+EFFVIT_INLINE vi only(vi x, int64_t n, int32_t other) {
+  return n >= kLanes ? x : select(lanes_below(static_cast<int>(n)), x, set1(other));
+}
+
+// Reduces the terms of one pass; the smallest one as well for kMax.
+template <class F, int kPass, class Row>
+EFFVIT_INLINE void reduce(const IntRowsData& p, const Source& s, Row& row) {
+  constexpr bool kKeep = F::kKeeps && kPass == F::kPasses - 1;
+  const int64_t columns = s.columns;
+  const int32_t *const x = s.x, *const residual = s.residual;
+  int32_t* const kept = s.kept;
+  const IntRowsData q = p;  // stores may alias anything
+  const Row state = row;
+  const auto term = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const vi y = F::template term<kPass>(q, state, load_first(x + i, n), residual ? load_first(residual + i, n) : vi{});
+    if constexpr (kKeep) store(kept + i, y);
+    return y;
+  };
+  if constexpr (F::kReductions[kPass] == Reduce::kMax) {
+    vi high = set1(INT32_MIN), low = set1(INT32_MAX);
+    int64_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes) {
+      const vi y = term(i, kLanes);
+      high = most(high, y), low = least(low, y);
+    }
+    if (i < columns) {
+      const vi y = term(i, columns - i);
+      high = most(high, only(y, columns - i, INT32_MIN)), low = least(low, only(y, columns - i, INT32_MAX));
+    }
+    int32_t top = INT32_MIN, bottom = INT32_MAX;
+    for (int k = 0; k < kLanes; ++k) top = std::max(top, high[k]), bottom = std::min(bottom, low[k]);
+    F::template finish<kPass>(q, row, top, bottom);
+  } else if constexpr (F::kReductions[kPass] == Reduce::kSaturating) {
+    const vu limit = (vu)set1(INT32_MAX);
+    vu sum{};
+    int64_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes) sum = least(sum + (vu)term(i, kLanes), limit);
+    if (i < columns) sum = least(sum + (vu)only(term(i, columns - i), columns - i, 0), limit);
+    int64_t total = 0;
+    for (int k = 0; k < kLanes; ++k) total += sum[k];
+    F::template finish<kPass>(q, row, std::min<int64_t>(total, INT32_MAX), 0);
+  } else {
+    int64_t total = 0;
+    for (int64_t first = 0; first < columns; first += kFlush * kLanes) {
+      const int64_t last = std::min(columns, first + kFlush * kLanes);
+      vi high{}, low{};
+      int64_t i = first;
+      for (; i + kLanes <= last; i += kLanes) {
+        const vi y = term(i, kLanes);
+        high += y >> 16, low += y & 0xffff;
+      }
+      if (i < last) {
+        const vi y = only(term(i, last - i), last - i, 0);
+        high += y >> 16, low += y & 0xffff;
+      }
+      for (int k = 0; k < kLanes; ++k) total += int64_t{high[k]} * 65536 + low[k];
+    }
+    F::template finish<kPass>(q, row, total, 0);
+  }
+}
+
+template <class F, int kPass, class Row>
+EFFVIT_INLINE void reduce_from(const IntRowsData& p, const Source& s, Row& row) {
+  if constexpr (kPass < F::kPasses) {
+    reduce<F, kPass>(p, s, row);
+    reduce_from<F, kPass + 1>(p, s, row);
+  }
+}
+
+template <class F, class T, class Row>
+EFFVIT_INLINE void map(const IntRowsData& p, const Source& s, const Row& row, T* out) {
+  const int64_t columns = s.columns;
+  const IntRowsData q = p;
+  const Source t = s;
+  const Row state = row;
+  const auto at = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    vi v[F::kVectors + 1] = {};
+    for (int k = 0; k < F::kVectors; ++k) {
+      if (t.vectors[k]) v[k] = load_first(t.vectors[k] + i, n);
+    }
+    vi kept{};
+    if constexpr (F::kKeeps) kept = load(t.kept + i);
+    const vi residual = t.residual ? load_first(t.residual + i, n) : vi{};
+    store_first(out + i, F::map(q, state, load_first(t.x + i, n), kept, residual, v), n);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= columns; i += kLanes) at(i, kLanes);
+  if (i == columns) return;
+  if (columns >= kLanes) {
+    at(columns - kLanes, kLanes);  // some elements once more: results never overlap inputs
+  } else {
+    at(i, columns - i);
+  }
+}
+
+// Results by how far x is below the row's largest: computed once for rows with the same largest one.
+constexpr int kTable = 256, kTables = 32;
+template <class T>
+struct Table {
+  int32_t top, filled;
+  T at[kTable];
+};
+
+template <class F, class T, class Row>
+EFFVIT_INLINE void look_up(const IntRowsData& p, const Source& s, const Row& row, Table<T>* tables, T* out) {
+  Table<T>& table = tables[static_cast<uint32_t>(row.top) % kTables];
+  const int32_t top = row.top, range = top - row.bottom;
+  if (table.top != top) table.top = top, table.filled = 0;
+  for (; table.filled <= range; ++table.filled) {
+    const int32_t none[F::kVectors + 1] = {};
+    table.at[table.filled] = static_cast<T>(F::map(p, row, top - table.filled, int32_t{0}, int32_t{0}, none));
+  }
+  const T* const at = table.at;
+  const int32_t* const x = s.x;
+  const int64_t columns = s.columns;
+  for (int64_t i = 0; i < columns; ++i) out[i] = at[top - x[i]];
+}
+
+int64_t rows_of_unit(const Params& p) { return std::max<int64_t>(1, kUnit / std::max<int64_t>(1, p.columns)); }
+int64_t units(const Params& p) { return ceil_div(p.rows, rows_of_unit(p)); }
+
+template <class F, class T>
+void rows(const Params& p, int64_t begin, int64_t end) {
+  Scratch count;
+  const auto lay_out = [&](Scratch& scratch, Source& s, Table<T>*& tables) {
+    s.kept = scratch.take<int32_t>(F::kKeeps ? p.columns + kLanes : 0);
+    tables = scratch.take<Table<T>>(F::kTabulates ? kTables : 0);
+  };
+  Source s{};
+  Table<T>* tables = nullptr;
+  lay_out(count, s, tables);
+  Scratch scratch(static_cast<char*>(thread_scratch(static_cast<size_t>(count.used()))));
+  lay_out(scratch, s, tables);
+  if constexpr (F::kTabulates) {
+    for (int i = 0; i < kTables; ++i) tables[i].top = 0, tables[i].filled = 0;
+  }
+  s.columns = p.columns, s.vectors = p.vectors;
+  for (int64_t r = begin; r < end; ++r) {
+    s.x = p.x + row_start(p, p.x_stride, r);
+    s.residual = p.residual ? p.residual + row_start(p, p.residual_stride, r) : nullptr;
+    T* const out = static_cast<T*>(p.out) + r * p.columns;
+    typename F::Row row{};
+    reduce_from<F, 0>(p, s, row);
+    if constexpr (F::kTabulates) {
+      if (static_cast<uint32_t>(row.top) - static_cast<uint32_t>(row.bottom) < kTable) {
+        look_up<F, T>(p, s, row, tables, out);
+        continue;
+      }
+    }
+    map<F, T>(p, s, row, out);
+  }
+}
+
+void run(const Params& p, float*, int64_t begin, int64_t end) {
+  const int64_t unit = rows_of_unit(p), first = begin * unit, last = std::min(end * unit, p.rows);
+  dispatch_variant(p.variant, std::make_integer_sequence<int, kVariants>(), [&](auto variant) {
+    using F = Forward<decltype(variant)::value>;
+    const int64_t bytes = element_bytes(p.out_dtype);
+    if (bytes == 4) return rows<F, int32_t>(p, first, last);
+    if (bytes == 2) return rows<F, int16_t>(p, first, last);
+    rows<F, int8_t>(p, first, last);  // the low bytes, with or without a sign
+  });
+}
+
+constexpr Step<Params> kForward[] = {{units, run}};
+
+}  // namespace rows_impl
+}  // namespace effvit::cpu::EFFVIT_ISA_NAME
+
+namespace effvit::cpu {
+const Kernel<IntRowsParams<ops::EFFVIT_OP>>* EFFVIT_KERNEL_NAME(EFFVIT_OP)() {
+  namespace impl = EFFVIT_ISA_NAME::rows_impl;
+  static constexpr Kernel<IntRowsParams<ops::EFFVIT_OP>> kernel = {routine(impl::kForward), {}};
+  return &kernel;
+}
+}  // namespace effvit::cpu

@@ -1,0 +1,91 @@
+"""int_layer_norm's samples and bad inputs."""
+
+import torch
+
+from effvit.testing import _integer
+from effvit.testing._bad_inputs import declared_bad_inputs
+from effvit.testing._spec import OpSpec
+
+
+def _make(*, size=3000.0, kind="normal", bias=False, rescales=False, exact=False, truncate=False,
+          out_dtype=_integer.INT32, largest_bias=2**29):  # fmt: skip
+    def make(shape, generator):
+        x = _integer.rows(shape, generator, size, kind)
+        vectors = [_integer.integers(shape[-1:], generator, largest_bias) if bias else None, None, None]
+        if rescales:
+            vectors[1:] = _integer.multipliers(shape[-1], generator, 45, 55)
+        return (x, *vectors), {"exact": exact, "truncate": truncate, "out_dtype": out_dtype}
+
+    return make
+
+
+def random_sample(name, choose):
+    shape = _integer.random_shape(choose)
+    options = {
+        "size": choose.choice((0.6, 3.0, 100.0, 3000.0, 1e4, 1e8)), "kind": choose.choice(_integer.KINDS),
+        "bias": choose.random() < 0.6, "rescales": choose.random() < 0.5, "exact": choose.random() < 0.5,
+        "truncate": choose.random() < 0.3, "out_dtype": choose.randint(3, 6), "largest_bias": 2**31 - 1,
+    }  # fmt: skip
+    return _integer.sample(name, shape, _make(**options), layout=_integer.random_layout(shape, choose))
+
+
+FUSED = {"bias": True, "rescales": True, "out_dtype": _integer.INT8}
+VIT = {"deit_s": (2, 197, 384), "swin": (1, 784, 96)}
+SAMPLES = [
+    *_integer.standard_samples(_make, VIT),
+    _integer.sample("vit_int8", (2, 197, 384), _make(**FUSED), tags="vit"),
+    _integer.sample("small_bias", (2, 3, 20), _make(bias=True), tags="small framework"),
+    _integer.sample("small_int8", (2, 3, 40), _make(**FUSED), tags="small framework"),
+    _integer.sample("small_exact", (2, 3, 40), _make(exact=True, bias=True), tags="small framework"),
+    _integer.sample("small_deployed", (2, 3, 40), _make(truncate=True, bias=True), tags="small"),
+    _integer.sample("small_int16", (2, 3, 40), _make(bias=True, rescales=True, out_dtype=_integer.INT16), tags="small"),
+    _integer.sample("small_uint8", (2, 3, 40), _make(bias=True, rescales=True, out_dtype=_integer.UINT8), tags="small"),
+    *(_integer.sample(f"exact_{kind}", (2, 3, 37), _make(kind=kind, exact=True), tags="nasty small")
+      for kind in _integer.KINDS),
+    *(_integer.sample(f"deployed_{kind}", (2, 3, 37), _make(kind=kind, truncate=True), tags="nasty small")
+      for kind in _integer.KINDS),
+    _integer.sample("few_steps", (40, 10), _make(size=1.0), tags="nasty small"),
+    _integer.sample("few_steps_exact", (40, 10), _make(size=1.0, exact=True), tags="nasty small"),
+    _integer.sample("largest_bias", (40, 10), _make(bias=True, largest_bias=2**31 - 1), tags="nasty small"),
+    _integer.sample("long_exact", (2, 16_384), _make(exact=True, size=2e4)),
+]  # fmt: skip
+
+
+def good_call():
+    generator = torch.Generator().manual_seed(0)
+    multiplier, shift = _integer.multipliers(8, generator, 45, 55)
+    return {
+        "x": _integer.rows((2, 3, 8), generator, 3000.0), "bias": _integer.integers((8,), generator, 2**29),
+        "multiplier": multiplier, "shift": shift, "exact": False, "truncate": False, "out_dtype": _integer.INT8,
+    }  # fmt: skip
+
+
+def _bad_shift(value):
+    shift = good_call()["shift"].clone()
+    shift[3] = value
+    return _integer.bad("int_layer_norm", good_call, f"shift_{value}", "shift", r"between 1 and 61, got .* at \[3\]",
+                        shift=shift)  # fmt: skip
+
+
+def memory_calls(dtype):
+    x = _integer.rows((20_000, 1536), torch.Generator().manual_seed(0), 3000.0)
+    return [("20000x1536", (x, None, None, None), {})]
+
+
+SPEC = OpSpec(
+    name="int_layer_norm",
+    samples=SAMPLES,
+    random_sample=random_sample,
+    bad_inputs=[
+        *(_integer.not_public(b) for b in declared_bad_inputs("int_layer_norm", good_call)),
+        *(_integer.not_public(_bad_shift(value)) for value in (0, 62, -1)),
+        _integer.not_public(
+            _integer.bad("int_layer_norm", good_call, "no_shift", "shift", "given together", shift=None)
+        ),
+    ],
+    good_call=good_call,
+    dynamic="...",
+    resize=_integer.resize,
+    public_kwargs=lambda kwargs: None,
+    memory_calls=memory_calls,
+)

@@ -1,0 +1,86 @@
+"""The integer-only operators in int64 NumPy, row by row from the papers' formulas: what every backend must equal.
+
+Nothing here comes from effvit. Shifts are arithmetic, // rounds down.
+"""
+
+import math
+
+import numpy as np
+
+LARGEST = 2**31 - 1
+
+
+def shift_exp(d, x0, n, half_bit):
+    """d int64 of any sign; saturates at 2^31 - 1."""
+    p = np.maximum(d + (d >> 1) - (d >> 4), n * x0)
+    q = p // x0
+    r = p - q * x0
+    left = np.minimum(n - q, 33)  # 2^33 saturates in any case
+    e = ((r - 2 * x0) << left) >> 1 if half_bit else ((r >> 1) - x0) << left
+    return np.minimum(np.maximum(e, 0), LARGEST)
+
+
+def saturate(y, dtype):
+    info = np.iinfo(dtype)
+    return np.clip(y, info.min, info.max).astype(dtype)
+
+
+def shiftmax(x, x0, n, bits, half_bit, dtype):
+    x = x.astype(np.int64)
+    e = shift_exp(x - x.max(-1, keepdims=True), x0, n, half_bit)
+    s = np.minimum(e.sum(-1, keepdims=True), LARGEST)
+    return saturate((e * (LARGEST // s)) >> (32 - bits), dtype)
+
+
+def rescaled(z, m, c):
+    """z m / 2^c to the nearest, ties to even."""
+    t = z.astype(np.int64) * m
+    half = np.int64(1) << (np.asarray(c, np.int64) - 1)
+    return (t + half - 1 + ((t >> c) & 1)) >> c
+
+
+def shift_gelu(x, x0, n, bits, half_bit, safe_max, multiplier, shift, dtype):
+    x = x.astype(np.int64)
+    top = x.max(-1, keepdims=True)
+    if safe_max:
+        top = np.maximum(top, 0)
+    e = shift_exp(x - top, x0, n, half_bit)
+    s = np.minimum(e + shift_exp(-top, x0, n, half_bit), LARGEST)
+    y = x * ((e * (LARGEST // s)) >> (32 - bits))
+    if multiplier:
+        y = rescaled(saturate(y, np.int32), multiplier, shift)
+    return saturate(y, dtype)
+
+
+def int_layer_norm(x, bias, multiplier, shift, exact, truncate, dtype):
+    x, columns = x.astype(np.int64), x.shape[-1]
+    total = x.sum(-1, keepdims=True)
+    if truncate:
+        mean = np.sign(total) * (np.abs(total) // columns)
+    else:
+        mean, rest = total // columns, total % columns
+        mean = mean + ((2 * rest > columns) | ((2 * rest == columns) & (mean % 2 == 1)))
+    y = np.clip(x - mean, -46340, 46340)
+    v = (y * y).sum(-1, keepdims=True)
+    if exact:
+        k = np.vectorize(math.isqrt, otypes=[np.int64])(v)
+        k = np.maximum(k, 1)
+    else:
+        k = np.full_like(v, 2**16)
+        for _ in range(10):
+            k = (k + v // k) >> 1
+    t = y * (LARGEST // k)
+    y = np.sign(t) * (np.abs(t) >> 1) if truncate else t >> 1
+    if bias is not None:
+        y = np.clip(y + bias.astype(np.int64), -LARGEST - 1, LARGEST)
+    if multiplier is not None:
+        y = rescaled(y, multiplier.astype(np.int64), shift.astype(np.int64))
+    return saturate(y, dtype)
+
+
+def requantize(x, multiplier, shift, residual, residual_multiplier, residual_shift, bits, dtype):
+    y = rescaled(x, multiplier.astype(np.int64), shift.astype(np.int64))
+    if residual is not None:
+        y = y + rescaled(residual, residual_multiplier.astype(np.int64), residual_shift.astype(np.int64))
+    ends = (0, 2**bits - 1) if dtype == np.uint8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return saturate(np.clip(y, *ends), dtype)

@@ -1,0 +1,58 @@
+"""The shared suite of the integer-only operators: bitwise equal to tests/int_oracle.py, sample by sample and fuzzed."""
+
+import random
+
+import numpy as np
+import pytest
+import random_calls
+import torch
+
+from effvit.ops._declaration import OUT_DTYPES
+from effvit.testing import assert_bitwise_equal, backends
+from effvit.testing._spec import as_tuple
+from op_suite import ForwardSuite
+
+
+def numpy_dtype(out_dtype):
+    return np.dtype(OUT_DTYPES[out_dtype])
+
+
+class IntegerSuite(ForwardSuite):
+    """Subclasses have `oracle(args, kwargs)`."""
+
+    FUZZ_ROWS = 12_000
+
+    def expected(self, args, kwargs):
+        return torch.from_numpy(np.ascontiguousarray(self.oracle(args, kwargs)))
+
+    @pytest.mark.parametrize("name", ["reference", "cpu", "emu", "triton"])
+    def test_every_sample_is_the_oracles(self, name):
+        found = [b for b in backends(self.spec.name) if b.name.split(":")[0] == name]
+        if not found:
+            pytest.skip(f"no {name} backend")
+        for sample in self.spec.samples:
+            if "empty" in sample.tags:
+                continue
+            args, kwargs = sample.build()
+            expected = self.expected(args, kwargs)
+            for backend in found:
+                if backend.slow and "small" not in sample.tags:
+                    continue
+                given = (None if a is None else a.to(backend.device) for a in args)
+                (result,) = as_tuple(backend.forward(*given, **kwargs))
+                assert_bitwise_equal(result.cpu(), expected, name=f"{sample.name} on {backend.name}")
+
+    def test_fuzz(self):
+        """Random rows and options, at least FUZZ_ROWS of them, on every compiled instruction set."""
+        fast = [b for b in backends(self.spec.name) if not b.slow]
+        rows, i = 0, 0
+        while rows < self.FUZZ_ROWS:
+            sample = self.spec.random_sample(f"fuzz_{i}", random.Random(f"{self.spec.name} {random_calls.seed()} {i}"))
+            args, kwargs = sample.build()
+            expected = self.expected(args, kwargs)
+            for backend in fast if i % 8 == 0 else fast[-1:]:
+                (result,) = as_tuple(backend.forward(*args, **kwargs))
+                shape = [None if a is None else list(a.shape) for a in args]
+                assert_bitwise_equal(result, expected, name=f"{backend.name}, {shape}, {kwargs}, call {i}")
+            rows += args[0][..., 0].numel()
+            i += 1
