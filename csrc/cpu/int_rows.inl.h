@@ -20,6 +20,16 @@ EFFVIT_INLINE V splat(uint32_t x) {
 EFFVIT_INLINE vi select(vi mask, vi a, vi b) { return mask ? a : b; }
 EFFVIT_INLINE vu select(vi mask, vu a, vu b) { return mask ? a : b; }
 
+#if defined(EFFVIT_HAS_AVX512)
+EFFVIT_INLINE vi least(vi a, vi b) { return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+EFFVIT_INLINE vu least(vu a, vu b) { return (vu)_mm512_min_epu32((__m512i)a, (__m512i)b); }
+EFFVIT_INLINE vi most(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+#elif defined(EFFVIT_HAS_AVX2)
+EFFVIT_INLINE vi least(vi a, vi b) { return (vi)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+EFFVIT_INLINE vu least(vu a, vu b) { return (vu)_mm256_min_epu32((__m256i)a, (__m256i)b); }
+EFFVIT_INLINE vi most(vi a, vi b) { return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+#endif
+
 // Products of the even lanes, in 64 bits.
 EFFVIT_INLINE vl mul_even(vi a, vi b) {
 #if defined(EFFVIT_HAS_AVX512)
@@ -58,16 +68,24 @@ struct UnsignedOf<vi> {
   using type = vu;
 };
 
-// rounded_shift of vectors; 1 <= c <= 61.
+// t / 2^c in 64 bits to the nearest, ties to even; 1 <= c <= 61.
 EFFVIT_INLINE vl rounded_shift(vl t, vul c) {
-  const vul u = (vul)t + (uint64_t{1} << 62), one = vul{} + 1u;
-  const vul q = (u + (one << (c - 1u)) - 1u + ((u >> c) & 1u)) >> c;
-  return (vl)(q - ((vul{} + (uint64_t{1} << 62)) >> c));
+  const vul half = (~vul{} >> 1u) >> (64u - c);  // of 2^c, less one
+#if defined(EFFVIT_HAS_AVX512)
+  return (t + (vl)half + ((t >> (vl)c) & 1)) >> (vl)c;
+#else  // no arithmetic shift: an even multiple of 2^c makes t positive
+  const vul offset = vul{} + (uint64_t{1} << 62), u = (vul)t + offset;
+  return (vl)(((u + half + ((u >> c) & 1u)) >> c) - (offset >> c));
+#endif
 }
 EFFVIT_INLINE vl between(vl x, int32_t low, int32_t high) {
   const vl a = vl{} + low, b = vl{} + high;
+#if defined(EFFVIT_HAS_AVX512)
+  return (vl)_mm512_min_epi64(_mm512_max_epi64((__m512i)x, (__m512i)a), (__m512i)b);
+#else
   x = x < a ? a : x;
   return x > b ? b : x;
+#endif
 }
 EFFVIT_INLINE vi odd_lanes(vi x) { return (vi)((vul)x >> 32); }
 EFFVIT_INLINE vl rescaled_even(vi z, vi m, vi c) { return rounded_shift(mul_even(z, m), (vul)c & 0xffffffffu); }
@@ -77,7 +95,31 @@ EFFVIT_INLINE vl rescaled_odd(vi z, vi m, vi c) {
 EFFVIT_INLINE vi between(vl even, vl odd, int32_t low, int32_t high) {
   return interleave((vul)between(even, low, high), (vul)between(odd, low, high));
 }
+EFFVIT_INLINE bool any(vi mask) {
+#if defined(EFFVIT_HAS_AVX2) && EFFVIT_LANES == 8
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= mask[i];
+  return found != 0;
+#endif
+}
+// The high halves of both, in turn.
+EFFVIT_INLINE vi high_halves(vl even, vl odd) { return (vi)(((vul)even >> 32) | ((vul)odd & ~uint64_t{0xffffffff})); }
+// With 64-bit minima and arithmetic shifts all is done in these. Else, from c = 33 on, what follows the product is done
+// in 32 bits: its high half and whether the low one is 0, as one more bit below, h, which fits as |z m| < 2^62.
+// h / 2^(c - 31) is rounded down, and up by one where the rest is above the half, or is it and the quotient odd.
 EFFVIT_INLINE vi rescale(vi z, vi m, vi c, int32_t low, int32_t high) {
+#if !defined(EFFVIT_HAS_AVX512)
+  if (!any(c < 33)) {
+    const vl even = mul_even(z, m), odd = mul_even(odd_lanes(z), odd_lanes(m));
+    const vi top = high_halves(even, odd), is_whole = interleave((vul)even, (vul)odd) == 0;
+    const vi h = top + top + 1 + is_whole, s = c - 31;
+    const vi q = h >> s, rest = h - (q << s);
+    const vi y = q - (rest > (set1(1) << (s - 1)) - (q & 1));
+    return least(most(y, set1(low)), set1(high));
+  }
+#endif
   return between(rescaled_even(z, m, c), rescaled_odd(z, m, c), low, high);
 }
 EFFVIT_INLINE vi rescale_sum(vi z, vi m, vi c, vi z2, vi m2, vi c2, int32_t low, int32_t high) {
@@ -131,6 +173,32 @@ EFFVIT_INLINE vi only(vi x, int64_t n, int32_t other) {
   return n >= kLanes ? x : select(lanes_below(static_cast<int>(n)), x, set1(other));
 }
 
+// Of all lanes, by f of two vectors, in whatever order.
+template <class F>
+EFFVIT_INLINE int32_t fold(vi x, const F& f) {
+#if EFFVIT_LANES == 16
+  x = f(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  x = f(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  x = f(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  x = f(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#elif EFFVIT_LANES == 8
+  x = f(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+  x = f(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+  x = f(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
+#else
+  x = f(x, __builtin_shufflevector(x, x, 2, 3, 0, 1));
+  x = f(x, __builtin_shufflevector(x, x, 1, 0, 3, 2));
+#endif
+  return x[0];
+}
+// Of numbers whose halves' sum may pass 2^31, in 64 bits.
+EFFVIT_INLINE int64_t sum_of(vi x) {
+  const vl pairs = ((vl)x >> 32) + (((vl)x << 32) >> 32);
+  int64_t total = 0;
+  for (int k = 0; k < kLanes / 2; ++k) total += pairs[k];
+  return total;
+}
+
 // Reduces the terms of one pass; the smallest one as well for kMax.
 template <class F, int kPass, class Row>
 EFFVIT_INLINE void reduce(const IntRowsData& p, const Source& s, Row& row) {
@@ -138,14 +206,14 @@ EFFVIT_INLINE void reduce(const IntRowsData& p, const Source& s, Row& row) {
   const int64_t columns = s.columns;
   const int32_t *const x = s.x, *const residual = s.residual;
   int32_t* const kept = s.kept;
-  const IntRowsData q = p;  // stores may alias anything
-  const Row state = row;
+  const Row state = row;  // stores may alias anything
   const auto term = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const vi y = F::template term<kPass>(q, state, load_first(x + i, n), residual ? load_first(residual + i, n) : vi{});
+    const vi y = F::template term<kPass>(p, state, load_first(x + i, n), residual ? load_first(residual + i, n) : vi{});
     if constexpr (kKeep) store(kept + i, y);
     return y;
   };
-  if constexpr (F::kReductions[kPass] == Reduce::kMax) {
+  constexpr Reduce kReduction = F::kReductions[kPass];
+  if constexpr (kReduction == Reduce::kMax || kReduction == Reduce::kRange) {
     vi high = set1(INT32_MIN), low = set1(INT32_MAX);
     int64_t i = 0;
     for (; i + kLanes <= columns; i += kLanes) {
@@ -156,18 +224,18 @@ EFFVIT_INLINE void reduce(const IntRowsData& p, const Source& s, Row& row) {
       const vi y = term(i, columns - i);
       high = most(high, only(y, columns - i, INT32_MIN)), low = least(low, only(y, columns - i, INT32_MAX));
     }
-    int32_t top = INT32_MIN, bottom = INT32_MAX;
-    for (int k = 0; k < kLanes; ++k) top = std::max(top, high[k]), bottom = std::min(bottom, low[k]);
-    F::template finish<kPass>(q, row, top, bottom);
-  } else if constexpr (F::kReductions[kPass] == Reduce::kSaturating) {
+    const auto larger = [](vi a, vi b) __attribute__((always_inline)) { return most(a, b); };
+    const auto smaller = [](vi a, vi b) __attribute__((always_inline)) { return least(a, b); };
+    const int32_t bottom = kReduction == Reduce::kRange ? fold(low, smaller) : 0;
+    F::template finish<kPass>(p, row, fold(high, larger), bottom);
+  } else if constexpr (kReduction == Reduce::kSaturating) {
     const vu limit = (vu)set1(INT32_MAX);
     vu sum{};
     int64_t i = 0;
     for (; i + kLanes <= columns; i += kLanes) sum = least(sum + (vu)term(i, kLanes), limit);
     if (i < columns) sum = least(sum + (vu)only(term(i, columns - i), columns - i, 0), limit);
-    int64_t total = 0;
-    for (int k = 0; k < kLanes; ++k) total += sum[k];
-    F::template finish<kPass>(q, row, std::min<int64_t>(total, INT32_MAX), 0);
+    const auto add = [&](vi a, vi b) __attribute__((always_inline)) { return (vi)least((vu)a + (vu)b, limit); };
+    F::template finish<kPass>(p, row, fold((vi)sum, add), 0);
   } else {
     int64_t total = 0;
     for (int64_t first = 0; first < columns; first += kFlush * kLanes) {
@@ -182,9 +250,9 @@ EFFVIT_INLINE void reduce(const IntRowsData& p, const Source& s, Row& row) {
         const vi y = only(term(i, last - i), last - i, 0);
         high += y >> 16, low += y & 0xffff;
       }
-      for (int k = 0; k < kLanes; ++k) total += int64_t{high[k]} * 65536 + low[k];
+      total += int64_t{sum_of(high)} * 65536 + sum_of(low);
     }
-    F::template finish<kPass>(q, row, total, 0);
+    F::template finish<kPass>(p, row, total, 0);
   }
 }
 
@@ -199,7 +267,6 @@ EFFVIT_INLINE void reduce_from(const IntRowsData& p, const Source& s, Row& row) 
 template <class F, class T, class Row>
 EFFVIT_INLINE void map(const IntRowsData& p, const Source& s, const Row& row, T* out) {
   const int64_t columns = s.columns;
-  const IntRowsData q = p;
   const Source t = s;
   const Row state = row;
   const auto at = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
@@ -210,7 +277,7 @@ EFFVIT_INLINE void map(const IntRowsData& p, const Source& s, const Row& row, T*
     vi kept{};
     if constexpr (F::kKeeps) kept = load(t.kept + i);
     const vi residual = t.residual ? load_first(t.residual + i, n) : vi{};
-    store_first(out + i, F::map(q, state, load_first(t.x + i, n), kept, residual, v), n);
+    store_first(out + i, F::map(p, state, load_first(t.x + i, n), kept, residual, v), n);
   };
   int64_t i = 0;
   for (; i + kLanes <= columns; i += kLanes) at(i, kLanes);
@@ -222,34 +289,63 @@ EFFVIT_INLINE void map(const IntRowsData& p, const Source& s, const Row& row, T*
   }
 }
 
-// Results by how far x is below the row's largest: computed once for rows with the same largest one.
-constexpr int kTable = 256, kTables = 32;
+// Results by how far x is below the row's largest one, kTable - 1 - (top - x): computed once for all rows with that.
+constexpr int kTable = 256, kTables = 256;
 template <class T>
 struct Table {
+  alignas(64) T at[kTable];
   int32_t top, filled;
-  T at[kTable];
 };
 
+template <class T>
+EFFVIT_INLINE void look_up(const Table<T>& table, const int32_t* x, int64_t columns, int64_t shift, T* out) {
+  const T* const at = table.at;
+  int64_t i = 0;
+#if defined(EFFVIT_HAS_AVX512)
+  if constexpr (sizeof(T) == 1) {  // words of two results: 128 of them are in four registers
+    const __m512i* const words = reinterpret_cast<const __m512i*>(at);
+    const __m512i w0 = words[0], w1 = words[1], w2 = words[2], w3 = words[3];
+    const __m512i offset = _mm512_set1_epi32(static_cast<int32_t>(shift)), one = _mm512_set1_epi16(1);
+    const auto index = [&](int64_t k) __attribute__((always_inline)) {
+      return _mm512_cvtepi32_epi16(_mm512_add_epi32(_mm512_loadu_si512(x + k), offset));
+    };
+    for (; i + 32 <= columns; i += 32) {
+      const __m512i k = _mm512_inserti64x4(_mm512_castsi256_si512(index(i)), index(i + 16), 1);
+      const __m512i word = _mm512_srli_epi16(k, 1);
+      const __m512i low = _mm512_permutex2var_epi16(w0, word, w1), high = _mm512_permutex2var_epi16(w2, word, w3);
+      __m512i y = _mm512_mask_mov_epi16(low, _mm512_movepi16_mask(_mm512_slli_epi16(k, 8)), high);
+      y = _mm512_mask_srli_epi16(y, _mm512_test_epi16_mask(k, one), y, 8);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtepi16_epi8(y));
+    }
+  }
+#endif
+  for (; i < columns; ++i) out[i] = at[x[i] + shift];
+}
+
 template <class F, class T, class Row>
-EFFVIT_INLINE void look_up(const IntRowsData& p, const Source& s, const Row& row, Table<T>* tables, T* out) {
+EFFVIT_INLINE const Table<T>& table_of(const IntRowsData& p, const Row& row, Table<T>* tables) {
   Table<T>& table = tables[static_cast<uint32_t>(row.top) % kTables];
   const int32_t top = row.top, range = top - row.bottom;
   if (table.top != top) table.top = top, table.filled = 0;
-  for (; table.filled <= range; ++table.filled) {
-    const int32_t none[F::kVectors + 1] = {};
-    table.at[table.filled] = static_cast<T>(F::map(p, row, top - table.filled, int32_t{0}, int32_t{0}, none));
+  for (; table.filled <= range; table.filled += kLanes) {  // whole vectors, from the top down
+    vi x;
+    for (int k = 0; k < kLanes; ++k) {
+      const int64_t y = int64_t{top} - table.filled - (kLanes - 1) + k;
+      x[k] = static_cast<int32_t>(std::max<int64_t>(y, INT32_MIN));
+    }
+    const vi none[F::kVectors + 1] = {};
+    store(table.at + (kTable - kLanes - table.filled), F::map(p, row, x, vi{}, vi{}, none));
   }
-  const T* const at = table.at;
-  const int32_t* const x = s.x;
-  const int64_t columns = s.columns;
-  for (int64_t i = 0; i < columns; ++i) out[i] = at[top - x[i]];
+  return table;
 }
 
 int64_t rows_of_unit(const Params& p) { return std::max<int64_t>(1, kUnit / std::max<int64_t>(1, p.columns)); }
 int64_t units(const Params& p) { return ceil_div(p.rows, rows_of_unit(p)); }
 
 template <class F, class T>
-void rows(const Params& p, int64_t begin, int64_t end) {
+void rows(const Params& given, int64_t begin, int64_t end) {
+  IntRowsData p = given;  // a copy that no store can alias
+  F::prepare(p);
   Scratch count;
   const auto lay_out = [&](Scratch& scratch, Source& s, Table<T>*& tables) {
     s.kept = scratch.take<int32_t>(F::kKeeps ? p.columns + kLanes : 0);
@@ -263,16 +359,17 @@ void rows(const Params& p, int64_t begin, int64_t end) {
   if constexpr (F::kTabulates) {
     for (int i = 0; i < kTables; ++i) tables[i].top = 0, tables[i].filled = 0;
   }
-  s.columns = p.columns, s.vectors = p.vectors;
+  s.columns = p.columns, s.vectors = given.vectors;
   for (int64_t r = begin; r < end; ++r) {
-    s.x = p.x + row_start(p, p.x_stride, r);
-    s.residual = p.residual ? p.residual + row_start(p, p.residual_stride, r) : nullptr;
+    s.x = p.x + row_start(given, given.x_stride, r);
+    s.residual = p.residual ? p.residual + row_start(given, given.residual_stride, r) : nullptr;
     T* const out = static_cast<T*>(p.out) + r * p.columns;
     typename F::Row row{};
     reduce_from<F, 0>(p, s, row);
     if constexpr (F::kTabulates) {
       if (static_cast<uint32_t>(row.top) - static_cast<uint32_t>(row.bottom) < kTable) {
-        look_up<F, T>(p, s, row, tables, out);
+        const int64_t shift = int64_t{kTable - 1} - row.top;
+        look_up(table_of<F>(p, row, tables), s.x, s.columns, shift, out);
         continue;
       }
     }

@@ -31,13 +31,14 @@ template <class F, int kPass, class Row>
 EFFVIT_DEVICE void reduce_from(const IntRowsData& p, const int32_t* x, const int32_t* residual, Row& row) {
   if constexpr (kPass < F::kPasses) {
     constexpr Reduce kReduction = F::kReductions[kPass];
-    int64_t total = kReduction == Reduce::kMax ? INT32_MIN : 0;
+    constexpr bool kOrder = kReduction == Reduce::kMax || kReduction == Reduce::kRange;
+    int64_t total = kOrder ? INT32_MIN : 0;
     int32_t bottom = INT32_MAX;
     EFFVIT_NO_UNROLL
     for (int64_t i = prim::lane_id(); i < p.columns; i += prim::kWarpSize) {
       const int32_t other = residual != nullptr ? prim::load_global(residual + i) : 0;
       const int32_t y = F::template term<kPass>(p, row, prim::load_global(x + i), other);
-      if constexpr (kReduction == Reduce::kMax) {
+      if constexpr (kOrder) {
         total = most<int32_t>(static_cast<int32_t>(total), y), bottom = least(bottom, y);
       } else {
         total += y;
@@ -45,7 +46,7 @@ EFFVIT_DEVICE void reduce_from(const IntRowsData& p, const int32_t* x, const int
     }
     EFFVIT_UNROLL
     for (int m = prim::kWarpSize / 2; m > 0; m /= 2) {
-      if constexpr (kReduction == Reduce::kMax) {
+      if constexpr (kOrder) {
         total = most<int32_t>(static_cast<int32_t>(total), prim::shuffle_xor(static_cast<int32_t>(total), m));
         bottom = least(bottom, prim::shuffle_xor(bottom, m));
       } else {

@@ -12,6 +12,7 @@ struct int_layer_norm : OpDefaults {
 
   static void check(const Call& c) {
     c.check_together("multiplier", "shift");
+    check_integers(c, "multiplier", -0x7fffffff, 0x7fffffff);
     check_integers(c, "shift", 1, 61);
   }
 
@@ -80,10 +81,21 @@ struct Forward {
       if (p.flags[0]) {
         k = v == 0 ? 1 : square_root(v);
       } else {  // Newton's steps are never below the root, so |x - mean| <= k here too
-        for (int i = 0; i < 10; ++i) k = (k + v / k) >> 1;
+        for (int i = 0; i < 10; ++i) {
+          const uint64_t next = (k + v / k) >> 1;
+          if (next == k) break;  // and so would all that follow
+          k = next;
+        }
       }
       row.f = k > 0x7fffffff ? 0 : static_cast<int32_t>(0x7fffffff / k);
     }
+  }
+  // Where the host can see it: whether no sum with the bias saturates, as y is at most 2^30.
+  EFFVIT_FN static void prepare(IntRowsData& p) {
+    const int32_t* const bias = p.vectors[0];
+    bool small = true;
+    for (int64_t i = 0; bias && i < p.columns; ++i) small = small && bias[i] >= -(1 << 30) && bias[i] <= 1 << 30;
+    p.flags[2] = small;
   }
   // |y f| <= k f <= 2^31 - 1.
   template <class V>
@@ -92,7 +104,7 @@ struct Forward {
     const auto of = [](int32_t y) { return splat<V>(static_cast<uint32_t>(y)); };
     V y = (V)((U)centered(row, x) * static_cast<uint32_t>(row.f));  // unsigned: lanes beyond a row may wrap
     if (p.flags[1]) y = (V)((U)y + ((U)y >> 31u));  // towards 0
-    y = saturating_sum((V)(y >> 1), vectors[0]);
+    y = p.flags[2] ? (V)((U)(y >> 1) + (U)vectors[0]) : saturating_sum((V)(y >> 1), vectors[0]);
     if constexpr (kRescales != 0) {
       return rescale(y, vectors[1], least(most(vectors[2], of(1)), of(61)), p.low, p.high);
     } else {

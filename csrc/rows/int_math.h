@@ -13,7 +13,8 @@ using Unsigned = typename UnsignedOf<V>::type;
 
 // What a pass makes of a row's terms.
 enum class Reduce {
-  kMax,  // and the smallest one
+  kMax,
+  kRange,  // the largest one, and the smallest
   kSaturating,  // the sum of unsigned terms, at most 2^31 - 1
   kSum,  // exact
 };
@@ -65,18 +66,24 @@ EFFVIT_FN V saturating_sum(V a, V b) {
   return select(((a ^ sum) & (b ^ sum)) < 0, end, sum);  // it has the sign of neither
 }
 
-// The shift exponential of -u: e(u) = (2x - r) 2^(n - q) / 2 with p = 1.4375 u = q x + r, at most n x.
-// ShiftExp has x << n < 2^31, so nothing here exceeds 32 bits without a sign.
-template <int kWide, class U>
-EFFVIT_FN U shift_exp(const ShiftExp& e, U u) {
-  u = least(u, splat<U>(e.limit));  // p >= u: what this cuts, the next minimum would
-  const U p = least(u + ((u + 1u) >> 1) - ((u + 15u) >> 4), splat<U>(e.limit));
+// Where the shift exponential stops to fall, below `top`: as far as int32 goes.
+EFFVIT_FN int32_t lowest_of(const ShiftExp& e, int32_t top) {
+  const int64_t low = static_cast<int64_t>(top) - e.limit;
+  return static_cast<int32_t>(low < -0x80000000ll ? -0x80000000ll : low);
+}
+// The shift exponential of -n x <= d <= 0: with p = d + d / 2 - d / 16, at least -n x, and -p = q x + r it is
+// (2x - r) 2^(n - q) / 2. p <= d, so that whoever cuts d off at -n x changes nothing. ShiftExp has x << n < 2^31, so
+// nothing here exceeds 32 bits without a sign.
+template <int kWide, class V>
+EFFVIT_FN V shift_exp(const ShiftExp& e, V d) {
+  using U = Unsigned<V>;
+  const V p = most(d + (d >> 1) - (d >> 4), splat<V>(0u - e.limit));
   U q;
   if constexpr (kWide != 0) {
-    q = mul_high(p, e.magic) >> e.shift;
+    q = mul_high(0u - (U)p, e.magic) >> e.shift;
   } else {
-    q = (p * e.magic) >> e.shift;
+    q = ((U)p * (0u - e.magic)) >> e.shift;
   }
-  const U r = p - q * e.x;
-  return (((2u * e.x - r) & e.mask) << (e.n - q)) >> 1;
+  const U a = ((U)p + 2u * e.x) + q * e.x;
+  return (V)(((a & e.mask) << (e.n - q)) >> 1u);
 }

@@ -34,7 +34,7 @@ struct IntRowsData {
   ShiftExp exp;
   int32_t bits = 0, low = 0, high = 0;  // low, high: ends of the result
   int32_t multiplier = 0, shift = 0;  // of a rescaling of all columns; multiplier 0: none
-  bool flags[2] = {};  // the op's own
+  bool flags[3] = {};  // the op's own
 };
 
 // A type for each op: kernels are found by it.
@@ -50,12 +50,12 @@ EFFVIT_HD void dispatch_variant(int variant, std::integer_sequence<int, kVariant
 // Where row `row` starts, in elements.
 EFFVIT_HD int64_t row_start(const IntRowsData& p, const int64_t* stride, int64_t row) {
   int64_t offset = 0;
-  for (int k = p.dims - 1; k >= 0; --k) {
+  for (int k = p.dims - 1; k > 0; --k) {
     const int64_t outer = row / p.size[k];
     offset += (row - outer * p.size[k]) * stride[k];
     row = outer;
   }
-  return offset;
+  return offset + row * stride[0];
 }
 
 }  // namespace effvit

@@ -14,6 +14,8 @@ struct requantize : OpDefaults {
   static void check(const Call& c) {
     c.check_together("residual", "residual_multiplier");
     c.check_together("residual", "residual_shift");
+    check_integers(c, "multiplier", -0x7fffffff, 0x7fffffff);
+    check_integers(c, "residual_multiplier", -0x7fffffff, 0x7fffffff);
     check_integers(c, "shift", 1, 61);
     check_integers(c, "residual_shift", 1, 61);
   }
@@ -43,6 +45,7 @@ struct Forward {
   EFFVIT_FN static V shift_of(V c) {
     return least(most(c, splat<V>(1u)), splat<V>(61u));
   }
+  EFFVIT_FN static void prepare(IntRowsData&) {}
   template <class V>
   EFFVIT_FN static V map(const IntRowsData& p, const Row&, V x, V, V residual, const V (&v)[kVectors + 1]) {
     if constexpr (kResidual != 0) {

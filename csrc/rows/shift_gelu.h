@@ -31,10 +31,10 @@ enum : int { kVariants = 2 };
 template <int kWide>
 struct Forward {
   static constexpr int kPasses = 1, kVectors = 0;
-  static constexpr Reduce kReductions[kPasses] = {Reduce::kMax};
+  static constexpr Reduce kReductions[kPasses] = {Reduce::kRange};
   static constexpr bool kKeeps = false, kTabulates = true;  // the last pass's terms; results by x of a row
   struct Row {
-    int32_t top, bottom;  // from where x is counted; the smallest x
+    int32_t top, bottom, low;  // from where x is counted; the smallest x; from where down the exponential is constant
     uint32_t of_top;  // the exponential of -top
   };
 
@@ -54,14 +54,18 @@ struct Forward {
   template <int>
   EFFVIT_FN static void finish(const IntRowsData& p, Row& row, int64_t total, int32_t bottom) {
     row.top = static_cast<int32_t>(p.flags[0] && total < 0 ? 0 : total), row.bottom = bottom;
-    row.of_top = row.top < 0 ? shift_exp_above(p.exp, -static_cast<int64_t>(row.top))
-                             : shift_exp<kWide>(p.exp, static_cast<uint32_t>(row.top));
+    row.low = lowest_of(p.exp, row.top);
+    const int64_t d = -static_cast<int64_t>(row.top), limit = p.exp.limit;
+    row.of_top = d > 0 ? shift_exp_above(p.exp, d)
+                       : static_cast<uint32_t>(shift_exp<kWide>(p.exp, static_cast<int32_t>(d < -limit ? -limit : d)));
   }
   // Both exponentials are below 2^31, and e f at most 2^31 - 1, as f is rounded down.
+  EFFVIT_FN static void prepare(IntRowsData&) {}
   template <class V>
   EFFVIT_FN static V map(const IntRowsData& p, const Row& row, V x, V, V, const V (&)[1]) {
     using U = Unsigned<V>;
-    const U e = shift_exp<kWide>(p.exp, splat<U>(static_cast<uint32_t>(row.top)) - (U)x);
+    const auto of = [](int32_t y) { return splat<V>(static_cast<uint32_t>(y)); };
+    const U e = (U)shift_exp<kWide>(p.exp, most(x, of(row.low)) - of(row.top));
     const U f = divide(splat<U>(0x7fffffff), least(e + row.of_top, splat<U>(0x7fffffff)));
     const U sigmoid = (e * f) >> static_cast<uint32_t>(32 - p.bits);
     if (p.multiplier == 0) return product(x, (V)sigmoid, p.low, p.high);

@@ -37,7 +37,7 @@ struct Forward {
   static constexpr Reduce kReductions[kPasses] = {Reduce::kMax, Reduce::kSaturating};
   static constexpr bool kKeeps = true, kTabulates = false;  // the last pass's terms; results by x of a row
   struct Row {
-    int32_t top, f;
+    int32_t top, low, f;
   };
 
   template <int kPass, class V>
@@ -45,19 +45,20 @@ struct Forward {
     if constexpr (kPass == 0) {
       return x;
     } else {
-      using U = Unsigned<V>;
-      return (V)shift_exp<kWide>(p.exp, splat<U>(static_cast<uint32_t>(row.top)) - (U)x);
+      return shift_exp<kWide>(
+          p.exp, most(x, splat<V>(static_cast<uint32_t>(row.low))) - splat<V>(static_cast<uint32_t>(row.top)));
     }
   }
   template <int kPass>
-  EFFVIT_FN static void finish(const IntRowsData&, Row& row, int64_t total, int32_t) {
+  EFFVIT_FN static void finish(const IntRowsData& p, Row& row, int64_t total, int32_t) {
     if constexpr (kPass == 0) {
-      row.top = static_cast<int32_t>(total);
+      row.top = static_cast<int32_t>(total), row.low = lowest_of(p.exp, row.top);
     } else {
       row.f = 0x7fffffff / static_cast<int32_t>(total);
     }
   }
   // e f <= 2^31 - 1: f is rounded down, and 1 where the sum was cut off.
+  EFFVIT_FN static void prepare(IntRowsData&) {}
   template <class V>
   EFFVIT_FN static V map(const IntRowsData& p, const Row& row, V, V kept, V, const V (&)[1]) {
     using U = Unsigned<V>;

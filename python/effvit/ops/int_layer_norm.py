@@ -13,6 +13,7 @@ SQUARE_ROOTS = ("newton", "exact")
 
 def _check(op, dims, options, tensors):
     _checks.given_together(op, tensors, "multiplier", "shift")
+    _integer.check_integers(op, tensors, "multiplier", -_integer.LARGEST, _integer.LARGEST)
     _integer.check_integers(op, tensors, "shift", 1, _integer.MOST_SHIFT)
 
 

@@ -12,6 +12,8 @@ from ._op import op
 def _check(op, dims, options, tensors):
     for name in ("residual_multiplier", "residual_shift"):
         _checks.given_together(op, tensors, "residual", name)
+    _integer.check_integers(op, tensors, "multiplier", -_integer.LARGEST, _integer.LARGEST)
+    _integer.check_integers(op, tensors, "residual_multiplier", -_integer.LARGEST, _integer.LARGEST)
     _integer.check_integers(op, tensors, "shift", 1, _integer.MOST_SHIFT)
     _integer.check_integers(op, tensors, "residual_shift", 1, _integer.MOST_SHIFT)
 

@@ -7,13 +7,26 @@ from effvit.testing._bad_inputs import declared_bad_inputs
 from effvit.testing._spec import OpSpec
 
 
-def _make(*, size=3000.0, kind="normal", residual=False, bits=8, out_dtype=_integer.INT8, low=36, high=42, ties=False):
+def _make(
+    *,
+    size=3000.0,
+    kind="normal",
+    residual=False,
+    bits=8,
+    out_dtype=_integer.INT8,
+    low=36,
+    high=42,
+    ties=False,
+    halves=False,
+):
     def make(shape, generator):
         x = _integer.rows(shape, generator, size, kind)
         tensors = [x, *_integer.multipliers(shape[-1], generator, low, high), None, None, None]
-        if ties:  # a half, a quarter: every other number, or every fourth, is a tie
+        if ties:  # 2^-1 to 2^-5, on both sides of where kernels change their arithmetic
             tensors[1] = torch.full(shape[-1:], 2**30, dtype=torch.int32)
-            tensors[2] = torch.randint(31, 33, shape[-1:], generator=generator).to(torch.int32)
+            tensors[2] = torch.randint(31, 36, shape[-1:], generator=generator).to(torch.int32)
+        if halves:
+            tensors[1] = torch.full(shape[-1:], 2**30, dtype=torch.int32)
         if residual:
             tensors[3] = _integer.rows(shape, generator, size)
             tensors[4:] = _integer.multipliers(shape[-1], generator, low, high)
@@ -42,10 +55,12 @@ SAMPLES = [
                     tags="small"),
     _integer.sample("small_int32", (2, 3, 40), _make(bits=32, out_dtype=_integer.INT32, low=20, high=30), tags="small"),
     _integer.sample("small_uint8", (2, 3, 40), _make(residual=True, out_dtype=_integer.UINT8), tags="small"),
-    _integer.sample("ties", (4, 40), _make(size=20.0, ties=True), tags="nasty small"),
+    _integer.sample("ties", (4, 40), _make(size=60.0, ties=True), tags="nasty small"),
     _integer.sample("enlarged", (4, 40), _make(kind="range", residual=True, bits=32, out_dtype=_integer.INT32, low=1,
                                                high=8), tags="nasty small"),
     _integer.sample("reduced", (4, 40), _make(kind="range", residual=True, low=58, high=61), tags="nasty small"),
+    *(_integer.sample(f"ties_by_{c}", (4, 40), _make(size=60.0, low=c, high=c, halves=True), tags="nasty")
+      for c in (31, 32, 33, 34)),
     _integer.sample("4_bits", (4, 40), _make(bits=4), tags="small"),
 ]  # fmt: skip
 
