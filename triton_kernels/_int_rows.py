@@ -67,7 +67,9 @@ def launch_int_rows(kernel, x, out_dtype, args):
         raise ValueError(f"effvit::{kernel.__name__}: too many rows for one launch, got {rows}")
     block = min(next_power_of_two(max(columns, 16)), tuned(MAX_BLOCK, small=16))
     args = {**args, "x": x, "out": out, "C": columns, "x_rows": rows_of(x), "BLOCK": block}
-    return out, [Launch(kernel, rows, {n: args[n] for n in kernel.arg_names}, num_warps=4, num_stages=1)]
+    return out, [
+        Launch(kernel, rows, {n: args[n] for n in kernel.arg_names}, num_warps=8 if block > 1024 else 4, num_stages=1)
+    ]
 
 
 def finish(planned, device):

@@ -191,10 +191,16 @@ EFFVIT_INLINE int32_t fold(vi x, const F& f) {
 #endif
   return x[0];
 }
-// Of numbers whose halves' sum may pass 2^31, in 64 bits.
+// Of all lanes, in 64 bits.
 EFFVIT_INLINE int64_t sum_of(vi x) {
   const vl pairs = ((vl)x >> 32) + (((vl)x << 32) >> 32);
   int64_t total = 0;
+  for (int k = 0; k < kLanes / 2; ++k) total += pairs[k];
+  return total;
+}
+EFFVIT_INLINE uint64_t sum_of(vu x) {
+  const vul pairs = ((vul)x >> 32) + ((vul)x & 0xffffffffu);
+  uint64_t total = 0;
   for (int k = 0; k < kLanes / 2; ++k) total += pairs[k];
   return total;
 }
@@ -237,20 +243,25 @@ EFFVIT_INLINE void reduce(const IntRowsData& p, const Source& s, Row& row) {
     const auto add = [&](vi a, vi b) __attribute__((always_inline)) { return (vi)least((vu)a + (vu)b, limit); };
     F::template finish<kPass>(p, row, fold((vi)sum, add), 0);
   } else {
+    const auto number = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      const vi y = only(term(i, n), n, 0);
+      return kReduction == Reduce::kSquares ? (vi)((vu)y * (vu)y) : y;
+    };
     int64_t total = 0;
     for (int64_t first = 0; first < columns; first += kFlush * kLanes) {
       const int64_t last = std::min(columns, first + kFlush * kLanes);
-      vi high{}, low{};
+      vi high{};  // of the high halves
+      vu all{};  // wraps: less the high halves it is the sum of the low ones, below 2^32
       int64_t i = first;
       for (; i + kLanes <= last; i += kLanes) {
-        const vi y = term(i, kLanes);
-        high += y >> 16, low += y & 0xffff;
+        const vi y = number(i, kLanes);
+        high += y >> 16, all += (vu)y;
       }
       if (i < last) {
-        const vi y = only(term(i, last - i), last - i, 0);
-        high += y >> 16, low += y & 0xffff;
+        const vi y = number(i, last - i);
+        high += y >> 16, all += (vu)y;
       }
-      total += int64_t{sum_of(high)} * 65536 + sum_of(low);
+      total += sum_of(high) * 65536 + static_cast<int64_t>(sum_of(all - ((vu)high << 16)));
     }
     F::template finish<kPass>(p, row, total, 0);
   }

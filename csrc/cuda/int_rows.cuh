@@ -40,6 +40,8 @@ EFFVIT_DEVICE void reduce_from(const IntRowsData& p, const int32_t* x, const int
       const int32_t y = F::template term<kPass>(p, row, prim::load_global(x + i), other);
       if constexpr (kOrder) {
         total = most<int32_t>(static_cast<int32_t>(total), y), bottom = least(bottom, y);
+      } else if constexpr (kReduction == Reduce::kSquares) {
+        total += static_cast<int64_t>(y) * y;
       } else {
         total += y;
       }

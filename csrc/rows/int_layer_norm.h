@@ -32,8 +32,8 @@ enum : int { kVariants = 2 };
 template <int kRescales>
 struct Forward {
   static constexpr int kPasses = 2, kVectors = kRescales != 0 ? 3 : 1;  // bias, multiplier, shift
-  static constexpr Reduce kReductions[kPasses] = {Reduce::kSum, Reduce::kSum};
-  static constexpr bool kKeeps = false, kTabulates = false;  // the last pass's terms; results by x of a row
+  static constexpr Reduce kReductions[kPasses] = {Reduce::kSum, Reduce::kSquares};
+  static constexpr bool kKeeps = true, kTabulates = false;  // the last pass's terms; results by x of a row
   static constexpr int64_t kFurthest = 46340;  // from the mean: its square is below 2^31
   struct Row {
     int32_t mean, low, high, f;
@@ -50,16 +50,19 @@ struct Forward {
     if constexpr (kPass == 0) {
       return x;
     } else {
-      const V y = centered(row, x);
-      return (V)((Unsigned<V>)y * (Unsigned<V>)y);
+      return centered(row, x);
     }
+  }
+  // Divisions of 32 bits take much less time.
+  EFFVIT_FN static uint64_t quotient(uint64_t a, uint64_t b) {
+    return (a | b) >> 32 ? a / b : static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   }
   // floor(sqrt(v)), from above.
   EFFVIT_FN static uint64_t square_root(uint64_t v) {
     uint64_t k = 1;
     while (k < 0xffffffff && k * k < v) k *= 2;
     for (;;) {
-      const uint64_t next = (k + v / k) / 2;
+      const uint64_t next = (k + quotient(v, k)) / 2;
       if (next >= k) return k;
       k = next;
     }
@@ -67,10 +70,11 @@ struct Forward {
   template <int kPass>
   EFFVIT_FN static void finish(const IntRowsData& p, Row& row, int64_t total, int32_t) {
     if constexpr (kPass == 0) {
-      int64_t mean = total / p.columns;
-      const int64_t rest = total - mean * p.columns, size = rest < 0 ? -rest : rest;
-      if (!p.flags[1] && (2 * size > p.columns || (2 * size == p.columns && (mean & 1) != 0)))
-        mean += rest < 0 ? -1 : 1;
+      const uint64_t columns = static_cast<uint64_t>(p.columns);
+      const uint64_t size = static_cast<uint64_t>(total < 0 ? -total : total), whole = quotient(size, columns);
+      const uint64_t rest = 2 * (size - whole * columns);
+      const bool up = !p.flags[1] && (rest > columns || (rest == columns && (whole & 1) != 0));
+      const int64_t rounded = static_cast<int64_t>(whole) + (up ? 1 : 0), mean = total < 0 ? -rounded : rounded;
       const int64_t low = mean - kFurthest, high = mean + kFurthest;
       row.mean = static_cast<int32_t>(mean);
       row.low = static_cast<int32_t>(low < -0x80000000ll ? -0x80000000ll : low);
@@ -82,7 +86,7 @@ struct Forward {
         k = v == 0 ? 1 : square_root(v);
       } else {  // Newton's steps are never below the root, so |x - mean| <= k here too
         for (int i = 0; i < 10; ++i) {
-          const uint64_t next = (k + v / k) >> 1;
+          const uint64_t next = (k + quotient(v, k)) >> 1;
           if (next == k) break;  // and so would all that follow
           k = next;
         }
@@ -99,10 +103,10 @@ struct Forward {
   }
   // |y f| <= k f <= 2^31 - 1.
   template <class V>
-  EFFVIT_FN static V map(const IntRowsData& p, const Row& row, V x, V, V, const V (&vectors)[kVectors + 1]) {
+  EFFVIT_FN static V map(const IntRowsData& p, const Row& row, V, V kept, V, const V (&vectors)[kVectors + 1]) {
     using U = Unsigned<V>;
     const auto of = [](int32_t y) { return splat<V>(static_cast<uint32_t>(y)); };
-    V y = (V)((U)centered(row, x) * static_cast<uint32_t>(row.f));  // unsigned: lanes beyond a row may wrap
+    V y = (V)((U)kept * static_cast<uint32_t>(row.f));  // unsigned: lanes beyond a row may wrap
     if (p.flags[1]) y = (V)((U)y + ((U)y >> 31u));  // towards 0
     y = p.flags[2] ? (V)((U)(y >> 1) + (U)vectors[0]) : saturating_sum((V)(y >> 1), vectors[0]);
     if constexpr (kRescales != 0) {

@@ -17,6 +17,7 @@ enum class Reduce {
   kRange,  // the largest one, and the smallest
   kSaturating,  // the sum of unsigned terms, at most 2^31 - 1
   kSum,  // exact
+  kSquares,  // the exact sum of squares below 2^31
 };
 
 EFFVIT_FN int32_t select(bool condition, int32_t a, int32_t b) { return condition ? a : b; }
