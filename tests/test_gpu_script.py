@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from effvit.ops._op import OPS
+from effvit.testing import get_spec
 from layout import WAIVERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +89,7 @@ def test_sanitizer_selection(commands, tmp_path):
     tests = collected(tmp_path, [*sanitized[0][:-1], *files])
     for op in ON_GPU["cuda"]:
         found = [t for t in tests if t.startswith(f"tests/ops/test_{op}.py::")]
-        for dtype in ("float32", "bfloat16", "float16"):
+        for dtype in {str(d).removeprefix("torch.") for s in get_spec(op).samples for d in s.dtypes}:
             assert any("::test_results[small" in t and t.endswith(f"-{dtype}-cuda]") for t in found), (op, dtype)
     assert all("cuda" in t and "small" in t for t in tests)
 

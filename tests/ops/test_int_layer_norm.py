@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from integer_suite import IntegerSuite, numpy_dtype
 
 import effvit
-from effvit.ops.int_layer_norm import constants
+from effvit.integer import layer_norm_constants as constants
 from effvit.testing.int_layer_norm import SPEC
 
 
@@ -30,11 +30,10 @@ def test_public_function():
     x, weight, bias = _call()
     expected = F.layer_norm(x.double(), (96,), weight.double(), bias.double(), eps=0.0)
     for options in ({}, {"square_root": "exact"}, {"deployed": True}):
-        y = effvit.ops.int_layer_norm(x, weight, bias, **options)
+        y = effvit.int_layer_norm(x, constants(weight, bias)[0], **options)
         assert y.dtype == torch.int32
         assert (y.double() * weight.double() * 96**0.5 / 2**30 - expected).abs().max() < 0.01
-        q = effvit.ops.int_layer_norm(x, weight, bias, out_scale=0.03, **options)
-        assert q.dtype == torch.int8
+        q = effvit.int_layer_norm(x, *constants(weight, bias, 0.03), **options, out_dtype=torch.int8)
         assert (q.double() * 0.03 - expected.clamp(-128 * 0.03, 127 * 0.03)).abs().max() < 0.03
 
 
@@ -59,8 +58,6 @@ def test_constants():
     integers, m, c = constants(weight, bias, 0.02)
     assert integers[3] == 0 and m[3] == 0 and 1 <= c.min() and c.max() <= 61
     x = _call()[0]
-    assert effvit.ops.int_layer_norm(x, weight, bias, out_scale=0.02)[:, 3].eq(0).all()
+    assert effvit.int_layer_norm(x, integers, m, c, out_dtype=torch.int8)[:, 3].eq(0).all()
     with pytest.raises(ValueError, match="square_root must be one of newton, exact, got 'float'"):
-        effvit.ops.int_layer_norm(x, square_root="float")
-    with pytest.raises(ValueError, match=r"weight must be \[C\] = \[96\], got \[95\]"):
-        effvit.ops.int_layer_norm(x, weight[1:])
+        effvit.int_layer_norm(x, square_root="float")

@@ -8,6 +8,7 @@ import torch
 from integer_suite import IntegerSuite, numpy_dtype
 
 import effvit
+from effvit.integer import multipliers
 from effvit.ops._integer import fixed_point, fixed_point_of
 from effvit.testing.requantize import SPEC
 
@@ -23,17 +24,18 @@ class TestRequantize(IntegerSuite):
 
 def test_public_function():
     x = torch.randint(-30000, 30000, (4, 50), dtype=torch.int32)
-    y = effvit.ops.requantize(x, 0.001, 0.25)
+    y = effvit.requantize(x, *multipliers(0.001, 0.25, x))
     assert torch.equal(y, (x.double() * (0.001 / 0.25)).round().clamp(-128, 127).to(torch.int8))
     scale, residual = 0.0005 + 0.001 * torch.rand(50), torch.randint(-300, 300, (4, 50), dtype=torch.int32)
-    y = effvit.ops.requantize(x, scale, 0.01, residual, 0.02, bits=16, out_dtype=torch.int16)
+    other = multipliers(0.02, 0.01, x)
+    y = effvit.requantize(x, *multipliers(scale, 0.01, x), residual, *other, bits=16, out_dtype=torch.int16)
     expected = (x.double() * (scale.double() / 0.01)).round() + (residual.double() * 2).round()
     assert torch.equal(y, expected.to(torch.int16))
 
 
 def test_ties_go_to_the_even_number():
     x = torch.tensor([[1, 3, 5, -1, -3, -5, 2, 257]], dtype=torch.int32)
-    assert effvit.ops.requantize(x, 0.5, 1.0).tolist() == [[0, 2, 2, 0, -2, -2, 1, 127]]
+    assert effvit.requantize(x, *multipliers(0.5, 1.0, x)).tolist() == [[0, 2, 2, 0, -2, -2, 1, 127]]
 
 
 def test_multipliers():
@@ -52,6 +54,8 @@ def test_multipliers():
 def test_bounds_of_the_ratio(ratio):
     x = torch.zeros(2, 3, dtype=torch.int32)
     with pytest.raises(ValueError, match="effvit::requantize: scale must be"):
-        effvit.ops.requantize(x, torch.tensor([ratio], dtype=torch.float64), 1.0)
-    with pytest.raises(ValueError, match="residual_scale must be given where the other"):
-        effvit.ops.requantize(x, 1.0, 1.0, x)
+        multipliers(torch.tensor([ratio], dtype=torch.float64), 1.0, x)
+    with pytest.raises(
+        ValueError, match=r"effvit::requantize: scale must be a number, \[1\] or \[C\] = \[3\], got \[2\]"
+    ):
+        multipliers(torch.ones(2), 1.0, x)

@@ -57,3 +57,12 @@ def test_bounds_of_the_scale(scale, n):
     for wrong in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="scale must be"):
             effvit.ops.shiftmax(x, wrong)
+
+
+def test_scale_or_x0():
+    x = torch.randint(-300, 300, (4, 50), dtype=torch.int32)
+    for function in (effvit.shiftmax, effvit.shift_gelu):
+        assert torch.equal(function(x, x0=-20), getattr(torch.ops.effvit, function.__name__)(x, x0=-20))
+        for wrong in ({}, {"scale": 0.1, "x0": -20}):
+            with pytest.raises(ValueError, match="scale must be given, or x0 in its place"):
+                function(x, **wrong)

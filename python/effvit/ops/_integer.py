@@ -42,11 +42,15 @@ def as_scale(op: str, name: str, x: object) -> float:
     return _checks.as_positive(op, name, x)
 
 
-def as_x0(op: str, scale: object, n: object, deployed: object, factor: float = 1.0) -> int:
+def as_x0(op: str, scale: object, x0: object, n: object, deployed: object, factor: float = 1.0) -> int:
     """floor(-1 / (factor * scale)); deployed: int(-1 / (factor * scale) - 1), one less where the quotient is whole.
 
-    Checked against what n leaves room for.
+    Checked against what n leaves room for. An x0 that is given is it.
     """
+    if (scale is None) == (x0 is None):
+        raise _checks.value_error(op, "scale", "given, or x0 in its place", f"{scale} and x0 {x0}")
+    if x0 is not None:
+        return _checks.as_int(op, "x0", x0, (-LARGEST, -1))
     step = factor * as_scale(op, "scale", scale)
     n = _checks.as_int(op, "n", n, (LEAST_N, MOST_N))
     x0 = int(-1.0 / step - 1.0) if _checks.as_bool(op, "deployed", deployed) else math.floor(-1.0 / step)

@@ -40,43 +40,33 @@ OP = op(
 
 def requantize(
     x: torch.Tensor,
-    scale: float | torch.Tensor,
-    out_scale: float | torch.Tensor,
+    multiplier: torch.Tensor,
+    shift: torch.Tensor,
     residual: torch.Tensor | None = None,
-    residual_scale: float | torch.Tensor | None = None,
+    residual_multiplier: torch.Tensor | None = None,
+    residual_shift: torch.Tensor | None = None,
     *,
     bits: int = 8,
     out_dtype: torch.dtype = torch.int8,
 ) -> torch.Tensor:
-    """Integers in steps of `scale` in steps of `out_scale`, with integers alone: ``x * m / 2^c``, ties to even.
+    """Steps of one scale in steps of another, with integers alone: ``x * multiplier / 2^shift``, ties to even.
 
     Args:
         x: [..., C] int32, a last stride of 1.
-        scale, out_scale: what one step is worth: numbers, or tensors of one element or of [C]. Their ratio is taken in
-            float64 as m / 2^c with 2^30 <= |m| < 2^31, its mantissa rounded to the nearest, a half up. It must be not 0
-            and below 2^30, and not below 2^-31. A negative one is right for a channel whose weight is negative.
-        residual: [..., C] int32, in steps of residual_scale, rounded by itself and added before the result saturates.
-        bits: the result is within what so many bits hold, and within out_dtype: int8, uint8 (never below 0), int16 or
-            int32.
+        multiplier, shift: [C] int32, from :func:`effvit.integer.multipliers`. |multiplier| below 2^31, shift 1 to
+            61; wrong values are an error where they can be read, on a CPU.
+        residual: [..., C] int32, with its own two; rounded by itself and added before the result saturates.
+        bits: the result is within what so many bits hold, 2 to 32, and within out_dtype: int8, uint8 (never below 0),
+            int16 or int32.
 
     Returns:
         [..., C] in out_dtype, contiguous; not differentiable. Deterministic, bit for bit the formula in int64.
 
     Raises:
         TypeError: a tensor argument is not a dense tensor or has the wrong dtype.
-        ValueError: a shape, stride, scale or option is outside the above. The message names the argument.
+        ValueError: a shape, stride, value or option is outside the above. The message names the argument.
 
     Source: I-ViT's QuantAct (arXiv:2207.01405).
     """
-    name = OP.name
-    _checks.check_tensor(name, "x", x)
-    if x.dim() == 0:
-        raise _checks.value_error(name, "x", "[..., C]", "[]")
-    of_x = _integer.fixed_points(name, "scale", scale, out_scale, x)
-    if (residual is None) != (residual_scale is None):
-        missing = "residual" if residual is None else "residual_scale"
-        raise _checks.value_error(name, missing, "given where the other of residual and residual_scale is", None)
-    of_residual = (None, None)
-    if residual is not None:
-        of_residual = _integer.fixed_points(name, "residual_scale", residual_scale, out_scale, x)
-    return OP(x, *of_x, residual, *of_residual, bits=bits, out_dtype=_integer.as_out_dtype(name, out_dtype))
+    out_type = _integer.as_out_dtype(OP.name, out_dtype)
+    return OP(x, multiplier, shift, residual, residual_multiplier, residual_shift, bits=bits, out_dtype=out_type)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..reference.shift_gelu import shift_gelu as _definition
-from . import _integer
+from . import _checks, _integer
 from ._op import op
 
 FACTOR = 1.702  # gelu(x) is about x * sigmoid(1.702 x)
@@ -37,8 +37,9 @@ OP = op(
 
 def shift_gelu(
     x: torch.Tensor,
-    scale: float | torch.Tensor,
+    scale: float | torch.Tensor | None = None,
     *,
+    x0: int | None = None,
     out_scale: float | torch.Tensor | None = None,
     n: int = 23,
     bits: int = 8,
@@ -51,7 +52,9 @@ def shift_gelu(
     Args:
         x: [..., C] int32, any values, a last stride of 1. The sigmoid's exponentials are relative to the row's maximum.
         scale: what one step of x is worth: a number, or a tensor of one element. 1 / (1.702 * scale) is at most
-            (2^31 - 1) >> n, 255 with n = 23. x0 = floor(-1 / (1.702 * scale)), from float64.
+            (2^31 - 1) >> n, 255 with n = 23.
+        x0: what kernels take: floor(-1 / (1.702 * scale)), computed in float64. In place of scale, where there is no
+            out_scale.
         out_scale: what one step of the result shall be worth: it is requantised in the same pass, ties to even. None:
             a step is scale * 2^(1 - bits).
         n: bits after the point of the exponential, 4 to 30.
@@ -73,7 +76,8 @@ def shift_gelu(
     Source: I-ViT (arXiv:2207.01405).
     """
     name = OP.name
-    x0 = _integer.as_x0(name, scale, n, deployed, FACTOR)
+    _checks.check_tensor(name, "x", x)
+    x0 = _integer.as_x0(name, scale, x0, n, deployed, FACTOR)
     options = {"x0": x0, "n": n, "bits": bits, "half_bit": not deployed, "safe_max": safe_max}
     if out_scale is not None:
         step = _integer.as_scale(name, "scale", scale) * 2.0 ** (1 - bits)

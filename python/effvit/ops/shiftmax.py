@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..reference.shiftmax import shiftmax as _definition
-from . import _integer
-from ._checks import value_error
+from . import _checks, _integer
 from ._declaration import OUT_DTYPES
 from ._op import op
 
@@ -17,7 +16,7 @@ def _check(op, dims, options, tensors):
     _integer.check_shift_exp(op, options)
     dtype = OUT_DTYPES[options["out_dtype"]]
     if options["bits"] > MOST_BITS[dtype]:
-        raise value_error(op, "bits", f"at most {MOST_BITS[dtype]} with out_dtype {dtype}", options["bits"])
+        raise _checks.value_error(op, "bits", f"at most {MOST_BITS[dtype]} with out_dtype {dtype}", options["bits"])
 
 
 def _flops(dims, options):
@@ -41,8 +40,9 @@ OP = op(
 
 def shiftmax(
     x: torch.Tensor,
-    scale: float | torch.Tensor,
+    scale: float | torch.Tensor | None = None,
     *,
+    x0: int | None = None,
     n: int = 15,
     bits: int = 8,
     deployed: bool = False,
@@ -53,7 +53,8 @@ def shiftmax(
     Args:
         x: [..., C] int32, any values, a last stride of 1; C from 0.
         scale: what one step of x is worth: a number, or a tensor of one element. 1 / scale is at most (2^31 - 1) >> n,
-            65535 with n = 15: then no number on the way exceeds int32. x0 = floor(-1 / scale), from float64.
+            65535 with n = 15: then no number on the way exceeds int32.
+        x0: in place of scale, what kernels take: floor(-1 / scale), computed in float64.
         n: the exponential has n bits after the point, and is constant from x0 * n down. The reciprocal of a row's sum
             keeps few bits where that is large: rows sum to more nearly 1 with a smaller n. 4 to 30.
         bits: the result is in steps of 2^(1 - bits), below 2^(bits - 1). 2 to 16; 8 at most with int8, 9 with uint8.
@@ -72,5 +73,6 @@ def shiftmax(
 
     Source: I-ViT (arXiv:2207.01405).
     """
-    x0 = _integer.as_x0(OP.name, scale, n, deployed)
+    _checks.check_tensor(OP.name, "x", x)
+    x0 = _integer.as_x0(OP.name, scale, x0, n, deployed)
     return OP(x, x0=x0, n=n, bits=bits, half_bit=not deployed, out_dtype=_integer.as_out_dtype(OP.name, out_dtype))

@@ -1,7 +1,5 @@
 """What the specs of the integer-only operators share: rows of any kind, layouts, bad inputs."""
 
-import dataclasses
-
 import torch
 
 from effvit.ops._declaration import OUT_DTYPES
@@ -133,8 +131,3 @@ def dtype_of(out_dtype):
 def without_half_bit(bad_inputs):
     """The public functions have `deployed` in its place, and torch takes an int for a bool."""
     return [b for b in bad_inputs if b.name != "declared_half_bit_int"]
-
-
-def not_public(bad_input):
-    """The public function takes scales in place of these tensors."""
-    return dataclasses.replace(bad_input, public=False)

@@ -67,6 +67,12 @@ def _bad_shift(value):
                         shift=shift)  # fmt: skip
 
 
+def public_kwargs(kwargs):
+    given = {"exact": False, "truncate": False, "out_dtype": _integer.INT32} | kwargs
+    return {"square_root": ("newton", "exact")[given["exact"]], "deployed": given["truncate"],
+            "out_dtype": _integer.dtype_of(given["out_dtype"])}  # fmt: skip
+
+
 def memory_calls(dtype):
     x = _integer.rows((20_000, 1536), torch.Generator().manual_seed(0), 3000.0)
     return [("20000x1536", (x, None, None, None), {})]
@@ -77,15 +83,13 @@ SPEC = OpSpec(
     samples=SAMPLES,
     random_sample=random_sample,
     bad_inputs=[
-        *(_integer.not_public(b) for b in declared_bad_inputs("int_layer_norm", good_call)),
-        *(_integer.not_public(_bad_shift(value)) for value in (0, 62, -1)),
-        _integer.not_public(
-            _integer.bad("int_layer_norm", good_call, "no_shift", "shift", "given together", shift=None)
-        ),
+        *declared_bad_inputs("int_layer_norm", good_call),
+        *(_bad_shift(value) for value in (0, 62, -1)),
+        _integer.bad("int_layer_norm", good_call, "no_shift", "shift", "given together", shift=None),
     ],
     good_call=good_call,
     dynamic="...",
     resize=_integer.resize,
-    public_kwargs=lambda kwargs: None,
+    public_kwargs=public_kwargs,
     memory_calls=memory_calls,
 )

@@ -82,6 +82,11 @@ def _bad_shift(name, value):
                         **{name: shift})  # fmt: skip
 
 
+def public_kwargs(kwargs):
+    given = {"bits": 8, "out_dtype": _integer.INT8} | kwargs
+    return {"bits": given["bits"], "out_dtype": _integer.dtype_of(given["out_dtype"])}
+
+
 def memory_calls(dtype):
     generator = torch.Generator().manual_seed(0)
     x = _integer.rows((20_000, 1536), generator, 3000.0)
@@ -93,15 +98,14 @@ SPEC = OpSpec(
     samples=SAMPLES,
     random_sample=random_sample,
     bad_inputs=[
-        *(_integer.not_public(b) for b in declared_bad_inputs("requantize", good_call)),
-        *(_integer.not_public(_bad_shift(name, v)) for name in ("shift", "residual_shift") for v in (0, 62, -1)),
-        *(_integer.not_public(
-            _integer.bad("requantize", good_call, f"no_{name}", name, "given together", **{name: None}))
+        *declared_bad_inputs("requantize", good_call),
+        *(_bad_shift(name, v) for name in ("shift", "residual_shift") for v in (0, 62, -1)),
+        *(_integer.bad("requantize", good_call, f"no_{name}", name, "given together", **{name: None})
           for name in ("residual_multiplier", "residual_shift")),
     ],
     good_call=good_call,
     dynamic="...",
     resize=_integer.resize,
-    public_kwargs=lambda kwargs: None,
+    public_kwargs=public_kwargs,
     memory_calls=memory_calls,
 )  # fmt: skip
