@@ -73,8 +73,8 @@ def block_sparse_int8_linear(
 
     Source: block sparsity of ViTs as LPViT (arXiv:2407.02068) prunes it, with the int8 products of int8_linear.
     """
-    tensors = (values, crow, w_scale)
-    if all(isinstance(t, torch.Tensor) for t in tensors) and w_scale.shape == (1,) and crow.dim() == 1 and values.dim():
+    readable = all(isinstance(t, torch.Tensor) and not t.is_nested for t in (values, crow, w_scale))
+    if readable and w_scale.shape == (1,) and crow.dim() == 1 and values.dim():
         w_scale = w_scale.expand(max(crow.shape[0] - 1, 0) * values.shape[-1])
     weights = (values, crow, columns)
     return _int8.call(OP, x, weights, x_scale, w_scale, bias, residual, activation, out_dtype, out_scale)
