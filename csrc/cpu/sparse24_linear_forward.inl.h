@@ -16,7 +16,9 @@ struct Tile {
   static constexpr int kTallRows = kLanes == 16 ? 16 : 6;  // with one vector: all rows there are read it once
   static constexpr int kManyVectors = 4, kFewRows = kLanes == 16 ? (kPairs ? 5 : 4) : 2;
 };
-constexpr int64_t kGroupsAtOnce = 256;  // of a panel that stays in the L1 cache while tiles of rows go by
+// Groups of a panel that stay in the L1 cache while tiles of rows go by. Each of these parts is summed from zero, and
+// the sums are added: one running sum of all of K would be less accurate than PyTorch's product.
+inline int64_t groups_at_once() { return small_tiles() ? 16 : 64; }
 
 constexpr int64_t kMostRows = 48;  // of a unit
 // Every unit copies its rows of x: units are few channels only where there are few units, and never fewer than these.
@@ -80,19 +82,14 @@ struct PairBytes {
 alignas(64) constexpr PairBytes kPairBytes;
 
 // x: a tile, [K / 4][kR] groups. blocks: the first of kV. Groups [begin, end), begin a multiple of eight; sums,
-// [kR][kV] vectors, hold those before and, where not all groups are done, those after.
+// [kR][kV] vectors, hold the sums before and, where not all groups are done, those after.
 template <class T, int kR, int kV>
 inline __attribute__((noinline)) void multiply_tile(const float* x, const float* blocks, int64_t K, int64_t begin,
                                                     int64_t end, float* sums, Store<T> sink) {
   constexpr int kWords = kWordsOfGroup<T>;
   const int64_t stride = block_words<T>(K);
   const float* const positions = blocks + positions_at<T>(K);
-  vf acc[kR][kV];
-#pragma GCC unroll 16
-  for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kV; ++j) acc[r][j] = begin > 0 ? load(sums + (r * kV + j) * kLanes) : vf{};
-  }
+  vf acc[kR][kV] = {};
   for (int64_t eight = begin; eight < end; eight += 8) {
     vi at[kV];
 #pragma GCC unroll 4
@@ -135,6 +132,13 @@ inline __attribute__((noinline)) void multiply_tile(const float* x, const float*
           acc[r][j] = fma(permute_fours(group, second[j]), b[j], acc[r][j]);
         }
       }
+    }
+  }
+  if (begin > 0) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kV; ++j) acc[r][j] += load(sums + (r * kV + j) * kLanes);
     }
   }
   if (end < K / 4) {
@@ -190,10 +194,17 @@ inline __attribute__((noinline)) void multiply_few(const float* x, float* positi
   const PositionWords at(p);
   const int64_t groups = p.K / 4, stride = w.stride_n;
   for (int j = 0; j < kBlocks; ++j) transpose_channels(positions + j * at.count * kLanes, at, n + j * kLanes, p.N);
-  vf acc[kBlocks][kR] = {};
+  vf acc[kBlocks][kR] = {}, before[kBlocks][kR] = {};
+  const auto next_part = [&] {
+    for (int j = 0; j < kBlocks; ++j) {
+      for (int r = 0; r < kR; ++r) before[j][r] = acc[j][r] + before[j][r], acc[j][r] = vf{};
+    }
+  };
+  const int64_t step = groups_at_once();
   int64_t q = 0;
   const T* const first = w.data + n * stride;
   for (; q + kGroups <= groups; q += kGroups) {
+    if (q > 0 && q % step == 0) next_part();
 #pragma GCC unroll 2
     for (int j = 0; j < kBlocks; ++j) {
       const T* from = first + j * kLanes * stride + 2 * q;
@@ -204,6 +215,7 @@ inline __attribute__((noinline)) void multiply_few(const float* x, float* positi
       add_words<T, kR>(acc[j], x + q * kR * 2 * kWordsOfGroup<T>, words, positions + j * at.count * kLanes, q, kGroups);
     }
   }
+  if (q > 0 && q < groups && q % step == 0) next_part();
   if (q < groups) {
     for (int j = 0; j < kBlocks; ++j) {
       vf words[kLanes];
@@ -214,7 +226,7 @@ inline __attribute__((noinline)) void multiply_few(const float* x, float* positi
     }
   }
   for (int j = 0; j < kBlocks; ++j) {
-    for (int r = 0; r < kR; ++r) sink(r, j * kLanes, acc[j][r]);
+    for (int r = 0; r < kR; ++r) sink(r, j * kLanes, groups > step ? acc[j][r] + before[j][r] : acc[j][r]);
   }
 }
 
@@ -379,7 +391,7 @@ class Forward {
   // All rows, at most kMost a tile, times kV blocks.
   template <int kMost, int kV>
   void panel(const float* blocks, const Store<T>& sink) {
-    const int64_t groups = p_.K / 4, step = small_tiles() ? 8 : kGroupsAtOnce;
+    const int64_t groups = p_.K / 4, step = groups_at_once();
     int64_t begin = 0;
     do {
       const int64_t end = std::min(begin + step, groups);
