@@ -42,40 +42,55 @@ EFFVIT_INLINE Sums<kKind> multiply_add(vf x, vf w, Sums<kKind> sum) {
 }
 
 // acc[kRows][kSize] = the sum over the blocks, in float32 or int32. x is a tile [words][kTile], w are blocks of
-// [words of a block][kSize].
+// [words of a block][kSize]. Floats are summed in parts of kPart terms, each from zero: one running sum of all of them
+// would be less accurate than PyTorch's product.
+constexpr int kPart = 128;
+
 template <int kSize, Kind kKind, int kRowsNow>
 __attribute__((noinline)) void multiply(const float* x, const float* w, BlockList list, float* acc) {
   constexpr int kWords = kSize / elements(kKind), kRow = kTile<kSize>, kNow = kVectors<kSize>;
+  const int64_t step = exact(kKind) ? std::max<int64_t>(list.count, 1) : kPart / kSize;
   for (int column = 0; column < kSize; column += kNow * kLanes) {
-    Sums<kKind> sum[kRowsNow][kNow] = {};
-    if constexpr (kKind == Kind::kBytes) {
+    int64_t begin = 0;
+    do {
+      Sums<kKind> sum[kRowsNow][kNow] = {};
+      if constexpr (kKind == Kind::kBytes) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kRowsNow; ++r) {
+#pragma GCC unroll 4
+          for (int j = 0; j < kNow; ++j) sum[r][j] = load(list.sums + column + j * kLanes);
+        }
+      }
+      const int64_t end = std::min(begin + step, list.count);
+      for (int64_t t = begin; t < end; ++t) {
+        const float* from = x + int64_t{list.at[t]} * (kWords * kRow);
+        const float* b = w + (list.place ? list.place[t] : list.first + t) * (kWords * kSize) + column;
+#pragma GCC unroll 4
+        for (int s = 0; s < kWords; ++s, from += kRow, b += kSize) {
+          vf v[kNow];
+#pragma GCC unroll 4
+          for (int j = 0; j < kNow; ++j) v[j] = load(b + j * kLanes);
+#pragma GCC unroll 16
+          for (int r = 0; r < kRowsNow; ++r) {
+            const vf a = set1(from[r]);
+#pragma GCC unroll 4
+            for (int j = 0; j < kNow; ++j) sum[r][j] = multiply_add<kKind>(a, v[j], sum[r][j]);
+          }
+        }
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < kRowsNow; ++r) {
 #pragma GCC unroll 4
-        for (int j = 0; j < kNow; ++j) sum[r][j] = load(list.sums + column + j * kLanes);
-      }
-    }
-    for (int64_t t = 0; t < list.count; ++t) {
-      const float* from = x + int64_t{list.at[t]} * (kWords * kRow);
-      const float* b = w + (list.place ? list.place[t] : list.first + t) * (kWords * kSize) + column;
-#pragma GCC unroll 4
-      for (int s = 0; s < kWords; ++s, from += kRow, b += kSize) {
-        vf v[kNow];
-#pragma GCC unroll 4
-        for (int j = 0; j < kNow; ++j) v[j] = load(b + j * kLanes);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRowsNow; ++r) {
-          const vf a = set1(from[r]);
-#pragma GCC unroll 4
-          for (int j = 0; j < kNow; ++j) sum[r][j] = multiply_add<kKind>(a, v[j], sum[r][j]);
+        for (int j = 0; j < kNow; ++j) {
+          float* const to = acc + r * kSize + column + j * kLanes;
+          if constexpr (!exact(kKind)) {
+            if (begin > 0) sum[r][j] += load(to);
+          }
+          store(to, (vf)sum[r][j]);
         }
       }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRowsNow; ++r) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kNow; ++j) store(acc + r * kSize + column + j * kLanes, (vf)sum[r][j]);
-    }
+      begin = end;
+    } while (begin < list.count);
   }
 }
 
