@@ -462,7 +462,7 @@ def run_case(case, dtype, direction, device, timer, roofline, facts, options):
             statuses[name] = f"failed: {short_error(error)}"
     wide_grad = None if grad_out is None else grad_out.to(REFERENCE_DTYPE)
     reference = Call(case.reference, widen(case, inputs, direction), case, direction, wide_grad)
-    want, yardstick = reference.named(reference()), None
+    want, yardstick, got = reference.named(reference()), None, None
     for name in [n for n in calls if n not in case.unchecked]:
         try:
             got = calls[name].named(calls[name]())
