@@ -186,6 +186,11 @@ class Binding {
     view.dtype = dtype_of(t);
     if (spec.type == Type::kFloat || (i == d_.first && spec.type == Type::kLikeFirst)) {
       if (view.dtype > DType::kFloat16) fail_dtype(i, "float32, bfloat16 or float16", "");
+    } else if (spec.type == Type::kInteger) {
+      if (view.dtype < DType::kInt32 || view.dtype > DType::kInt16) fail_dtype(i, "int32, int16, int8 or uint8", "");
+    } else if (spec.type == Type::kNumber) {
+      if (view.dtype > DType::kFloat16 && view.dtype != DType::kInt8)
+        fail_dtype(i, "float32, bfloat16, float16 or int8", "");
     } else if (spec.type == Type::kFixed) {
       if (view.dtype != spec.dtype) fail_dtype(i, dtype_name(spec.dtype), "");
     } else if (view.dtype != call.views[d_.first].dtype) {

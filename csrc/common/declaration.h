@@ -6,9 +6,9 @@
 //   DIM    := NAME | NAME' (a value of its own, shown without the prime) | INTEGER | a sum of products without spaces,
 //             such as 2*wh-1+2*halo_h; NAME+INTEGER finds NAME where it is unknown. A first DIM of ... is any number of
 //             dims, the same for every tensor that has it
-//   MARK   := float (any of the three, its own) | float32 | bfloat16 | float16 | int32 | int8 | uint8 | out_dtype (of
-//   an
-//             output: the DType that the option of that name counts); else like the first one
+//   MARK   := float (any of the three, its own) | integer (int32, int16, int8 or uint8, its own) | number (float or int8)
+//             | float32 | bfloat16 | float16 | int32 | int16 | int8 | uint8 | out_dtype (of an output: the DType that the
+//             option of that name counts); else like the first one
 //             strided (any strides; else the last one is 1) | packed (a contiguous copy is made where it is not) |
 //             whole (must be contiguous, as the forward returned it)
 //   option := NAME ':' TYPE [CONSTRAINT] ['=' DEFAULT]
@@ -57,7 +57,7 @@ struct Dim {
   }
 };
 
-enum class Type { kLikeFirst, kFloat, kFixed, kOption };
+enum class Type { kLikeFirst, kFloat, kInteger, kNumber, kFixed, kOption };
 
 struct TensorSpec {
   std::string name, shape;  // shape as messages show it
@@ -358,8 +358,10 @@ inline TensorSpec Declaration::parse_tensor(const std::string& s) {
                {"int32", DType::kInt32},     {"int8", DType::kInt8},         {"uint8", DType::kUInt8},
                {"int16", DType::kInt16}};
   for (const std::string& mark : parts.size() > 1 ? split(parts[1], ' ') : std::vector<std::string>()) {
-    bool known = mark == "float" || mark == "strided" || mark == "packed" || mark == "whole";
-    if (mark == "float") spec.type = Type::kFloat;
+    bool known = mark == "strided" || mark == "packed" || mark == "whole";
+    if (mark == "float") spec.type = Type::kFloat, known = true;
+    if (mark == "integer") spec.type = Type::kInteger, known = true;
+    if (mark == "number") spec.type = Type::kNumber, known = true;
     if (mark == "out_dtype") spec.type = Type::kOption, known = true;
     spec.strided |= mark == "strided", spec.packed |= mark == "packed", spec.whole |= mark == "whole";
     for (const auto& f : fixed) {

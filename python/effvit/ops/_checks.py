@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMBER_DTYPES = (*FLOAT_DTYPES, torch.int8)
+INTEGER_DTYPES = (torch.int32, torch.int16, torch.int8, torch.uint8)
+KINDS = {"float": FLOAT_DTYPES, "number": NUMBER_DTYPES, "integer": INTEGER_DTYPES}  # marks of declarations
 _FLOAT32_LIMIT = 2.0**128 - 2.0**103  # from here on a number rounds to infinity
 
 

@@ -8,8 +8,9 @@ csrc/common/declaration.h reads the same text; tests/test_abi.py compares the tw
     DIM      NAME, NAME' (another value, shown without the prime), an integer, or an expression such as 2*wh-1+2*halo_h;
              an expression NAME+INT gives NAME its value where nothing else has. A first DIM of ... stands for any
              number of dims, the same for every tensor that has it
-    MARK     float: any of the three float dtypes; number: these or int8; float32, int8, ...: that dtype; out_dtype (of
-             an output): what the option of that name says, an index into OUT_DTYPES; else that of the first tensor
+    MARK     float: any of the three float dtypes; number: these or int8; integer: int32, int16, int8 or uint8;
+             float32, int8, ...: that dtype; out_dtype (of an output): what the option of that name says, an index into
+             OUT_DTYPES; else that of the first tensor
              strided: any strides; packed: any, a kernel gets a contiguous copy; whole: contiguous, as the forward
              returned it; else any with a last stride of 1
     option   NAME: TYPE [CONSTRAINT] [= DEFAULT]
@@ -39,7 +40,7 @@ class Tensor:
     name: str
     optional: bool
     dims: tuple[str, ...]
-    dtype: str = ""  # "": that of the first tensor; "float", "number": any of these; "out_dtype"; else the dtype's name
+    dtype: str = ""  # "": the first tensor's; "float", "number", "integer": any of these; "out_dtype"; else a name
     layout: str = ""  # "": last stride 1
 
     @property

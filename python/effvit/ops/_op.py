@@ -144,8 +144,8 @@ class Op:
     def _check_kind(self, t: Tensor, x: torch.Tensor, first: torch.Tensor) -> None:
         """dtype, device and layout."""
         op, name = self.name, self.declaration.first.name
-        if t.dtype in ("float", "number"):
-            _checks.check_dtype(op, t.name, x, _checks.FLOAT_DTYPES if t.dtype == "float" else _checks.NUMBER_DTYPES)
+        if t.dtype in _checks.KINDS:
+            _checks.check_dtype(op, t.name, x, _checks.KINDS[t.dtype])
         elif t.dtype and x.dtype != getattr(torch, t.dtype):
             raise _checks.type_error(op, t.name, getattr(torch, t.dtype), x.dtype)
         _checks.check_like(op, t.name, x, name, first, dtype=not t.dtype)

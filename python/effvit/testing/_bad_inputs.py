@@ -41,7 +41,7 @@ def _of_tensors(op, good_call):
             "list": (TypeError, lambda x: x.tolist()),
             "rank_above": (ValueError, lambda x: x[None]),
             "rank_0": (ValueError, lambda x: x.sum() if x.is_floating_point() else x.sum().to(x.dtype)),
-            "int16": (TypeError, lambda x: x.to(torch.int16)),
+            "integer": (TypeError, lambda x, t=t: x.to(torch.int64 if t.dtype == "integer" else torch.int16)),
             "sparse": (TypeError, lambda x: x.to_sparse()),
             "meta": (kind, lambda x: x.to("meta")),
         }
