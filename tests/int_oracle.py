@@ -52,7 +52,7 @@ def shift_gelu(x, x0, n, bits, half_bit, safe_max, multiplier, shift, dtype):
     return saturate(y, dtype)
 
 
-def int_layer_norm(x, bias, multiplier, shift, exact, truncate, dtype):
+def int_layer_norm(x, bias, multiplier, shift, offset, exact, truncate, dtype):
     x, columns = x.astype(np.int64), x.shape[-1]
     total = x.sum(-1, keepdims=True)
     if truncate:
@@ -75,7 +75,18 @@ def int_layer_norm(x, bias, multiplier, shift, exact, truncate, dtype):
         y = np.clip(y + bias.astype(np.int64), -LARGEST - 1, LARGEST)
     if multiplier is not None:
         y = rescaled(y, multiplier.astype(np.int64), shift.astype(np.int64))
+    if offset is not None:
+        y = np.clip(y, -LARGEST - 1, LARGEST) + offset
     return saturate(y, dtype)
+
+
+def int_add_layer_norm(x, residual, x_multiplier, x_shift, residual_multiplier, residual_shift, bias, multiplier, shift,
+                       offset, exact, truncate, bits, dtype):  # fmt: skip
+    """(norm, sum)."""
+    terms = ((x, x_multiplier, x_shift), (residual, residual_multiplier, residual_shift))
+    y = sum(rescaled(z, m.astype(np.int64), c.astype(np.int64)) for z, m, c in terms)
+    y = np.clip(y, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.int16)
+    return int_layer_norm(y, bias, multiplier, shift, offset, exact, truncate, dtype), y
 
 
 def requantize(x, multiplier, shift, residual, residual_multiplier, residual_shift, bits, dtype):

@@ -48,6 +48,67 @@ def _between(y, LOW: tl.constexpr, HIGH: tl.constexpr):
     return tl.minimum(tl.maximum(y, LOW), HIGH)
 
 
+@device_function
+def _load_or(pointers, ok, OTHER: tl.constexpr):
+    """Integers of any dtype in int32; OTHER where not ok, which their own dtype need not have."""
+    return tl.where(ok, tl.load(pointers, mask=ok, other=0).to(tl.int32), OTHER)
+
+
+@device_function
+def _rescaled(pointers, multiplier, shift, ok):
+    """z m / 2^c of integers of any dtype, rounded, in int64."""
+    m = tl.load(multiplier, mask=ok, other=0).to(tl.int64)
+    c = _between(tl.load(shift, mask=ok, other=1), 1, 61)
+    return _rounded_shift(tl.load(pointers, mask=ok, other=0).to(tl.int64) * m, c)
+
+
+FURTHEST = tl.constexpr(46340)  # from the mean: its square is below 2^31
+
+
+@device_function
+def _mean(total, C, TRUNCATE: tl.constexpr):
+    """total / C: rounded towards 0, or to the nearest, ties to even."""
+    size = tl.abs(total)
+    mean = size // C
+    if not TRUNCATE:
+        rest = 2 * (size - mean * C)
+        mean += tl.where((rest > C) | ((rest == C) & ((mean & 1) == 1)), 1, 0)
+    return tl.where(total < 0, -mean, mean)
+
+
+@device_function
+def _reciprocal_root(v, EXACT: tl.constexpr):
+    """(2^31 - 1) // sqrt(v), v int64."""
+    if EXACT:
+        k = v * 0
+        for step in tl.static_range(0, 31):
+            larger = k + (1 << (30 - step))
+            k = tl.where(larger * larger <= v, larger, k)
+        k = tl.maximum(k, 1)
+    else:
+        k = v * 0 + 65536
+        for _step in tl.static_range(0, 10):
+            k = (k + v // k) >> 1
+    return LARGEST // k
+
+
+@device_function
+def _normalized(y, f, bias, multiplier, shift, offset, column, ok, TRUNCATE: tl.constexpr):
+    """LayerNorm's result of y = x - mean, int64, before it saturates."""
+    y = _between(y, -FURTHEST, FURTHEST) * f
+    if TRUNCATE:
+        y += tl.where(y < 0, 1, 0)
+    y = y >> 1
+    if bias is not None:
+        y = _between(y + tl.load(bias + column, mask=ok, other=0).to(tl.int64), SMALLEST, LARGEST)
+    if multiplier is not None:
+        m = tl.load(multiplier + column, mask=ok, other=0).to(tl.int64)
+        y = _rounded_shift(y * m, _between(tl.load(shift + column, mask=ok, other=1), 1, 61))
+    if offset is not None:
+        y = _between(y, SMALLEST, LARGEST) + tl.load(offset + column, mask=ok, other=0).to(tl.int64)
+    return y
+
+
 def ends(dtype, bits=32):
     """The smallest and the largest number of `bits` bits that the dtype has."""
     info = torch.iinfo(dtype)

@@ -3,15 +3,15 @@
 import torch
 
 from ._common import _loop_bound, tl, triton
-from ._int_rows import OUT_DTYPES, _between, _rounded_shift, ends, finish, launch_int_rows
+from ._int_rows import OUT_DTYPES, _between, _rescaled, ends, finish, launch_int_rows
 from ._rows import _row_offsets, rows_of
 
 
 @triton.jit
 def requantize_fwd_kernel(
-    x,  # [..., C] int32, last stride 1
+    x,  # [..., C] of any integers, last stride 1
     multiplier, shift,  # [C] int32
-    residual,  # [..., C] int32, last stride 1, or None
+    residual,  # [..., C] of any integers, last stride 1, or None
     residual_multiplier, residual_shift,  # [C] int32, or None
     out,  # [..., C], contiguous
     C, x_rows, residual_rows,
@@ -22,14 +22,10 @@ def requantize_fwd_kernel(
     column = tl.arange(0, BLOCK)
     for start in range(0, _loop_bound(C), BLOCK):
         ok = start + column < C
-        m = tl.load(multiplier + start + column, mask=ok, other=0).to(tl.int64)
-        c = _between(tl.load(shift + start + column, mask=ok, other=1), 1, 61)
-        y = _rounded_shift(tl.load(source + start + column, mask=ok, other=0).to(tl.int64) * m, c)
+        y = _rescaled(source + start + column, multiplier + start + column, shift + start + column, ok)
         if residual is not None:
-            m = tl.load(residual_multiplier + start + column, mask=ok, other=0).to(tl.int64)
-            c = _between(tl.load(residual_shift + start + column, mask=ok, other=1), 1, 61)
-            other = residual + _row_offsets(row, residual_rows)
-            y += _rounded_shift(tl.load(other + start + column, mask=ok, other=0).to(tl.int64) * m, c)
+            other, at = residual + _row_offsets(row, residual_rows), start + column
+            y += _rescaled(other + at, residual_multiplier + at, residual_shift + at, ok)
         tl.store(out + row * C + start + column, _between(y, LOW, HIGH).to(out.dtype.element_ty), mask=ok)
 
 
@@ -55,9 +51,13 @@ def forward(x, multiplier, shift, residual=None, residual_multiplier=None, resid
 
 def aot_signatures():
     """Representative launches for tests/test_triton_aot.py: (name, kernel, signature, constexprs, attrs, options)."""
-    for C, with_residual, out_dtype in ((384, False, 4), (96, True, 6), (8000, True, 3)):
-        x = torch.empty((8, 197, C), dtype=torch.int32, device="meta")
+    for C, with_residual, out_dtype, dtype in (
+        (384, False, 4, "int32"),
+        (96, True, 6, "int8"),
+        (8000, True, 3, "int32"),
+    ):
+        x, residual = (torch.empty((8, 197, C), dtype=getattr(torch, t), device="meta") for t in (dtype, "int16"))
         vector = torch.empty(C, dtype=torch.int32, device="meta")
-        more = (x, vector, vector) if with_residual else ()
+        more = (residual, vector, vector) if with_residual else ()
         for launch in _plan_forward(x, vector, vector, *more, bits=16, out_dtype=out_dtype)[1]:
-            yield launch.aot(f"{C}{'-residual' * with_residual}-{out_dtype}")
+            yield launch.aot(f"{C}-{dtype}{'-residual' * with_residual}-{out_dtype}")

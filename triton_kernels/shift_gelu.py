@@ -8,6 +8,7 @@ from ._int_rows import (
     OUT_DTYPES,
     SMALLEST,
     _between,
+    _load_or,
     _rounded_shift,
     _shift_exp,
     _shift_exp_above,
@@ -20,7 +21,7 @@ from ._rows import _row_offsets
 
 @triton.jit(do_not_specialize=["X", "n", "multiplier", "shift"])
 def shift_gelu_fwd_kernel(
-    x,  # [..., C] int32, last stride 1
+    x,  # [..., C] of any integers, last stride 1
     out,  # [..., C], contiguous
     C, X, n, multiplier, shift, x_rows,
     SHIFT: tl.constexpr, HALF_BIT: tl.constexpr, SAFE: tl.constexpr, RESCALES: tl.constexpr, LOW: tl.constexpr,
@@ -31,7 +32,7 @@ def shift_gelu_fwd_kernel(
     column = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], SMALLEST, tl.int32)
     for start in range(0, _loop_bound(C), BLOCK):
-        top = tl.maximum(top, tl.load(source + start + column, mask=start + column < C, other=SMALLEST))
+        top = tl.maximum(top, _load_or(source + start + column, start + column < C, SMALLEST))
     highest = tl.max(top, axis=0).to(tl.int64)
     if SAFE:
         highest = tl.maximum(highest, 0)
@@ -44,7 +45,7 @@ def shift_gelu_fwd_kernel(
         )
     for start in range(0, _loop_bound(C), BLOCK):
         ok = start + column < C
-        value = tl.load(source + start + column, mask=ok, other=SMALLEST)
+        value = _load_or(source + start + column, ok, SMALLEST)
         e = _shift_exp(highest - value.to(tl.int64), X, n, HALF_BIT)
         f = LARGEST // tl.minimum(e.to(tl.int64) + of_top, LARGEST).to(tl.int32)
         y = value.to(tl.int64) * ((e * f) >> SHIFT).to(tl.int64)
@@ -72,10 +73,10 @@ def forward(x, **options):
 
 def aot_signatures():
     """Representative launches for tests/test_triton_aot.py: (name, kernel, signature, constexprs, attrs, options)."""
-    for C, half_bit, safe_max, multiplier, out_dtype in (
-        (1536, True, True, 2**30, 4), (384, False, False, 0, 3), (8000, True, True, 2**30, 6),
+    for C, half_bit, safe_max, multiplier, out_dtype, dtype in (
+        (1536, True, True, 2**30, 4, "int8"), (384, False, False, 0, 3, "int32"), (8000, True, True, 2**30, 6, "int16"),
     ):  # fmt: skip
-        x = torch.empty((8, 197, C), dtype=torch.int32, device="meta")
+        x = torch.empty((8, 197, C), dtype=getattr(torch, dtype), device="meta")
         call = {"x0": -12, "half_bit": half_bit, "safe_max": safe_max, "multiplier": multiplier}
         for launch in _plan_forward(x, **call, out_dtype=out_dtype)[1]:
-            yield launch.aot(f"{C}-{'rescaled' if multiplier else 'int32'}" + "-deployed" * (not half_bit))
+            yield launch.aot(f"{C}-{dtype}-{'rescaled' if multiplier else 'int32'}" + "-deployed" * (not half_bit))

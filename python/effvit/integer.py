@@ -18,29 +18,50 @@ def multipliers(scale: float | torch.Tensor, out_scale: float | torch.Tensor, x:
 
 
 def layer_norm_constants(weight: torch.Tensor, bias: torch.Tensor | None = None, out_scale: float | None = None):
-    """(bias, multiplier, shift) of :func:`effvit.ops.int_layer_norm`, [C] int32 each or None.
+    """(bias, multiplier, shift, offset) of :func:`effvit.ops.int_layer_norm`, [C] int32 each or None.
 
-    They are computed in float64 from a LayerNorm's parameters, [C] each.
+    They are computed in float64 from a LayerNorm's parameters, [C] each, finite.
 
-    A step of the result is weight * sqrt(C) / 2^30, or out_scale. The bias must fit into int32 in steps of the former:
-    |bias| below 2 sqrt(C) |weight|. A channel of less than 2^-31 out_scale a step is 0.
+    A step of the result is weight * sqrt(C) / 2^30, or out_scale. In steps of the former a bias is an int32 where it is
+    below 2 sqrt(C) |weight|, which those of channels that training has pruned are not: without out_scale an error, and
+    from the half of it on the sum with some numbers saturates. With out_scale the bias of such a channel is ``offset``,
+    the nearest multiple of out_scale, which is added after the rescaling, and the rest, at most out_scale / 2, in steps
+    of the former: 2^30 of them or fewer, as steps below out_scale / 2^31 have no multiplier. Numbers are within 2^30 as
+    well, so nothing saturates, and the results are as exact as those of other channels. A channel of smaller steps,
+    weights of 0 included, is its offset: what is left of it is below a half. offset is None where no channel needs one.
     """
     name = "int_layer_norm"
-    step = weight.detach().double() * weight.shape[0] ** 0.5 / 2.0**30
-    integers = None
-    if bias is not None:
-        shifted = torch.where(bias == 0, 0.0, torch.floor(bias.detach().double() / step))
-        if not (shifted.abs() < 2.0**31).all():
-            at = int((~(shifted.abs() < 2.0**31)).nonzero()[0])
-            raise _checks.value_error(
-                name, "bias", "below 2 sqrt(C) |weight|", f"{float(bias[at])} with weight {float(weight[at])} at [{at}]"
-            )
-        integers = shifted.to(torch.int32)
+    weight, has_bias = weight.detach().double(), bias is not None
+    bias = bias.detach().double() if has_bias else torch.zeros_like(weight)
+    for argument, values in (("weight", weight), ("bias", bias)):
+        if not values.isfinite().all():
+            raise _checks.value_error(name, argument, "finite", "others")
+    step = weight * weight.shape[0] ** 0.5 / 2.0**30
+    shifted = _steps(bias, step)
     if out_scale is None:
-        return integers, None, None
+        beyond = ~(shifted.abs() < 2.0**31)
+        if beyond.any():
+            at = int(beyond.nonzero()[0])
+            raise _checks.value_error(
+                name, "bias", "below 2 sqrt(C) |weight| where there is no out_scale",
+                f"{float(bias[at])} with weight {float(weight[at])} at [{at}]",
+            )  # fmt: skip
+        return shifted.to(torch.int32) if has_bias else None, None, None, None
+    out_scale = _integer.as_scale(name, "out_scale", out_scale)
     ratio = step / out_scale
     if not (ratio.abs() < 2.0**30).all():
         raise _checks.value_error(name, "out_scale", "above 2^-60 sqrt(C) |weight|", out_scale)
+    small, large = ratio.abs() < 2.0**-31, ~(shifted.abs() <= 2.0**30)
+    whole = torch.where(large | small, torch.round(bias / out_scale), 0.0)
+    if not (whole.abs() < 2.0**31).all():
+        raise _checks.value_error(name, "out_scale", "above 2^-31 |bias|", out_scale)
+    integers = torch.where(small, 0.0, torch.where(large, _steps(bias - whole * out_scale, step), shifted))
     m, c = _integer.fixed_point_of(ratio)
-    small = ratio.abs() < 2.0**-31
-    return integers, *(torch.where(small, other, t).to(torch.int32) for t, other in ((m, 0), (c, 31)))
+    m, c = torch.where(small, 0, m), torch.where(small, 31, c)
+    integers, m, c, offset = (t.to(torch.int32) for t in (integers, m, c, whole))
+    return integers if has_bias else None, m, c, offset if offset.any() else None
+
+
+def _steps(x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """floor(x / step); 0 of 0, whatever the step."""
+    return torch.where(x == 0, 0.0, torch.floor(x / step))

@@ -131,7 +131,7 @@ def oracle(case):
     if op < 2:
         return (int_oracle.shiftmax if op == 0 else int_oracle.shift_gelu)(x, **options, dtype=dtype)
     if op == 2:
-        return int_oracle.int_layer_norm(x, *vectors[:3], **options, dtype=dtype)
+        return int_oracle.int_layer_norm(x, *vectors[:3], None, **options, dtype=dtype)
     return int_oracle.requantize(x, *vectors[:2], residual, *vectors[2:], **options, dtype=dtype)
 
 

@@ -11,7 +11,8 @@ from ._op import op
 SQUARE_ROOTS = ("newton", "exact")
 
 
-def _check(op, dims, options, tensors):
+def check(op, dims, options, tensors):
+    """What int_add_layer_norm checks as well."""
     _checks.given_together(op, tensors, "multiplier", "shift")
     _integer.check_integers(op, tensors, "multiplier", -_integer.LARGEST, _integer.LARGEST)
     _integer.check_integers(op, tensors, "shift", 1, _integer.MOST_SHIFT)
@@ -23,12 +24,12 @@ def _flops(dims, options):
 
 OP = op(
     "int_layer_norm",
-    "x: ... C | int32, bias?: C | int32 packed, multiplier?: C | int32 packed, shift?: C | int32 packed "
-    "-> out: ... C | out_dtype",
+    "x: ... C | integer, bias?: C | int32 packed, multiplier?: C | int32 packed, shift?: C | int32 packed, "
+    "offset?: C | int32 packed -> out: ... C | out_dtype",
     f"exact: bool = False, truncate: bool = False, {_integer.OUT_DTYPE.format(3)}",
     reference=lambda *tensors, **options: _definition(*tensors, **_integer.named(options)),
     saves=None,
-    check=_check,
+    check=check,
     empty="... C",
     batch="...",
     shards=("...",),
@@ -42,6 +43,7 @@ def int_layer_norm(
     bias: torch.Tensor | None = None,
     multiplier: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
     *,
     square_root: str = "newton",
     deployed: bool = False,
@@ -53,11 +55,12 @@ def int_layer_norm(
     that is worth weight * sqrt(C) / 2^30, one for each channel.
 
     Args:
-        x: [..., C] int32, a last stride of 1. What is further than 46340 from its row's mean counts as that far. The
-            result does not depend on the scale of x.
-        bias, multiplier, shift: [C] int32, from a LayerNorm's weight and bias by
+        x: [..., C] int32, int16, int8 or uint8, a last stride of 1. What is further than 46340 from its row's mean
+            counts as that far. The result does not depend on the scale of x.
+        bias, multiplier, shift, offset: [C] int32, from a LayerNorm's weight and bias by
             :func:`effvit.integer.layer_norm_constants`. The sum with bias saturates at int32. With multiplier and shift
-            the result is requantised in the same pass: see :func:`effvit.ops.requantize`.
+            the result is requantised in the same pass: see :func:`effvit.ops.requantize`. offset is added to that,
+            which saturates at int32 before and after.
         square_root: "newton": ten steps from 2^16, as the authors have it, which are above the root where the sum of
             squares is below 34,595. "exact": rounded down; 1 where all of a row is equal.
         deployed: as the authors' TVM kernels have it: mean and halving are rounded towards 0; else the mean to the
@@ -76,4 +79,4 @@ def int_layer_norm(
     name = OP.name
     exact = _checks.index_of(name, "square_root", square_root, SQUARE_ROOTS) == 1
     out_type = _integer.as_out_dtype(name, out_dtype)
-    return OP(x, bias, multiplier, shift, exact=exact, truncate=deployed, out_dtype=out_type)
+    return OP(x, bias, multiplier, shift, offset, exact=exact, truncate=deployed, out_dtype=out_type)

@@ -24,7 +24,7 @@ def _flops(dims, options):
 
 OP = op(
     "requantize",
-    "x: ... C | int32, multiplier: C | int32 packed, shift: C | int32 packed, residual?: ... C | int32, "
+    "x: ... C | integer, multiplier: C | int32 packed, shift: C | int32 packed, residual?: ... C | integer, "
     "residual_multiplier?: C | int32 packed, residual_shift?: C | int32 packed -> out: ... C | out_dtype",
     f"bits: int in 2..32 = 8, {_integer.OUT_DTYPE.format(4)}",
     reference=lambda *tensors, **options: _definition(*tensors, **_integer.named(options)),
@@ -52,10 +52,11 @@ def requantize(
     """Steps of one scale in steps of another, with integers alone: ``x * multiplier / 2^shift``, ties to even.
 
     Args:
-        x: [..., C] int32, a last stride of 1.
+        x: [..., C] int32, int16, int8 or uint8, a last stride of 1.
         multiplier, shift: [C] int32, from :func:`effvit.integer.multipliers`. |multiplier| below 2^31, shift 1 to
             61; wrong values are an error where they can be read, on a CPU.
-        residual: [..., C] int32, with its own two; rounded by itself and added before the result saturates.
+        residual: [..., C] of any of these dtypes, with its own two; rounded by itself and added before the result
+            saturates.
         bits: the result is within what so many bits hold, 2 to 32, and within out_dtype: int8, uint8 (never below 0),
             int16 or int32.
 

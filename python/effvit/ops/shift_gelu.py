@@ -21,7 +21,7 @@ def _flops(dims, options):
 
 OP = op(
     "shift_gelu",
-    "x: ... C | int32 -> out: ... C | out_dtype",
+    "x: ... C | integer -> out: ... C | out_dtype",
     f"{_integer.SHIFT_EXP.format(n=23, bits=8)}, safe_max: bool = True, multiplier: int in 0..{_integer.LARGEST} = 0, "
     f"shift: int in 1..{_integer.MOST_SHIFT} = 31, {_integer.OUT_DTYPE.format(3)}",
     reference=lambda x, **options: _definition(x, **_integer.named(options)),
@@ -50,7 +50,8 @@ def shift_gelu(
     """I-ViT's ShiftGELU: ``x * sigmoid(1.702 x)`` with integers alone, the same bits on every device.
 
     Args:
-        x: [..., C] int32, any values, a last stride of 1. The sigmoid's exponentials are relative to the row's maximum.
+        x: [..., C] int32, int16, int8 or uint8, any values, a last stride of 1. The sigmoid's exponentials are relative
+            to the row's maximum.
         scale: what one step of x is worth: a number, or a tensor of one element. 1 / (1.702 * scale) is at most
             (2^31 - 1) >> n, 255 with n = 23.
         x0: what kernels take: floor(-1 / (1.702 * scale)), computed in float64. In place of scale, where there is no
@@ -70,7 +71,7 @@ def shift_gelu(
         [..., C] in out_dtype, contiguous; not differentiable. Deterministic, bit for bit the formula in int64.
 
     Raises:
-        TypeError: x is not a dense int32 tensor; an option has the wrong type.
+        TypeError: x is not a dense tensor of these dtypes; an option has the wrong type.
         ValueError: a shape, stride, scale or option is outside the above. The message names the argument.
 
     Source: I-ViT (arXiv:2207.01405).

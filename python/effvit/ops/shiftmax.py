@@ -25,7 +25,7 @@ def _flops(dims, options):
 
 OP = op(
     "shiftmax",
-    "x: ... C | int32 -> out: ... C | out_dtype",
+    "x: ... C | integer -> out: ... C | out_dtype",
     f"{_integer.SHIFT_EXP.format(n=15, bits=8)}, {_integer.OUT_DTYPE.format(4)}",
     reference=lambda x, **options: _definition(x, **_integer.named(options)),
     saves=None,
@@ -51,7 +51,7 @@ def shiftmax(
     """I-ViT's Shiftmax: softmax over the last dim, with integers alone, the same bits on every device.
 
     Args:
-        x: [..., C] int32, any values, a last stride of 1; C from 0.
+        x: [..., C] int32, int16, int8 or uint8, any values, a last stride of 1; C from 0.
         scale: what one step of x is worth: a number, or a tensor of one element. 1 / scale is at most (2^31 - 1) >> n,
             65535 with n = 15: then no number on the way exceeds int32.
         x0: in place of scale, what kernels take: floor(-1 / scale), computed in float64.
@@ -68,7 +68,7 @@ def shiftmax(
         above 2^31 - 1 counts as that. Deterministic, bit for bit the formula in int64.
 
     Raises:
-        TypeError: x is not a dense int32 tensor; an option has the wrong type.
+        TypeError: x is not a dense tensor of these dtypes; an option has the wrong type.
         ValueError: a shape, stride, scale or option is outside the above. The message names the argument.
 
     Source: I-ViT (arXiv:2207.01405).

@@ -21,8 +21,11 @@ def square_root(v: torch.Tensor) -> torch.Tensor:
     return k
 
 
-def int_layer_norm(x, bias, multiplier, shift, *, exact, truncate, out_dtype):
-    """(x - mean) / sqrt(sum (x - mean)^2) in steps of 2^-30, plus bias, perhaps rescaled: [..., C] -> [..., C]."""
+def int_layer_norm(x, bias, multiplier, shift, offset, *, exact, truncate, out_dtype):
+    """(x - mean) / sqrt(sum (x - mean)^2) in steps of 2^-30, plus bias, perhaps rescaled, plus offset.
+
+    [..., C] -> [..., C].
+    """
     if x.shape[-1] == 0:
         return x.to(out_dtype)
     x = x.long()
@@ -43,5 +46,10 @@ def int_layer_norm(x, bias, multiplier, shift, *, exact, truncate, out_dtype):
             k = (k + _floor_div(v, k)) >> 1
     y = y * _floor_div(torch.full_like(k, LARGEST), k)
     y = torch.div(y, 2, rounding_mode="trunc") if truncate else y >> 1
-    y = y if bias is None else (y + bias.long()).clamp(-LARGEST - 1, LARGEST)
-    return saturate(y if multiplier is None else rescaled(y, multiplier.long(), shift.long()), out_dtype)
+    if bias is not None:
+        y = (y + bias.long()).clamp(-LARGEST - 1, LARGEST)
+    if multiplier is not None:
+        y = rescaled(y, multiplier.long(), shift.long())
+    if offset is not None:
+        y = y.clamp(-LARGEST - 1, LARGEST) + offset.long()
+    return saturate(y, out_dtype)

@@ -13,7 +13,7 @@ def rescaled(z: torch.Tensor, m, c) -> torch.Tensor:
 
 
 def requantize(x, multiplier, shift, residual, residual_multiplier, residual_shift, *, bits, out_dtype):
-    """x m / 2^c, plus residual m' / 2^c', rounded each: [..., C] int32 -> [..., C], saturating at `bits`."""
+    """x m / 2^c, plus residual m' / 2^c', rounded each: [..., C] -> [..., C], saturating at `bits`."""
     y = rescaled(x.long(), multiplier.long(), shift.long())
     if residual is not None:
         y = y + rescaled(residual.long(), residual_multiplier.long(), residual_shift.long())

@@ -16,7 +16,7 @@ def _shift_exp_any(d, x0, n, half_bit):
 
 
 def shift_gelu(x, *, x0, n, bits, half_bit, safe_max, multiplier, shift, out_dtype):
-    """x sigmoid(1.702 x) in steps of x's scale times 2^(1 - bits), or rescaled: [..., C] int32 -> [..., C]."""
+    """x sigmoid(1.702 x) in steps of x's scale times 2^(1 - bits), or rescaled: [..., C] -> [..., C]."""
     if x.shape[-1] == 0:
         return x.to(out_dtype)
     x = x.long()

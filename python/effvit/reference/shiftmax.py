@@ -29,7 +29,7 @@ def saturate(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def shiftmax(x: torch.Tensor, *, x0: int, n: int, bits: int, half_bit: bool, out_dtype: torch.dtype) -> torch.Tensor:
-    """Softmax over the last dim in steps of 2^(1 - bits): [..., C] int32 -> [..., C]."""
+    """Softmax over the last dim in steps of 2^(1 - bits): [..., C] -> [..., C]."""
     if x.shape[-1] == 0:
         return x.to(out_dtype)
     x = x.long()

@@ -11,8 +11,26 @@ INT32, INT8, UINT8, INT16 = 3, 4, 5, 6
 ANY = FLOAT_DTYPES[:1]  # these calls have no floats
 
 
-def rows(shape, generator, size, kind="normal"):
-    """int32 rows: normal of standard deviation `size`, all equal, all minimum, one spike, the whole range, uniform."""
+INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def rows(shape, generator, size, kind="normal", dtype=torch.int32):
+    """Rows: normal of standard deviation `size`, all equal, all minimum, one spike, the whole range, uniform below 0.
+
+    Of fewer bits than 32: up to the ends of these. Of uint8: 100 more.
+    """
+    if dtype == torch.int32:
+        return _rows(shape, generator, size, kind)
+    info = torch.iinfo(dtype)
+    if kind == "minimum":
+        return torch.full(shape, info.min, dtype=dtype)
+    if kind == "range":
+        return torch.randint(info.min, info.max + 1, shape, generator=generator, dtype=torch.int64).to(dtype)
+    x = _rows(shape, generator, min(size, float(2 * info.max)), kind).long()
+    return (x + 100 * (info.min == 0)).clamp(info.min, info.max).to(dtype)
+
+
+def _rows(shape, generator, size, kind):
     if kind == "equal":
         return torch.full(shape, 17, dtype=torch.int32)
     if kind == "minimum":
@@ -68,6 +86,31 @@ def standard_samples(make, vit):
         sample("empty_columns", (2, 3, 0), make(), tags="empty"),
         sample("tall", (200_000, 2), make(), tags="huge"),
     ]
+
+
+def narrow_samples(make):
+    """Of x in fewer bits than 32: every dtype, kinds of rows, widths, layouts."""
+    return [
+        *(sample(f"{_name(dtype)}_{kind}", (2, 3, 37), make(kind=kind, dtype=dtype),
+                 tags="nasty small" if kind in ("normal", "range") else "nasty")
+          for dtype in INTEGERS[1:] for kind in KINDS),
+        *(sample(f"int8_wide_{kind}", (5, 300), make(kind=kind, dtype=torch.int8), tags="nasty") for kind in KINDS),
+        *(sample(f"int8_columns_{n}", (5, n), make(dtype=torch.int8), tags="small" if n < 34 else "")
+          for n in (1, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 197, 1000)),
+        *(sample(f"{_name(dtype)}_columns_{n}", (5, n), make(dtype=dtype)) for n in (5, 49, 384)
+          for dtype in (torch.uint8, torch.int16)),
+        sample("int8_framework", (2, 3, 20), make(dtype=torch.int8), tags="small framework"),
+        sample("int8_misaligned", (3, 7, 33), make(dtype=torch.int8), layout=misaligned, tags="strided small"),
+        sample("int16_transposed", (3, 4, 5, 24), make(dtype=torch.int16), layout=transposed, tags="strided small"),
+        sample("uint8_expanded", (4, 1, 16), make(dtype=torch.uint8), layout=lambda t: t.expand(4, 3, t.shape[-1]),
+               tags="strided small"),
+        sample("int8_empty_columns", (2, 3, 0), make(dtype=torch.int8), tags="empty"),
+        sample("int16_long_row", (1, 70_001), make(kind="range", dtype=torch.int16), tags="nasty"),
+    ]  # fmt: skip
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def random_shape(choose):

@@ -7,14 +7,24 @@ from effvit.testing._bad_inputs import declared_bad_inputs
 from effvit.testing._spec import OpSpec
 
 
+def constants(shape, generator, bias, rescales, largest_bias=2**29, largest_offset=0, low=45, high=55):
+    """bias, multiplier, shift, offset."""
+    vectors = [_integer.integers(shape[-1:], generator, largest_bias) if bias else None, None, None, None]
+    if rescales:
+        vectors[1:3] = _integer.multipliers(shape[-1], generator, low, high)
+        vectors[1][1:2] = 0  # as of a channel without a weight
+    if largest_offset:
+        vectors[3] = _integer.integers(shape[-1:], generator, largest_offset)
+    return vectors
+
+
 def _make(*, size=3000.0, kind="normal", bias=False, rescales=False, exact=False, truncate=False,
-          out_dtype=_integer.INT32, largest_bias=2**29):  # fmt: skip
+          out_dtype=_integer.INT32, largest_bias=2**29, largest_offset=0, dtype=torch.int32,
+          low=45, high=55):  # fmt: skip
     def make(shape, generator):
-        x = _integer.rows(shape, generator, size, kind)
-        vectors = [_integer.integers(shape[-1:], generator, largest_bias) if bias else None, None, None]
-        if rescales:
-            vectors[1:] = _integer.multipliers(shape[-1], generator, 45, 55)
-        return (x, *vectors), {"exact": exact, "truncate": truncate, "out_dtype": out_dtype}
+        x = _integer.rows(shape, generator, size, kind, dtype)
+        options = {"exact": exact, "truncate": truncate, "out_dtype": out_dtype}
+        return (x, *constants(shape, generator, bias, rescales, largest_bias, largest_offset, low, high)), options
 
     return make
 
@@ -25,6 +35,8 @@ def random_sample(name, choose):
         "size": choose.choice((0.6, 3.0, 100.0, 3000.0, 1e4, 1e8)), "kind": choose.choice(_integer.KINDS),
         "bias": choose.random() < 0.6, "rescales": choose.random() < 0.5, "exact": choose.random() < 0.5,
         "truncate": choose.random() < 0.3, "out_dtype": choose.randint(3, 6), "largest_bias": 2**31 - 1,
+        "largest_offset": choose.choice((0, 0, 100, 2**31 - 1)), "dtype": choose.choice(_integer.INTEGERS),
+        "low": choose.choice((1, 31, 45)),
     }  # fmt: skip
     return _integer.sample(name, shape, _make(**options), layout=_integer.random_layout(shape, choose))
 
@@ -33,6 +45,17 @@ FUSED = {"bias": True, "rescales": True, "out_dtype": _integer.INT8}
 VIT = {"deit_s": (2, 197, 384), "swin": (1, 784, 96)}
 SAMPLES = [
     *_integer.standard_samples(_make, VIT),
+    *_integer.narrow_samples(_make),
+    _integer.sample("vit_int16_to_int8", (2, 197, 384), _make(**FUSED, dtype=torch.int16), tags="vit"),
+    *(_integer.sample(f"{str(dtype)[6:]}_to_{out}", (2, 3, 40), _make(
+        bias=True, rescales=True, out_dtype=out, dtype=dtype, largest_offset=90), tags="nasty small")
+      for i, dtype in enumerate(_integer.INTEGERS) for out in (3 + i, 3 + (i + 1) % 4)),
+    _integer.sample("small_offset", (2, 3, 40), _make(**FUSED, largest_offset=60), tags="small framework"),
+    _integer.sample("largest_offset", (10, 40), _make(rescales=True, largest_offset=2**31 - 1, low=1),
+                    tags="nasty small"),
+    _integer.sample("offset_alone", (10, 40), _make(largest_offset=2**31 - 1), tags="nasty small"),
+    *(_integer.sample(f"shift_{low}_to_{high}", (10, 40), _make(**FUSED, low=low, high=high), tags="nasty")
+      for low, high in ((1, 30), (31, 34), (33, 61), (50, 52), (56, 61))),
     _integer.sample("vit_int8", (2, 197, 384), _make(**FUSED), tags="vit"),
     _integer.sample("small_bias", (2, 3, 20), _make(bias=True), tags="small framework"),
     _integer.sample("small_int8", (2, 3, 40), _make(**FUSED), tags="small framework"),
@@ -56,7 +79,8 @@ def good_call():
     multiplier, shift = _integer.multipliers(8, generator, 45, 55)
     return {
         "x": _integer.rows((2, 3, 8), generator, 3000.0), "bias": _integer.integers((8,), generator, 2**29),
-        "multiplier": multiplier, "shift": shift, "exact": False, "truncate": False, "out_dtype": _integer.INT8,
+        "multiplier": multiplier, "shift": shift, "offset": _integer.integers((8,), generator, 50),
+        "exact": False, "truncate": False, "out_dtype": _integer.INT8,
     }  # fmt: skip
 
 
@@ -75,7 +99,7 @@ def public_kwargs(kwargs):
 
 def memory_calls(dtype):
     x = _integer.rows((20_000, 1536), torch.Generator().manual_seed(0), 3000.0)
-    return [("20000x1536", (x, None, None, None), {})]
+    return [("20000x1536", (x, None, None, None, None), {})]
 
 
 SPEC = OpSpec(

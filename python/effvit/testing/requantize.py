@@ -18,9 +18,11 @@ def _make(
     high=42,
     ties=False,
     halves=False,
+    dtype=torch.int32,
+    residual_dtype=torch.int32,
 ):
     def make(shape, generator):
-        x = _integer.rows(shape, generator, size, kind)
+        x = _integer.rows(shape, generator, size, kind, dtype)
         tensors = [x, *_integer.multipliers(shape[-1], generator, low, high), None, None, None]
         if ties:  # 2^-1 to 2^-5, on both sides of where kernels change their arithmetic
             tensors[1] = torch.full(shape[-1:], 2**30, dtype=torch.int32)
@@ -28,7 +30,7 @@ def _make(
         if halves:
             tensors[1] = torch.full(shape[-1:], 2**30, dtype=torch.int32)
         if residual:
-            tensors[3] = _integer.rows(shape, generator, size)
+            tensors[3] = _integer.rows(shape, generator, size, dtype=residual_dtype)
             tensors[4:] = _integer.multipliers(shape[-1], generator, low, high)
         return tuple(tensors), {"bits": bits, "out_dtype": out_dtype}
 
@@ -42,6 +44,7 @@ def random_sample(name, choose):
         "size": choose.choice((3.0, 100.0, 3000.0, 1e8)), "kind": choose.choice(_integer.KINDS),
         "residual": choose.random() < 0.5, "bits": choose.randint(2, 32), "out_dtype": choose.randint(3, 6), "low": low,
         "high": min(low + choose.randint(0, 8), 61), "ties": choose.random() < 0.2,
+        "dtype": choose.choice(_integer.INTEGERS), "residual_dtype": choose.choice(_integer.INTEGERS),
     }  # fmt: skip
     return _integer.sample(name, shape, _make(**options), layout=_integer.random_layout(shape, choose))
 
@@ -49,6 +52,13 @@ def random_sample(name, choose):
 VIT = {"deit_s": (2, 197, 384), "swin": (1, 784, 96)}
 SAMPLES = [
     *_integer.standard_samples(_make, VIT),
+    *_integer.narrow_samples(_make),
+    _integer.sample("vit_int8_residual", (2, 197, 384), _make(
+        dtype=torch.int8, residual=True, residual_dtype=torch.int16, bits=16, out_dtype=_integer.INT16, low=22,
+        high=28), tags="vit"),
+    *(_integer.sample(f"{str(a)[6:]}_and_{str(b)[6:]}_to_{out}", (3, 70), _make(
+        dtype=a, residual=True, residual_dtype=b, out_dtype=out, low=30, high=35), tags="nasty small")
+      for i, a in enumerate(_integer.INTEGERS) for j, b in enumerate(_integer.INTEGERS) for out in (3 + (i + j) % 4,)),
     _integer.sample("vit_residual", (2, 197, 384), _make(residual=True, bits=16, out_dtype=_integer.INT16), tags="vit"),
     _integer.sample("small_residual", (2, 3, 20), _make(residual=True), tags="small framework"),
     _integer.sample("small_int16", (2, 3, 40), _make(residual=True, bits=16, out_dtype=_integer.INT16, low=31, high=34),

@@ -10,11 +10,11 @@ HALF = {"multiplier": 2**30, "shift": 37}  # of steps of 2^-7: a step is as larg
 
 
 def _make(*, size=60.0, kind="normal", x0=-12, n=23, bits=8, half_bit=True, safe_max=True, out_dtype=_integer.INT32,
-          multiplier=0, shift=31):  # fmt: skip
+          multiplier=0, shift=31, dtype=torch.int32):  # fmt: skip
     def make(shape, generator):
         options = {"x0": x0, "n": n, "bits": bits, "half_bit": half_bit, "safe_max": safe_max}
         options |= {"multiplier": multiplier, "shift": shift, "out_dtype": out_dtype}
-        return (_integer.rows(shape, generator, size, kind),), options
+        return (_integer.rows(shape, generator, size, kind, dtype),), options
 
     return make
 
@@ -25,8 +25,8 @@ def random_sample(name, choose):
     options = {
         **_integer.random_shift_exp(choose), "bits": choose.randint(2, 16), "safe_max": choose.random() < 0.7,
         "out_dtype": choose.randint(3, 6), "size": choose.choice((3.0, 60.0, 60.0, 3000.0, 1e8)),
-        "kind": choose.choice(_integer.KINDS), "multiplier": choose.randint(1, 2**31 - 1) if rescales else 0,
-        "shift": choose.choice((1, 20, 31, 37, 45, 61)),
+        "kind": choose.choice(_integer.KINDS), "dtype": choose.choice(_integer.INTEGERS),
+        "multiplier": choose.randint(1, 2**31 - 1) if rescales else 0, "shift": choose.choice((1, 20, 31, 37, 45, 61)),
     }  # fmt: skip
     return _integer.sample(name, shape, _make(**options), layout=_integer.random_layout(shape, choose))
 
@@ -38,6 +38,15 @@ def _int8(**options):
 VIT = {"deit_s_hidden": (1, 197, 1536), "swin_hidden": (1, 784, 384)}
 SAMPLES = [
     *_integer.standard_samples(_make, VIT),
+    *_integer.narrow_samples(_make),
+    _integer.sample("vit_int8_to_int8", (1, 197, 1536), _int8(dtype=torch.int8, size=30.0), tags="vit"),
+    _integer.sample("vit_int16_to_int8", (1, 197, 1536), _int8(dtype=torch.int16, size=300.0, x0=-120), tags="vit"),
+    *(_integer.sample(f"{str(dtype)[6:]}_to_{out}_{kind}", (3, 70), _make(
+        **HALF, dtype=dtype, out_dtype=out, kind=kind, safe_max=kind != "negative"),
+        tags="nasty small" if (i + out) % 3 == 0 else "nasty")
+      for i, dtype in enumerate(_integer.INTEGERS[1:]) for out in (3, 4, 5, 6)
+      for kind in ("normal", "range", "negative")),
+    _integer.sample("int8_many_tops", (300, 40), _int8(dtype=torch.int8, kind="range"), tags="nasty"),
     _integer.sample("vit_int8", (1, 197, 1536), _int8(), tags="vit"),
     _integer.sample("small_int8", (2, 3, 40), _int8(), tags="small framework"),
     _integer.sample("small_wide_int8", (2, 3, 40), _int8(size=5000.0, x0=-250), tags="small framework"),

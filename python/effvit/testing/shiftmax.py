@@ -11,10 +11,11 @@ from effvit.testing._spec import OpSpec
 _MOST = {DTYPES[getattr(torch, name)]: bits for name, bits in MOST_BITS.items()}
 
 
-def _make(*, size=60.0, kind="normal", x0=-20, n=15, bits=8, half_bit=True, out_dtype=_integer.INT8):
+def _make(*, size=60.0, kind="normal", x0=-20, n=15, bits=8, half_bit=True, out_dtype=_integer.INT8,
+          dtype=torch.int32):  # fmt: skip
     def make(shape, generator):
         options = {"x0": x0, "n": n, "bits": bits, "half_bit": half_bit, "out_dtype": out_dtype}
-        return (_integer.rows(shape, generator, size, kind),), options
+        return (_integer.rows(shape, generator, size, kind, dtype),), options
 
     return make
 
@@ -25,6 +26,7 @@ def random_sample(name, choose):
     options = {
         **_integer.random_shift_exp(choose), "bits": choose.randint(2, _MOST[out_dtype]), "out_dtype": out_dtype,
         "size": choose.choice((3.0, 100.0, 1e5)), "kind": choose.choice(_integer.KINDS),
+        "dtype": choose.choice(_integer.INTEGERS),
     }  # fmt: skip
     return _integer.sample(name, shape, _make(**options), layout=_integer.random_layout(shape, choose))
 
@@ -32,6 +34,15 @@ def random_sample(name, choose):
 VIT = {"deit_s_scores": (2, 6, 197, 197), "swin_scores": (16, 3, 49, 49)}
 SAMPLES = [
     *_integer.standard_samples(_make, VIT),
+    *_integer.narrow_samples(_make),
+    _integer.sample("vit_int8", (2, 6, 197, 197), _make(dtype=torch.int8, size=20.0), tags="vit"),
+    *(_integer.sample(f"int8_x0_{-x0}_n_{n}{'' if half_bit else '_deployed'}", (3, 70),
+                      _make(dtype=torch.int8, kind="range", x0=x0, n=n, bits=bits, half_bit=half_bit, out_dtype=out),
+                      tags="nasty small" if bits == 16 and n > 14 else "nasty")
+      for x0, n, half_bit in ((-1, 15, True), (-3, 15, True), (-17, 15, False), (-24, 15, True), (-24, 16, True),
+                              (-511, 15, True), (-65535, 15, True), (-2, 29, True), (-20, 10, True), (-5, 4, False),
+                              (-127, 15, False), (-200, 15, True), (-32767, 16, True), (-7, 8, True))
+      for bits, out in ((8, _integer.INT8), (16, _integer.INT16))),
     _integer.sample("small_deployed", (2, 3, 20), _make(n=16, half_bit=False), tags="small framework"),
     _integer.sample("small_int16", (2, 3, 40), _make(bits=16, out_dtype=_integer.INT16, x0=-3000, size=9000.0),
                     tags="small"),
