@@ -95,3 +95,21 @@ def requantize(x, multiplier, shift, residual, residual_multiplier, residual_shi
         y = y + rescaled(residual, residual_multiplier.astype(np.int64), residual_shift.astype(np.int64))
     ends = (0, 2**bits - 1) if dtype == np.uint8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return saturate(np.clip(y, *ends), dtype)
+
+
+def unpacked(weight, n, k):
+    """[N, K] int64 of blocks of 16 channels, [ceil(K / 4)][16][4] bytes of weight + 128 and a label of 64."""
+    groups = -(-k // 4)
+    blocks = weight.view(np.uint8)[:, : 64 * groups].astype(np.int64).reshape(len(weight), groups, 16, 4) - 128
+    return blocks.transpose(0, 2, 1, 3).reshape(16 * len(weight), 4 * groups)[:n, :k]
+
+
+def int_linear(x, weight, multiplier, shift, bias, residual, residual_multiplier, residual_shift, bits, dtype):
+    if weight.shape[1] != x.shape[1]:
+        weight = unpacked(weight, len(multiplier if bias is None else bias), x.shape[1])
+    y = x.astype(np.int64) @ weight.astype(np.int64).T
+    if bias is not None:
+        y = np.clip(y + bias, -LARGEST - 1, LARGEST)
+    if multiplier is None:
+        return saturate(y, dtype)
+    return requantize(y, multiplier, shift, residual, residual_multiplier, residual_shift, bits, dtype)

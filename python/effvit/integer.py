@@ -17,6 +17,68 @@ def multipliers(scale: float | torch.Tensor, out_scale: float | torch.Tensor, x:
     return _integer.fixed_points("requantize", "scale", scale, out_scale, x)
 
 
+def linear_constants(
+    weight: torch.Tensor, bias: torch.Tensor | None, x_scale: float | torch.Tensor, out_scale: float | torch.Tensor
+):
+    """(weight int8 [N, K], bias [N] or None, multiplier [N], shift [N], int32 each) of a linear layer for
+    :func:`effvit.ops.int_linear`, from its float parameters. They are computed in float64.
+
+    With S_w = max|weight| / 127 of an output channel, weights are round(weight / S_w), the bias is round(bias / (S_w
+    x_scale)), saturating at what int32 holds, and multiplier / 2^shift is S_w x_scale / out_scale; ties go to the even
+    number. S_w is larger where the bias would exceed int32, so that it is exact to 2^-32 of itself, and where a step
+    would be less than 2^-31 of out_scale, which no shift makes: such weights cannot be seen in the result.
+
+    Args:
+        weight: [N, K], any float dtype, finite. bias: [N] or None.
+        x_scale: what one step of x is worth, a number or a tensor of one element; a tensor is read, which waits for
+            its device.
+        out_scale: likewise of the result; or [N], of every output channel.
+
+    Raises:
+        TypeError: weight or bias is not a float tensor. ValueError: they are not [N, K] and [N] or not finite, a scale
+            is not positive and finite, or a step of a sum is 2^30 of out_scale or more.
+
+    Source: I-ViT's QuantLinear (arXiv:2207.01405), whose formulas these are where S_w is not larger.
+    """
+    name = "int_linear"
+    _checks.check_tensor(name, "weight", weight)
+    if weight.dim() != 2:
+        raise _checks.value_error(name, "weight", "[N, K]", _checks.shape(weight))
+    n, k = weight.shape
+    w = _finite(name, "weight", weight)
+    x_scale = _integer.as_scale(name, "x_scale", x_scale)
+    of_out = _integer.scales(name, "out_scale", out_scale, n, "N").to(w.device)
+    step = torch.maximum(w.abs().amax(1) if k else w.new_zeros(n), w.new_zeros(())) / 127 * x_scale
+    step = torch.maximum(step, of_out * 2.0**-31)
+    integers = None
+    if bias is not None:
+        _checks.check_tensor(name, "bias", bias)
+        if bias.shape != (n,):
+            raise _checks.value_error(name, "bias", f"[N] = [{n}]", _checks.shape(bias))
+        b = _finite(name, "bias", bias)
+        step = torch.maximum(step, b.abs() / _integer.LARGEST)
+        integers = (b / step).round().clamp(-_integer.LARGEST - 1, _integer.LARGEST).to(torch.int32)
+    quantized = (w / (step / x_scale)[:, None]).round().clamp(-127, 127).to(torch.int8)
+    ratio = step / of_out
+    if not (ratio < 2.0**30).all():
+        at = int((~(ratio < 2.0**30)).nonzero()[0])
+        raise _checks.value_error(
+            name, "out_scale", f"above 2^-30 of a step of the sum, {float(step[at])}", f"{float(of_out.expand(n)[at])}"
+        )
+    m, c = _integer.fixed_point_of(ratio)
+    return quantized, integers, m.to(torch.int32), c.to(torch.int32)
+
+
+def _finite(op: str, name: str, t: torch.Tensor) -> torch.Tensor:
+    """A float tensor's values in float64."""
+    if not t.is_floating_point():
+        raise _checks.type_error(op, name, "a float tensor", t.dtype)
+    t = t.detach().double()
+    if not t.isfinite().all():
+        raise _checks.value_error(op, name, "finite", float(t[~t.isfinite()][0]))
+    return t
+
+
 def layer_norm_constants(weight: torch.Tensor, bias: torch.Tensor | None = None, out_scale: float | None = None):
     """(bias, multiplier, shift, offset) of :func:`effvit.ops.int_layer_norm`, [C] int32 each or None.
 

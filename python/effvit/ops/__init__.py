@@ -8,6 +8,7 @@ from .int8_linear import int8_linear
 from .int8_prepack import int8_prepack
 from .int_add_layer_norm import int_add_layer_norm
 from .int_layer_norm import int_layer_norm
+from .int_linear import int_linear
 from .linear_attention import linear_attention
 from .newton_pinv import newton_pinv
 from .quantize_int8 import quantize_int8
@@ -26,7 +27,8 @@ from .window_attention import window_attention
 
 __all__ = [
     "block_sparse_int8_linear", "block_sparse_linear", "fake_quantize_int8", "glu", "int8_linear", "int8_prepack",
-    "int_add_layer_norm", "int_layer_norm", "linear_attention", "newton_pinv", "quantize_int8", "rbf_gram",
-    "requantize", "shift_gelu", "shiftmax", "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear",
-    "sparse24_linear", "sparse24_mask", "sparse24_prepack", "sparse24_prune", "window_attention",
+    "int_add_layer_norm", "int_layer_norm", "int_linear", "linear_attention", "newton_pinv", "quantize_int8",
+    "rbf_gram", "requantize", "shift_gelu", "shiftmax", "sparse24_compress", "sparse24_decompress",
+    "sparse24_int8_linear", "sparse24_linear", "sparse24_mask", "sparse24_prepack", "sparse24_prune",
+    "window_attention",
 ]  # fmt: skip

@@ -93,9 +93,15 @@ def check_integers(op: str, tensors: dict, name: str, low: int, high: int) -> No
         raise _checks.value_error(op, name, f"between {low} and {high}", f"{int(t[at])} at [{at}]")
 
 
+def check_rescaling(op: str, tensors: dict, multiplier: str, shift: str) -> None:
+    """What both may be."""
+    check_integers(op, tensors, multiplier, -LARGEST, LARGEST)
+    check_integers(op, tensors, shift, 1, MOST_SHIFT)
+
+
 def fixed_points(op: str, name: str, scale: object, out_scale: object, x: torch.Tensor):
     """(m, c) of scale / out_scale for every column of x: [C] int32 each, on its device."""
-    ratio = _ratios(op, name, scale, x) / _ratios(op, "out_scale", out_scale, x)
+    ratio = _ratios(op, name, scale, x.shape[-1]) / _ratios(op, "out_scale", out_scale, x.shape[-1])
     size = ratio.abs()
     if not ((size < 2.0**30) & (size >= 2.0**-31)).all():
         raise _checks.value_error(
@@ -113,11 +119,19 @@ def fixed_point_of(ratio: torch.Tensor):
     return torch.where(over, m // 2, m), 31 - exponent.long() - over.long()
 
 
-def _ratios(op: str, name: str, x: object, like: torch.Tensor) -> torch.Tensor:
+def scales(op: str, name: str, x: object, columns: int, dim: str = "C") -> torch.Tensor:
+    """A number, or a tensor of one element or of all columns -> [1] or [columns], float64, positive and finite."""
+    t = _ratios(op, name, x, columns, dim)
+    if not ((t > 0) & (t < math.inf)).all():
+        raise _checks.value_error(op, name, "positive and finite", t.tolist()[:8])
+    return t
+
+
+def _ratios(op: str, name: str, x: object, columns: int, dim: str = "C") -> torch.Tensor:
     if not isinstance(x, torch.Tensor):
         return torch.tensor([as_scale(op, name, x)], dtype=torch.float64)
-    if x.dim() > 1 or x.numel() not in (1, like.shape[-1]):
-        raise _checks.value_error(op, name, f"a number, [1] or [C] = [{like.shape[-1]}]", _checks.shape(x))
+    if x.dim() > 1 or x.numel() not in (1, columns):
+        raise _checks.value_error(op, name, f"a number, [1] or [{dim}] = [{columns}]", _checks.shape(x))
     return x.detach().double().cpu().reshape(-1)
 
 
