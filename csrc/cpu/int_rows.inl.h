@@ -5,8 +5,12 @@
 namespace effvit::cpu::EFFVIT_ISA_NAME {
 namespace rows_impl {
 
-typedef int64_t vl __attribute__((vector_size(4 * EFFVIT_LANES)));
-typedef uint64_t vul __attribute__((vector_size(4 * EFFVIT_LANES)));
+using EFFVIT_ISA_NAME::least;  // beside those of int_math.h
+using EFFVIT_ISA_NAME::most;
+using EFFVIT_ISA_NAME::product;
+using EFFVIT_ISA_NAME::rescale;
+using EFFVIT_ISA_NAME::rescale_sum;
+using EFFVIT_ISA_NAME::rounded_shift;
 
 #define EFFVIT_FN EFFVIT_INLINE
 template <class V>
@@ -19,38 +23,6 @@ EFFVIT_INLINE V splat(uint32_t x) {
 }
 EFFVIT_INLINE vi select(vi mask, vi a, vi b) { return mask ? a : b; }
 EFFVIT_INLINE vu select(vi mask, vu a, vu b) { return mask ? a : b; }
-
-#if defined(EFFVIT_HAS_AVX512)
-EFFVIT_INLINE vi least(vi a, vi b) { return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b); }
-EFFVIT_INLINE vu least(vu a, vu b) { return (vu)_mm512_min_epu32((__m512i)a, (__m512i)b); }
-EFFVIT_INLINE vi most(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
-#elif defined(EFFVIT_HAS_AVX2)
-EFFVIT_INLINE vi least(vi a, vi b) { return (vi)_mm256_min_epi32((__m256i)a, (__m256i)b); }
-EFFVIT_INLINE vu least(vu a, vu b) { return (vu)_mm256_min_epu32((__m256i)a, (__m256i)b); }
-EFFVIT_INLINE vi most(vi a, vi b) { return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b); }
-#endif
-
-// Products of the even lanes, in 64 bits.
-EFFVIT_INLINE vl mul_even(vi a, vi b) {
-#if defined(EFFVIT_HAS_AVX512)
-  return (vl)_mm512_mul_epi32((__m512i)a, (__m512i)b);
-#elif defined(EFFVIT_HAS_AVX2)
-  return (vl)_mm256_mul_epi32((__m256i)a, (__m256i)b);
-#else
-  return (((vl)a << 32) >> 32) * (((vl)b << 32) >> 32);
-#endif
-}
-EFFVIT_INLINE vul mul_even(vu a, vu b) {
-#if defined(EFFVIT_HAS_AVX512)
-  return (vul)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(EFFVIT_HAS_AVX2)
-  return (vul)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#else
-  return ((vul)a & 0xffffffffu) * ((vul)b & 0xffffffffu);
-#endif
-}
-// The low halves of both, in turn.
-EFFVIT_INLINE vi interleave(vul even, vul odd) { return (vi)((even & 0xffffffffu) | (odd << 32)); }
 
 EFFVIT_INLINE vu mul_high(vu a, uint32_t b) {
   const vu m = (vu)set1(static_cast<int32_t>(b));
@@ -67,68 +39,6 @@ template <>
 struct UnsignedOf<vi> {
   using type = vu;
 };
-
-// t / 2^c in 64 bits to the nearest, ties to even; 1 <= c <= 61.
-EFFVIT_INLINE vl rounded_shift(vl t, vul c) {
-  const vul half = (~vul{} >> 1u) >> (64u - c);  // of 2^c, less one
-#if defined(EFFVIT_HAS_AVX512)
-  return (t + (vl)half + ((t >> (vl)c) & 1)) >> (vl)c;
-#else  // no arithmetic shift: an even multiple of 2^c makes t positive
-  const vul offset = vul{} + (uint64_t{1} << 62), u = (vul)t + offset;
-  return (vl)(((u + half + ((u >> c) & 1u)) >> c) - (offset >> c));
-#endif
-}
-EFFVIT_INLINE vl between(vl x, int32_t low, int32_t high) {
-  const vl a = vl{} + low, b = vl{} + high;
-#if defined(EFFVIT_HAS_AVX512)
-  return (vl)_mm512_min_epi64(_mm512_max_epi64((__m512i)x, (__m512i)a), (__m512i)b);
-#else
-  x = x < a ? a : x;
-  return x > b ? b : x;
-#endif
-}
-EFFVIT_INLINE vi odd_lanes(vi x) { return (vi)((vul)x >> 32); }
-EFFVIT_INLINE vl rescaled_even(vi z, vi m, vi c) { return rounded_shift(mul_even(z, m), (vul)c & 0xffffffffu); }
-EFFVIT_INLINE vl rescaled_odd(vi z, vi m, vi c) {
-  return rounded_shift(mul_even(odd_lanes(z), odd_lanes(m)), (vul)c >> 32);
-}
-EFFVIT_INLINE vi between(vl even, vl odd, int32_t low, int32_t high) {
-  return interleave((vul)between(even, low, high), (vul)between(odd, low, high));
-}
-EFFVIT_INLINE bool any(vi mask) {
-#if defined(EFFVIT_HAS_AVX2) && EFFVIT_LANES == 8
-  return _mm256_movemask_epi8((__m256i)mask) != 0;
-#else
-  int32_t found = 0;
-  for (int i = 0; i < kLanes; ++i) found |= mask[i];
-  return found != 0;
-#endif
-}
-// The high halves of both, in turn.
-EFFVIT_INLINE vi high_halves(vl even, vl odd) { return (vi)(((vul)even >> 32) | ((vul)odd & ~uint64_t{0xffffffff})); }
-// With 64-bit minima and arithmetic shifts all is done in these. Else, from c = 33 on, what follows the product is done
-// in 32 bits: its high half and whether the low one is 0, as one more bit below, h, which fits as |z m| < 2^62.
-// h / 2^(c - 31) is rounded down, and up by one where the rest is above the half, or is it and the quotient odd.
-EFFVIT_INLINE vi rescale(vi z, vi m, vi c, int32_t low, int32_t high) {
-#if !defined(EFFVIT_HAS_AVX512)
-  if (!any(c < 33)) {
-    const vl even = mul_even(z, m), odd = mul_even(odd_lanes(z), odd_lanes(m));
-    const vi top = high_halves(even, odd), is_whole = interleave((vul)even, (vul)odd) == 0;
-    const vi h = top + top + 1 + is_whole, s = c - 31;
-    const vi q = h >> s, rest = h - (q << s);
-    const vi y = q - (rest > (set1(1) << (s - 1)) - (q & 1));
-    return least(most(y, set1(low)), set1(high));
-  }
-#endif
-  return between(rescaled_even(z, m, c), rescaled_odd(z, m, c), low, high);
-}
-EFFVIT_INLINE vi rescale_sum(vi z, vi m, vi c, vi z2, vi m2, vi c2, int32_t low, int32_t high) {
-  return between(rescaled_even(z, m, c) + rescaled_even(z2, m2, c2), rescaled_odd(z, m, c) + rescaled_odd(z2, m2, c2),
-                 low, high);
-}
-EFFVIT_INLINE vi product(vi a, vi b, int32_t low, int32_t high) {
-  return between(mul_even(a, b), mul_even(odd_lanes(a), odd_lanes(b)), low, high);
-}
 
 #define EFFVIT_ROWS
 #include EFFVIT_ROWS_HEADER

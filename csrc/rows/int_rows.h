@@ -3,7 +3,7 @@
 #pragma once
 #include <limits>
 
-#include "../common/declaration.h"
+#include "../common/int_rescale.h"
 #include "int_params.h"
 
 namespace effvit {
@@ -34,24 +34,10 @@ inline ShiftExp shift_exp_of(const Call& c) {
   return e;
 }
 
-// Values of a [C] tensor, where they can be read without waiting.
-inline void check_integers(const Call& c, const char* name, int64_t low, int64_t high) {
-  const View* v = c.find(name);
-  if (!v || !c.readable) return;
-  for (int64_t i = 0; i < v->count(); ++i) {
-    const int64_t x = static_cast<const int32_t*>(v->data)[i];
-    check(x >= low && x <= high, c.op(), name, " must be between ", low, " and ", high, ", got ", x, " at [", i, "]");
-  }
-}
-
 // Ends of what `bits` hold, and the result's dtype.
 inline void set_ends(IntRowsData& p, int bits = 32) {
-  const bool one = element_bytes(p.out_dtype) == 1;
-  const int most = one ? 8 : p.out_dtype == DType::kInt16 ? 16 : 32;
-  const bool is_unsigned = p.out_dtype == DType::kUInt8;
-  const int64_t half = int64_t{1} << (std::min(bits, most) - 1);
-  p.low = static_cast<int32_t>(is_unsigned ? 0 : -half), p.high = static_cast<int32_t>(half - 1);
-  if (is_unsigned) p.high = (1 << std::min(bits, 8)) - 1;
+  const Ends ends = ends_of(p.out_dtype, bits);
+  p.low = ends.low, p.high = ends.high;
 }
 
 // x, `residual` where the op has one, the [C] tensors in this order, out.

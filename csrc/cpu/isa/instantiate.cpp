@@ -66,6 +66,7 @@ EFFVIT_GCC_PRAGMA(GCC target(EFFVIT_TARGET))
 #include "permute.inl.h"
 #include "bf16.inl.h"
 #include "int8.inl.h"
+#include "rescale.inl.h"
 #include "../gemm.h"
 #include "tokens.inl.h"
 #include EFFVIT_KERNEL_HEADER
