@@ -1,6 +1,8 @@
 // The epilogue of the int8 products: from exact sums in a small tile to results in memory, in one pass.
 #pragma once
 
+#include "int8_gemm.inl.h"
+
 namespace effvit::cpu::EFFVIT_ISA_NAME {
 namespace int8_impl {
 
@@ -25,8 +27,6 @@ EFFVIT_INLINE vf activate(vf y) {
     return y;
   }
 }
-
-constexpr int kMostColumns = 64;  // of a tile
 
 // What the epilogue needs of the columns of a tile, padded to whole vectors.
 struct Columns {
@@ -60,14 +60,6 @@ EFFVIT_INLINE vf load_residual(const Int8Epilogue& p, int64_t at, int n) {
     default:
       return load_first(static_cast<const Float16*>(p.residual) + at, n);
   }
-}
-
-template <class T, class V>
-EFFVIT_INLINE void store_first(T* p, V v, int n) {
-  if (n >= kLanes) return store(p, v);
-  alignas(64) T some[kLanes];
-  store(some, v);
-  std::memcpy(p, some, static_cast<size_t>(n) * sizeof(T));
 }
 
 // Rows [row, row + rows) of the result from acc[rows][ld], of which `sums` is still to be taken: see int8_gemm.inl.h.
@@ -135,6 +127,12 @@ inline Finish finish_of(const Int8Epilogue& p) {
       return finish_of<Activation::kNone>(p.out_dtype);
   }
 }
+
+template <class Params>
+struct EpilogueOf {
+  using Columns = int8_impl::Columns;
+  static Finish choose(const Params& p) { return finish_of(p); }
+};
 
 }  // namespace int8_impl
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME

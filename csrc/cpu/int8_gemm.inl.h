@@ -1,5 +1,5 @@
-// GEMM with epilogue on int8: x [M, K] times packed weights, exact int32 sums in registers, results through
-// int8_epilogue.inl.h. No sum is ever written to memory but to a tile in the L1 cache.
+// GEMM with epilogue on int8: x [M, K] times packed weights, exact int32 sums in registers, results through an
+// epilogue. No sum is ever written to memory but to a tile in the L1 cache.
 //
 // Packed weights hold w + 128 as unsigned bytes, because dot products of bytes (VNNI) want one unsigned operand; with
 // the weights as that one, x is read as it is, and sum(x (w + 128)) is 128 sum(x) too large, which the epilogue takes
@@ -10,12 +10,11 @@
 // while tiles of rows go by; K is never split.
 #pragma once
 
-#include "int8_epilogue.inl.h"
-
 namespace effvit::cpu::EFFVIT_ISA_NAME {
 namespace int8_impl {
 
 constexpr int kBlock = 16;  // columns of a packed block
+constexpr int kMostColumns = 64;  // of a tile
 constexpr int kRowsOfTile = kLanes == 16 ? 12 : 6;  // 32 or 16 registers
 // Few rows take wide panels, for enough sums at once, and wait for weights, which are fetched so many bytes ahead.
 constexpr int kFewVectors = 4, kAhead = 1024;
@@ -58,9 +57,22 @@ EFFVIT_INLINE void with_constant(int n, const F& f) {
   f(std::integral_constant<int, kMost>{});
 }
 
+// What makes results of sums, by params: `Columns`, with set(p, first, count), and choose(p), which is a function (p,
+// acc, ld, sums, row, rows, columns). int8_epilogue.inl.h and int_epilogue.inl.h define it.
+template <class Params>
+struct EpilogueOf;
+
+template <class T, class V>
+EFFVIT_INLINE void store_first(T* p, V v, int n) {
+  if (n >= kLanes) return store(p, v);
+  alignas(64) T some[kLanes];
+  store(some, v);
+  std::memcpy(p, some, static_cast<size_t>(n) * sizeof(T));
+}
+
 // A unit of work. `Tiles` takes the rows of a chunk, then a panel of columns, and computes acc[rows][kMostColumns] of
 // up to height() rows of them.
-template <class Tiles, class Params>
+template <class Tiles, class Params, class Finish>
 void run_unit(const Params& p, const typename Tiles::Weights& weights, int64_t unit, Finish finish) {
   const Chunks chunks(p.M, p.N, p.K);
   const int64_t row = unit / chunks.n * chunks.rows, column = unit % chunks.n * chunks.columns;
@@ -80,7 +92,7 @@ void run_unit(const Params& p, const typename Tiles::Weights& weights, int64_t u
       sums[r] = static_cast<int32_t>(128u * static_cast<uint32_t>(sum_bytes(p.x + (row + r) * p.x_stride_m, p.K)));
   }
   alignas(64) int32_t acc[32 * kMostColumns];
-  Columns columns;
+  typename EpilogueOf<Params>::Columns columns;
   const char* const out = static_cast<const char*>(p.out);
   const int size = static_cast<int>(element_bytes(p.out_dtype));
   for (int64_t c = column; c < end; c += tiles.panel()) {
@@ -107,7 +119,7 @@ int64_t units(const Params& p) {
 
 template <class Tiles, class Params>
 void run_units(const Params& p, const typename Tiles::Weights& weights, int64_t begin, int64_t end) {
-  const Finish finish = finish_of(p);
+  const auto finish = EpilogueOf<Params>::choose(p);
   for (int64_t unit = begin; unit < end; ++unit) run_unit<Tiles>(p, weights, unit, finish);
 }
 

@@ -12,7 +12,7 @@
 // unsigned is x, as x + 128; what is too much is 128 times the column's sum, with which the sums start.
 #pragma once
 
-#include "int8_gemm.inl.h"
+#include "int8_epilogue.inl.h"
 #include "int8_tiles.inl.h"
 
 namespace effvit::cpu::EFFVIT_ISA_NAME {
