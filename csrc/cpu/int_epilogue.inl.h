@@ -73,7 +73,7 @@ struct IntColumns {
     if (!p.multiplier) return;
     acc.take(p.multiplier + column, p.shift + column, n);
     acc.prepare(n, saturates ? 31 : bits_of(largest));
-    exact = saturates | acc.exact, ties = acc.ties | acc.shifts;
+    exact = saturates | acc.exact, ties = acc.ties | (element_bytes(p.out_dtype) == 1 && acc.shifts);
     if (!p.residual) return;
     residual.take(p.residual_multiplier + column, p.residual_shift + column, n);
     residual.prepare(n, p.residual_dtype == DType::kInt32 ? kWideBits : p.residual_dtype == DType::kInt16 ? 15 : 7);
@@ -113,24 +113,26 @@ EFFVIT_INLINE vi saturating_sum(vi a, vi b) {
   return ((a ^ sum) & (b ^ sum)) < 0 ? end : sum;  // it has the sign of neither
 }
 
-// Calls value(i, n, r, at), of n columns from i of row r, whose residual is at `at`, and stores what it returns between
-// low and high.
-template <class T, class Value>
-EFFVIT_INLINE void store_rows(const IntEpilogue& p, int64_t row, int rows, const IntColumns& c, const Value& value) {
-  const vi low = set1(p.low), high = set1(p.high);
-  const int count = c.count;
-  const int64_t N = p.N, stride = p.residual_stride_m, residual = row * stride + c.first;
-  T* const to = static_cast<T*>(p.out) + row * N + c.first;
-  int i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const auto column = value(i, kLanes);
-    for (int r = 0; r < rows; ++r) store(to + r * N + i, least(most(column(r, residual + r * stride + i), low), high));
+// Where rows of a tile go, and the ends of what they may be.
+template <class T>
+struct Target {
+  vi low, high;
+  T* to;
+  int64_t ld;
+
+  Target(const IntEpilogue& p, int64_t row, const IntColumns& c)
+      : low(set1(p.low)), high(set1(p.high)), to(static_cast<T*>(p.out) + row * p.N + c.first), ld(p.N) {}
+  EFFVIT_INLINE void put(int r, int i, int n, vi y) const {
+    store_first(to + r * ld + i, least(most(y, low), high), n);
   }
-  if (i == count) return;
-  const int n = count - i;
-  const auto column = value(i, n);
-  for (int r = 0; r < rows; ++r)
-    store_first(to + r * N + i, least(most(column(r, residual + r * stride + i), low), high), n);
+};
+
+// Calls at(i, n) for every vector of n columns from i on.
+template <class F>
+EFFVIT_INLINE void for_vectors(int count, const F& at) {
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) at(i, kLanes);
+  if (i < count) at(i, count - i);
 }
 
 // In 64 bits, whatever the numbers are.
@@ -138,80 +140,109 @@ template <class T>
 void finish_exactly(const IntEpilogue& given, const int32_t* acc, int ld, const int32_t* sums, int64_t row, int rows,
                     const IntColumns& c) {
   const IntEpilogue p = given;  // a copy: stores may alias anything
-  store_rows<T>(p, row, rows, c, [&](int i, int n) __attribute__((always_inline)) {
-    return [&, i, n](int r, int64_t at) __attribute__((always_inline)) {
-      const vi sum = (vi)((vu)load(acc + r * ld + i) - (vu)set1(sums[r]));
-      const vi t = saturating_sum(sum, load(c.bias + i));
-      if (!p.multiplier) return t;
-      const vi m = load(c.acc.m + i), by = load(c.acc.c + i);
-      if (!p.residual) return rescale(t, m, by, p.low, p.high);
-      return rescale_sum(t, m, by, load_residual(p, at, n), load(c.residual.m + i), load(c.residual.c + i), p.low,
-                         p.high);
-    };
+  const Target<T> target(p, row, c);
+  for_vectors(c.count, [&](int i, int n) __attribute__((always_inline)) {
+    const vi bias = load(c.bias + i), m = load(c.acc.m + i), by = load(c.acc.c + i);
+    const vi m2 = load(c.residual.m + i), by2 = load(c.residual.c + i);
+    int64_t at = row * p.residual_stride_m + c.first + i;
+    for (int r = 0; r < rows; ++r, at += p.residual_stride_m) {
+      vi y = saturating_sum((vi)((vu)load(acc + r * ld + i) - (vu)set1(sums[r])), bias);
+      if (p.residual)
+        y = rescale_sum(y, m, by, load_residual(p, at, n), m2, by2, p.low, p.high);
+      else if (p.multiplier)
+        y = rescale(y, m, by, p.low, p.high);
+      target.put(r, i, n, y);
+    }
   });
 }
 
-// By the high halves of products. kTies: of both, and shifts of the sum; without them there are none.
-template <class T, bool kResidual, bool kTies>
+struct AnyResidual {};  // of the dtype that the params say
+
+// By the high halves of products. Residual: its element type, AnyResidual or void, for none. kTies: there may be; where
+// not, sums that become int8 are not shifted either.
+template <class T, class Residual, bool kTies>
 void finish_fast(const IntEpilogue& given, const int32_t* acc, int ld, const int32_t* sums, int64_t row, int rows,
                  const IntColumns& c) {
   const IntEpilogue p = given;
-  const bool check_width = kResidual && p.residual_dtype == DType::kInt32;
+  constexpr bool kResidual = !std::is_void_v<Residual>, kAny = std::is_same_v<Residual, AnyResidual>;
+  constexpr bool kShift = kTies || !std::is_same_v<T, int8_t>;
+  constexpr bool kMayBeWide = kAny || std::is_same_v<Residual, int32_t>;
   constexpr int32_t kWide = 1 << IntColumns::kWideBits;
-  vi wide{};
-  struct Constants {
-    vi m, odd_m, left, round, right;
-    explicit Constants(const Rescaling& x, int i)
-        : m(load(x.m + i)),
-          odd_m(load(x.odd_m + i)),
-          left(load(x.left + i)),
-          round(load(x.round + i)),
-          right(load(x.right + i)) {}
-  };
-  const auto rescaled = [](const Constants& k, vi z) __attribute__((always_inline)) {
-    const vl even = mul_even(z, k.m), odd = mul_even(odd_lanes(z), k.odd_m);
+  const Target<T> target(p, row, c);
+  const auto rescaled = [](vi z, vi m, vi odd_m, vi round, vi right) __attribute__((always_inline)) {
+    const vl even = mul_even(z, m), odd = mul_even(odd_lanes(z), odd_m);
     const vi top = high_halves(even, odd);
-    if constexpr (kTies) return rounded_even(top, interleave((vul)even, (vul)odd), k.round, k.right);
-    return rounded_up(top, k.round, k.right);
+    if constexpr (kTies)
+      return rounded_even(top, interleave((vul)even, (vul)odd), round, right);
+    else
+      return rounded_up(top, round, right);
   };
-  store_rows<T>(p, row, rows, c, [&](int i, int n) __attribute__((always_inline)) {
-    const Constants k(c.acc, i), of_residual(kResidual ? c.residual : c.acc, i);
-    const vi bias = load(c.bias + i);
-    return [&, i, n, k, of_residual, bias](int r, int64_t at) __attribute__((always_inline)) {
+  vi wide{};
+  for_vectors(c.count, [&](int i, int n) __attribute__((always_inline)) {
+    const Rescaling &a = c.acc, &b = kResidual ? c.residual : c.acc;
+    const vi m = load(a.m + i), odd_m = load(a.odd_m + i), left = load(a.left + i), round = load(a.round + i),
+             right = load(a.right + i), bias = load(c.bias + i);
+    const vi m2 = load(b.m + i), odd_m2 = load(b.odd_m + i), left2 = load(b.left + i), round2 = load(b.round + i),
+             right2 = load(b.right + i);
+    int64_t at = row * p.residual_stride_m + c.first + i;
+    for (int r = 0; r < rows; ++r, at += p.residual_stride_m) {
       vi t = (vi)(((vu)load(acc + r * ld + i) - (vu)set1(sums[r])) + (vu)bias);
-      if constexpr (kTies) t = t << k.left;
-      vi y = rescaled(k, t);
+      if constexpr (kShift) t = t << left;
+      vi y = rescaled(t, m, odd_m, round, right);
       if constexpr (kResidual) {
-        const vi z = load_residual(p, at, n);
-        wide |= (vi)((vu)z + (vu)set1(kWide));
-        y += rescaled(of_residual, (vi)((vu)z << (vu)of_residual.left));
+        vi z;
+        if constexpr (kAny)
+          z = load_residual(p, at, n);
+        else
+          z = load_first_integers<Residual>(p.residual, at, n);
+        if constexpr (kMayBeWide) wide |= (vi)((vu)z + (vu)set1(kWide));
+        y += rescaled((vi)((vu)z << (vu)left2), m2, odd_m2, round2, right2);
       }
-      return y;
-    };
+      target.put(r, i, n, y);
+    }
   });
-  if (check_width && any((wide & ~(2 * kWide - 1)) != 0)) finish_exactly<T>(p, acc, ld, sums, row, rows, c);
+  if (kMayBeWide && p.residual_dtype == DType::kInt32 && any((wide & ~(2 * kWide - 1)) != 0))
+    finish_exactly<T>(p, acc, ld, sums, row, rows, c);
 }
 
 template <class T>
 void finish_sums(const IntEpilogue& given, const int32_t* acc, int ld, const int32_t* sums, int64_t row, int rows,
                  const IntColumns& c) {
   const IntEpilogue p = given;
-  store_rows<T>(p, row, rows, c, [&](int i, int) __attribute__((always_inline)) {
+  const Target<T> target(p, row, c);
+  for_vectors(c.count, [&](int i, int n) __attribute__((always_inline)) {
     const vi bias = load(c.bias + i);
-    return [&, i, bias](int r, int64_t) __attribute__((always_inline)) {
-      return (vi)(((vu)load(acc + r * ld + i) - (vu)set1(sums[r])) + (vu)bias);
-    };
+    for (int r = 0; r < rows; ++r)
+      target.put(r, i, n, (vi)(((vu)load(acc + r * ld + i) - (vu)set1(sums[r])) + (vu)bias));
   });
+}
+
+template <class T, class Residual>
+EFFVIT_INLINE auto finish_by(const IntColumns& c) {
+  constexpr bool kResidual = !std::is_void_v<Residual>;
+  return c.ties ? finish_fast<T, std::conditional_t<kResidual, AnyResidual, void>, true>
+                : finish_fast<T, Residual, false>;
 }
 
 // Rows [row, row + rows) of the result from acc[rows][ld], of which `sums` is still to be taken: see int8_gemm.inl.h.
 template <class T>
 void finish_integers(const IntEpilogue& p, const int32_t* acc, int ld, const int32_t* sums, int64_t row, int rows,
                      const IntColumns& c) {
-  const auto how = !p.multiplier ? (c.saturates ? finish_exactly<T> : finish_sums<T>)
-                   : c.exact     ? finish_exactly<T>
-                   : p.residual  ? (c.ties ? finish_fast<T, true, true> : finish_fast<T, true, false>)
-                                 : (c.ties ? finish_fast<T, false, true> : finish_fast<T, false, false>);
+  const auto how = [&] {
+    if (!p.multiplier) return c.saturates ? finish_exactly<T> : finish_sums<T>;
+    if (c.exact) return finish_exactly<T>;
+    if (!p.residual) return finish_by<T, void>(c);
+    switch (p.residual_dtype) {
+      case DType::kInt32:
+        return finish_by<T, int32_t>(c);
+      case DType::kInt16:
+        return finish_by<T, int16_t>(c);
+      case DType::kInt8:
+        return finish_by<T, int8_t>(c);
+      default:
+        return finish_by<T, uint8_t>(c);
+    }
+  }();
   how(p, acc, ld, sums, row, rows, c);
 }
 
