@@ -113,3 +113,35 @@ def int_linear(x, weight, multiplier, shift, bias, residual, residual_multiplier
     if multiplier is None:
         return saturate(y, dtype)
     return requantize(y, multiplier, shift, residual, residual_multiplier, residual_shift, bits, dtype)
+
+
+def saturate_bits(y, bits, dtype):
+    """Within what `bits` hold, and the dtype."""
+    ends = (0, 2**bits - 1) if dtype == np.uint8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return saturate(np.clip(y, *ends), dtype)
+
+
+def int8_matmul(a, b, transpose_b, multiplier, shift, bits, dtype):
+    a, b = a.astype(np.int64), b.astype(np.int64)
+    y = np.matmul(a, np.swapaxes(b, -1, -2) if transpose_b else b)
+    y = np.clip(y, -LARGEST - 1, LARGEST)
+    if multiplier:
+        y = rescaled(y, multiplier, shift)
+    return saturate_bits(y, bits, dtype)
+
+
+def int_attention(
+    q, k, v, bias, score_multiplier, score_shift, x0, n, bits, half_bit, score_bits, multiplier, shift, out_bits, dtype
+):
+    """Head by head, sample by sample."""
+    out = np.zeros((*q.shape[:3], v.shape[3]), dtype)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            scores = q[b, :, h].astype(np.int64) @ k[b, :, h].astype(np.int64).T
+            scores = rescaled(scores, score_multiplier, score_shift)
+            scores = np.clip(scores, -(2 ** (score_bits - 1)), 2 ** (score_bits - 1) - 1)
+            if bias is not None:
+                scores = np.clip(scores + bias[b % bias.shape[0], h].astype(np.int64), -LARGEST - 1, LARGEST)
+            p = shiftmax(scores, x0, n, bits, half_bit, np.int64)
+            out[b, :, h] = int8_matmul(p, v[b, :, h], False, multiplier, shift, out_bits, dtype)
+    return out

@@ -5,8 +5,10 @@ from .block_sparse_linear import block_sparse_linear
 from .fake_quantize_int8 import fake_quantize_int8
 from .glu import glu
 from .int8_linear import int8_linear
+from .int8_matmul import int8_matmul
 from .int8_prepack import int8_prepack
 from .int_add_layer_norm import int_add_layer_norm
+from .int_attention import int_attention
 from .int_layer_norm import int_layer_norm
 from .int_linear import int_linear
 from .linear_attention import linear_attention
@@ -26,9 +28,9 @@ from .sparse24_prune import sparse24_prune
 from .window_attention import window_attention
 
 __all__ = [
-    "block_sparse_int8_linear", "block_sparse_linear", "fake_quantize_int8", "glu", "int8_linear", "int8_prepack",
-    "int_add_layer_norm", "int_layer_norm", "int_linear", "linear_attention", "newton_pinv", "quantize_int8",
-    "rbf_gram", "requantize", "shift_gelu", "shiftmax", "sparse24_compress", "sparse24_decompress",
-    "sparse24_int8_linear", "sparse24_linear", "sparse24_mask", "sparse24_prepack", "sparse24_prune",
-    "window_attention",
+    "block_sparse_int8_linear", "block_sparse_linear", "fake_quantize_int8", "glu", "int8_linear", "int8_matmul",
+    "int8_prepack", "int_add_layer_norm", "int_attention", "int_layer_norm", "int_linear", "linear_attention",
+    "newton_pinv", "quantize_int8", "rbf_gram", "requantize", "shift_gelu", "shiftmax", "sparse24_compress",
+    "sparse24_decompress", "sparse24_int8_linear", "sparse24_linear", "sparse24_mask", "sparse24_prepack",
+    "sparse24_prune", "window_attention",
 ]  # fmt: skip

@@ -141,3 +141,15 @@ def fixed_point_option(op: str, ratio: float) -> dict:
         raise _checks.value_error(op, "out_scale", "such that it divides the result's scale 2^-31 to 2^30 times", ratio)
     m, c = fixed_point(ratio)
     return {"multiplier": m, "shift": c}
+
+
+def rescaling(op: str, name: str, scale: object, out_name: str, out_scale: object, multiplier: object, shift: object):
+    """The options multiplier and shift: from a pair of scales, or as they are given in its place."""
+    if (scale is None) != (out_scale is None):
+        missing, other = (name, out_name) if scale is None else (out_name, name)
+        raise _checks.value_error(op, missing, f"given together with {other}", None)
+    if scale is None:
+        return {"multiplier": multiplier, "shift": shift}
+    if multiplier != 0:
+        raise _checks.value_error(op, "multiplier", f"0 where {name} is given", multiplier)
+    return fixed_point_option(op, as_scale(op, name, scale) / as_scale(op, out_name, out_scale))
