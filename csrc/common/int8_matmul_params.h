@@ -1,5 +1,6 @@
 // What the kernels of int8_matmul get, and how integer products end. Plain data: no torch, no CUDA.
 #pragma once
+#include "../rows/int_params.h"
 #include "dtype.h"
 
 namespace effvit {

@@ -1,6 +1,5 @@
 // What the kernels of int_attention get: sizes, strides, integers that stand for scales. Plain data: no torch, no CUDA.
 #pragma once
-#include "../rows/int_params.h"
 #include "int8_matmul_params.h"
 
 namespace effvit {

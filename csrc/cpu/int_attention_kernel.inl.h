@@ -23,6 +23,7 @@ using Params = IntAttentionParams;
 constexpr int kBlockRows = kInt8Tiles ? 32 : 2 * kTileRows;
 constexpr int64_t kUnitRows = 96;
 constexpr int64_t kScoresOfBlock = 1 << 16;  // rows times keys, but at least one row
+constexpr int64_t kFetchedKeys = 256;  // of the next head
 constexpr int64_t kChunkKeys = 508;  // 2^15 * 128 * 508 < 2^31
 constexpr int64_t kChunkKeysOfBytes = 65536;  // 255 * 128 * 65536 < 2^31
 
@@ -86,6 +87,7 @@ class Pass {
       const int64_t last = std::min(first + g_.unit_rows, p_.L);
       if (head != packed) pack(head / p_.H, head % p_.H);
       packed = head;
+      if (last == p_.L && unit + 1 < end) fetch_head((head + 1) / p_.H, (head + 1) % p_.H);
       for (int64_t row = first; row < last; row += g_.rows)
         block(head / p_.H, head % p_.H, row, static_cast<int>(std::min<int64_t>(g_.rows, last - row)));
     }
@@ -93,6 +95,21 @@ class Pass {
 
  private:
   int64_t p_row() const { return std::max(g_.keys * (g_.bytes ? 1 : 2), g_.p_words * 4); }
+
+  // Rows of a projection are far apart: those of the next head arrive while this one is computed.
+  void fetch_head(int64_t b, int64_t h) const {
+    const int8_t* const k = p_.k + b * p_.k_stride_b + h * p_.k_stride_h;
+    const int8_t* const v = p_.v + b * p_.v_stride_b + h * p_.v_stride_h;
+    const int64_t keys = std::min<int64_t>(p_.M, kFetchedKeys);
+    for (int64_t m = 0; m < keys; ++m) {
+      __builtin_prefetch(k + m * p_.k_stride_l);
+      __builtin_prefetch(v + m * p_.v_stride_l);
+    }
+  }
+  void fetch_queries(int64_t b, int64_t h, int64_t row) const {
+    const int8_t* const q = p_.q + b * p_.q_stride_b + h * p_.q_stride_h;
+    for (int64_t i = row; i < std::min(row + g_.rows, p_.L); ++i) __builtin_prefetch(q + i * p_.q_stride_l);
+  }
 
   void pack(int64_t b, int64_t h) {
     const int8_t* const k = p_.k + b * p_.k_stride_b + h * p_.k_stride_h;
@@ -131,6 +148,7 @@ class Pass {
         offsets[r] = 0;
       }
     }
+    fetch_queries(b, h, row + g_.rows);
     multiply_on_tiles<ScoreDot>({q_, g_.q_words * 4}, {k_, g_.q_words * kLanes}, g_.q_words, rows,
                                 static_cast<int>(g_.key_panels), s_, g_.keys);
     for (int r = 0; r < rows; ++r) {
@@ -141,7 +159,7 @@ class Pass {
       const int32_t top = bias ? scores<true>(s, offsets[r], bias) : scores<false>(s, offsets[r], nullptr);
       const uint32_t f = exp_.wide ? exponentials<1>(s, top) : exponentials<0>(s, top);
       char* const to = prob_ + r * p_row();
-      g_.bytes ? probabilities(s, f, reinterpret_cast<int8_t*>(to))
+      g_.bytes ? probabilities(s, f, reinterpret_cast<uint8_t*>(to))
                : probabilities(s, f, reinterpret_cast<int16_t*>(to));
     }
     times_values(rows);
@@ -153,8 +171,10 @@ class Pass {
         put(sums, reinterpret_cast<int32_t*>(to));
       else if (bytes == 2)
         put(sums, reinterpret_cast<int16_t*>(to));
+      else if (p_.out_dtype == DType::kUInt8)
+        put(sums, reinterpret_cast<uint8_t*>(to));
       else
-        put(sums, reinterpret_cast<int8_t*>(to));  // the low bytes, with or without a sign
+        put(sums, reinterpret_cast<int8_t*>(to));
     }
   }
 
@@ -167,7 +187,7 @@ class Pass {
     vi top = set1(INT32_MIN);
     const auto at = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
       vi y = rescale(load(s + i) - off);
-      if constexpr (kBias) y = saturating_sum(y, load_first(bias + i, n));
+      if constexpr (kBias) y = saturating_sum(y, n == kLanes ? load(bias + i) : load_first(bias + i, n));
       store(s + i, y);
       top = most(top, only(y, n, INT32_MIN));
     };
@@ -209,22 +229,8 @@ class Pass {
     const uint32_t shift = static_cast<uint32_t>(32 - p_.bits);
     const auto at = [&](int64_t i) __attribute__((always_inline)) { return ((vu)load(s + i) * f) >> shift; };
     const int64_t keys = g_.keys;
-    for (int64_t i = 0; i < keys; i += 4 * kLanes) {
-#if defined(EFFVIT_HAS_AVX2) && EFFVIT_LANES == 8
-      const __m256i a = _mm256_packs_epi32((__m256i)at(i), (__m256i)at(i + 8));  // 0-3 8-11 4-7 12-15
-      const __m256i b = _mm256_packs_epi32((__m256i)at(i + 16), (__m256i)at(i + 24));
-      if constexpr (sizeof(T) == 1) {
-        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        const __m256i all = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), all);
-      } else {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_permute4x64_epi64(a, 0xd8));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i + 16), _mm256_permute4x64_epi64(b, 0xd8));
-      }
-#else
-      for (int k = 0; k < 4; ++k) store(to + i + k * kLanes, (vi)at(i + k * kLanes));
-#endif
-    }
+    for (int64_t i = 0; i < keys; i += 4 * kLanes)
+      store_four(to + i, (vi)at(i), (vi)at(i + kLanes), (vi)at(i + 2 * kLanes), (vi)at(i + 3 * kLanes));
   }
 
   void times_values(int rows) {
@@ -253,7 +259,11 @@ class Pass {
   void put(const int32_t* sums, T* to) const {
     const Rescaler rescale = rescale_;
     const int64_t V = p_.V;
-    for (int64_t i = 0; i < V; i += kLanes) store_first(to + i, rescale(load(sums + i)), V - i);
+    const auto at = [&](int64_t i) __attribute__((always_inline)) { return rescale(load(sums + i)); };
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= V; i += 4 * kLanes)
+      store_four(to + i, at(i), at(i + kLanes), at(i + 2 * kLanes), at(i + 3 * kLanes));
+    for (; i < V; i += kLanes) store_first(to + i, rescale(load(sums + i)), V - i);
   }
 
   const Params& p_;

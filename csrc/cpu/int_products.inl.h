@@ -92,6 +92,9 @@ EFFVIT_INLINE vi load_integers(const T* p) {
   return x;
 }
 #endif
+// What a vector is stored as: of one byte only the low bits count.
+template <class T>
+using Stored = std::conditional_t<sizeof(T) == 1, int8_t, T>;
 template <class T>
 EFFVIT_INLINE vi load_first(const T* p, int64_t n) {
   if (n >= kLanes) return load_integers(p);
@@ -101,10 +104,32 @@ EFFVIT_INLINE vi load_first(const T* p, int64_t n) {
 }
 template <class T>
 EFFVIT_INLINE void store_first(T* p, vi x, int64_t n) {
-  if (n >= kLanes) return store(p, x);
-  alignas(64) T some[kLanes];
+  if (n >= kLanes) return store(reinterpret_cast<Stored<T>*>(p), x);
+  alignas(64) Stored<T> some[kLanes];
   store(some, x);
   std::memcpy(p, some, static_cast<size_t>(n) * sizeof(T));
+}
+
+// Whole groups of four vectors of numbers that T holds.
+template <class T>
+EFFVIT_INLINE void store_four(T* p, vi a, vi b, vi c, vi d) {
+#if defined(EFFVIT_HAS_AVX2) && EFFVIT_LANES == 8
+  if constexpr (sizeof(T) < 4) {
+    const __m256i ab = _mm256_packs_epi32((__m256i)a, (__m256i)b);  // 0-3 8-11 4-7 12-15
+    const __m256i cd = _mm256_packs_epi32((__m256i)c, (__m256i)d);
+    __m256i* const to = reinterpret_cast<__m256i*>(p);
+    if constexpr (sizeof(T) == 1) {
+      const __m256i all = std::is_signed_v<T> ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd);
+      _mm256_storeu_si256(to, _mm256_permutevar8x32_epi32(all, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+    } else {
+      _mm256_storeu_si256(to, _mm256_permute4x64_epi64(ab, 0xd8));
+      _mm256_storeu_si256(to + 1, _mm256_permute4x64_epi64(cd, 0xd8));
+    }
+    return;
+  }
+#endif
+  Stored<T>* const to = reinterpret_cast<Stored<T>*>(p);
+  store(to, a), store(to + kLanes, b), store(to + 2 * kLanes, c), store(to + 3 * kLanes, d);
 }
 
 // ---- x m / 2^c -----------------------------------------------------------------------------------------------------
@@ -391,12 +416,19 @@ EFFVIT_INLINE void words_of_columns(const T* from, int64_t row, int64_t rows, in
   constexpr int kBits = 32 / kTogether, kMask = kTogether == 4 ? 0xff : 0xffff;
   for (int64_t k = 0; k < rows; k += kTogether) {
     const T* const at = from + k * row;
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      vi x{};
+    const int count = static_cast<int>(std::min<int64_t>(kTogether, rows - k));
+    int64_t c = 0;
+    if (count == kTogether) {
+      for (; c + kLanes <= columns; c += kLanes) {
+        vi x = load_integers(at + c) & kMask;
 #pragma GCC unroll 4
-      for (int i = 0; i < kTogether; ++i) {
-        if (k + i < rows) x |= (load_first(at + i * row + c, columns - c) & kMask) << (kBits * i);
+        for (int i = 1; i < kTogether; ++i) x |= (load_integers(at + i * row + c) & kMask) << (kBits * i);
+        sink(c / kLanes, k / kTogether, x);
       }
+    }
+    for (; c < columns; c += kLanes) {
+      vi x{};
+      for (int i = 0; i < count; ++i) x |= (load_first(at + i * row + c, columns - c) & kMask) << (kBits * i);
       sink(c / kLanes, k / kTogether, x);
     }
   }
