@@ -85,9 +85,10 @@ EFFVIT_DEVICE void stage(const Shared<int32_t>& to, const int32_t (&acc)[S::kTil
   }
 }
 
-template <class S, class Out>
-EFFVIT_KERNEL(S::kThreads, S::kMinCtas)
-int8_linear_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
+// Tiles of the result that are this CTA's, each handed to finish(sums, place). `Plan` is that of an op: p, x, weight,
+// column_tiles and units are read.
+template <class S, class Plan, class Finish>
+EFFVIT_DEVICE void compute_tiles(const Plan& g, const Finish& finish) {
   const Shared<int8_t> operands(0, S::kStages * S::kStageBytes);
   const Shared<int32_t> sums(0, S::kM * sum_stride(S::kN));
   const int steps = static_cast<int>(ceil_div(g.p.K, S::kDepth));
@@ -122,11 +123,32 @@ int8_linear_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
     prim::sync_threads();
     const Place at = {row, col, static_cast<int>(least(S::kM, g.p.M - row)),
                       static_cast<int>(least(S::kN, g.p.N - col))};
-    finish_tile<Out, S::kThreads, S::kN>(g.p, g.access, StagedSums<S::kN>{sums}, at);
+    finish(StagedSums<S::kN>{sums}, at);
   }
 }
 
+template <class S, class Out>
+EFFVIT_KERNEL(S::kThreads, S::kMinCtas)
+int8_linear_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
+  compute_tiles<S>(g, [&](const StagedSums<S::kN>& sums, const Place& at) {
+    finish_tile<Out, S::kThreads, S::kN>(g.p, g.access, sums, at);
+  });
+}
+
 // ---- plan and launch ----
+
+inline void register_operands(prim::GlobalRanges& ranges, const int8_t* x, int64_t x_stride, const int8_t* weight,
+                              int64_t weight_stride, int64_t M, int64_t N, int64_t K) {
+  ranges.read(x, extent_bytes(DType::kInt8, {{M, x_stride}, {K, 1}}));
+  ranges.read(weight, extent_bytes(DType::kInt8, {{N, weight_stride}, {K, 1}}));
+}
+
+// Calls f with a value of the shape of tiles.
+template <class F>
+cudaError_t dispatch_shape(int64_t M, int64_t N, const F& f) {
+  const int rows = tile_rows(M, N);
+  return rows == Large::kM ? f(Large{}) : rows == Medium::kM ? f(Medium{}) : f(Small{});
+}
 
 template <class S>
 cudaError_t launch_tiles(const Int8LinearParams& p, cudaStream_t stream) {
@@ -150,13 +172,10 @@ inline cudaError_t launch_int8_linear_fwd(const Int8LinearParams& p, cudaStream_
   using namespace cuda::int8_linear_impl;
   if (p.M == 0 || p.N == 0) return cudaSuccess;
   prim::GlobalRanges ranges;
-  ranges.read(p.x, extent_bytes(DType::kInt8, {{p.M, p.x_stride_m}, {p.K, 1}}));
-  ranges.read(p.weight, extent_bytes(DType::kInt8, {{p.N, p.weight_stride_n}, {p.K, 1}}));
+  register_operands(ranges, p.x, p.x_stride_m, p.weight, p.weight_stride_n, p.M, p.N, p.K);
   register_epilogue(ranges, p);
-  const int rows = tile_rows(p.M, p.N);
-  const cudaError_t error = rows == Large::kM    ? launch_tiles<Large>(p, stream)
-                            : rows == Medium::kM ? launch_tiles<Medium>(p, stream)
-                                                 : launch_tiles<Small>(p, stream);
+  const cudaError_t error =
+      dispatch_shape(p.M, p.N, [&](auto shape) { return launch_tiles<decltype(shape)>(p, stream); });
   ranges.finish();
   return error;
 }
