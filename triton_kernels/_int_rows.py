@@ -137,3 +137,8 @@ def finish(planned, device):
     out, launches = planned
     run(launches, device)
     return out
+
+
+def check_grid(op, programs):
+    if programs > MAX_GRID:
+        raise ValueError(f"effvit::{op}: too many tiles for one launch, got {programs}")
