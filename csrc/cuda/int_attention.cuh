@@ -181,8 +181,7 @@ int_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
     uint32_t sum[2] = {};
     int32_t x[kScoreTiles][4];
     Total total[kValueTiles][4] = {};
-    prim::sync_threads();  // the previous unit's readers
-    load(0);
+    load(0);  // over what the previous unit read before its last barrier
     int64_t step = 0;
     EFFVIT_NO_UNROLL
     for (int pass = 0; pass < 3; ++pass) {

@@ -23,7 +23,6 @@ CASES = [
 SCORES, RESULT = (1400000000, 41), (1500000000, 36)
 
 MUTANTS = [
-    Mutant("unit_barrier", KERNEL, "    prim::sync_threads();  // the previous unit's readers\n", "", "race"),
     Mutant("step_barrier", KERNEL,
            "          prim::sync_threads();  // this step's operands; readers of what is copied over\n",
            "", "race|uninitialised"),
@@ -40,9 +39,8 @@ MUTANTS = [
     Mutant("query_fragment", KERNEL, "(warp_row() + at.low + at.half) * kStride + 2 * at.quarter",
            "(warp_row() + at.low + at.quarter) * kStride + 2 * at.half"),
     Mutant("probability_fragment", KERNEL, "[i % 2 * 2 + j % 2]", "[j % 2 * 2 + i % 2]"),
-    Mutant("bias_of_sample", KERNEL, "b % p.W * p.bias_stride_w", "b / p.W * p.bias_stride_w"),
-    Mutant("bias_of_row", KERNEL, "bias + r * p.bias_stride_l + column", "bias + acc_row() * p.bias_stride_l + column",
-           "outside"),
+    Mutant("bias_of_sample", KERNEL, "b % p.W * p.bias_stride_w", "b / p.W * p.bias_stride_w", "outside"),
+    Mutant("bias_of_row", KERNEL, "bias + r * p.bias_stride_l + column", "bias + acc_row() * p.bias_stride_l + column"),
     Mutant("row_of_lane", KERNEL, "for (int m = 2; m > 0; m /= 2) x = most<int32_t>",
            "for (int m = 1; m > 0; m /= 2) x = most<int32_t>"),
     Mutant("head_of_result", KERNEL, "((b * p.L + r) * p.H + h) * p.V + c", "((b * p.H + h) * p.L + r) * p.V + c"),
