@@ -4,6 +4,7 @@ from .block_sparse_int8_linear import block_sparse_int8_linear
 from .block_sparse_linear import block_sparse_linear
 from .fake_quantize_int8 import fake_quantize_int8
 from .glu import glu
+from .int8_attention import int8_attention
 from .int8_linear import int8_linear
 from .int8_matmul import int8_matmul
 from .int8_prepack import int8_prepack
@@ -28,9 +29,9 @@ from .sparse24_prune import sparse24_prune
 from .window_attention import window_attention
 
 __all__ = [
-    "block_sparse_int8_linear", "block_sparse_linear", "fake_quantize_int8", "glu", "int8_linear", "int8_matmul",
-    "int8_prepack", "int_add_layer_norm", "int_attention", "int_layer_norm", "int_linear", "linear_attention",
-    "newton_pinv", "quantize_int8", "rbf_gram", "requantize", "shift_gelu", "shiftmax", "sparse24_compress",
-    "sparse24_decompress", "sparse24_int8_linear", "sparse24_linear", "sparse24_mask", "sparse24_prepack",
-    "sparse24_prune", "window_attention",
+    "block_sparse_int8_linear", "block_sparse_linear", "fake_quantize_int8", "glu", "int8_attention", "int8_linear",
+    "int8_matmul", "int8_prepack", "int_add_layer_norm", "int_attention", "int_layer_norm", "int_linear",
+    "linear_attention", "newton_pinv", "quantize_int8", "rbf_gram", "requantize", "shift_gelu", "shiftmax",
+    "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear", "sparse24_linear", "sparse24_mask",
+    "sparse24_prepack", "sparse24_prune", "window_attention",
 ]  # fmt: skip
