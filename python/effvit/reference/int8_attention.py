@@ -46,9 +46,10 @@ def shiftmax_steps(t: torch.Tensor) -> torch.Tensor:
 def quantise(x: torch.Tensor, dims) -> tuple[torch.Tensor, torch.Tensor]:
     """x float32 -> (integers in float32, scale): |x| <= 127 scale, of the largest in `dims`, which are kept."""
     largest = x.abs().amax(dims, keepdim=True)
-    inverse = torch.where(largest >= SMALLEST, STEPS / largest, 0.0)
+    most = torch.full_like(largest, STEPS)  # a tensor: for numbers PyTorch multiplies by a reciprocal
+    inverse = torch.where(largest >= SMALLEST, most / largest, 0.0)
     steps = (x * inverse).round()
-    return torch.where(torch.isnan(steps), 0.0, steps), largest / STEPS
+    return torch.where(torch.isnan(steps), 0.0, steps), largest / most
 
 
 def blocks_of(x: torch.Tensor) -> torch.Tensor:
@@ -67,7 +68,7 @@ def mean_of_keys(k: torch.Tensor) -> torch.Tensor:
     total = sums[:, 0]
     for i in range(1, sums.shape[1]):
         total = total + sums[:, i]
-    return total / k.shape[1]
+    return total / torch.full_like(total, k.shape[1])
 
 
 def quantise_keys(k: torch.Tensor, mean: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
