@@ -30,6 +30,16 @@ void run_head(const Params& p, const Plan& plan, const Head& head, int64_t b, in
   pass.run(head, b, g, rows...);
 }
 
+// The queries of a unit lie far apart: they are fetched while the unit before is computed.
+void fetch_queries(const Params& p, int64_t b, int64_t g, int64_t first, int rows) {
+  const int64_t bytes = element_bytes(p.dtype), heads = p.H / p.G;
+  for (int64_t r = first; r < first + rows; ++r) {
+    const char* const row = static_cast<const char*>(p.q) + bytes * (b * p.q_stride_b + r / heads * p.q_stride_l +
+                                                                     (g * heads + r % heads) * p.q_stride_h);
+    for (int64_t at = 0; at < p.K * bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
+}
+
 void run(const Params& p, float* workspace, int64_t begin, int64_t end) {
   const Plan plan(p);
   const int64_t unit_rows = rows_of_unit(plan), blocks = ceil_div(plan.rows, unit_rows);
@@ -37,6 +47,11 @@ void run(const Params& p, float* workspace, int64_t begin, int64_t end) {
     const int64_t first = unit % blocks * unit_rows, g = unit / blocks % p.G, b = unit / blocks / p.G;
     const int rows = static_cast<int>(std::min(unit_rows, plan.rows - first));
     const Head head(plan, p, workspace, b, g);
+    if (unit + 1 < end) {
+      const int64_t next = unit + 1, from = next % blocks * unit_rows;
+      fetch_queries(p, next / blocks / p.G, next / blocks % p.G, from,
+                    static_cast<int>(std::min(unit_rows, plan.rows - from)));
+    }
     if (plan.few)
       run_head<RowPass>(p, plan, head, b, g);
     else if (rows <= kLanes)

@@ -123,18 +123,40 @@ int64_t workspace(const Params& p) { return Plan(p).head_floats * p.B * p.G; }
 
 int64_t mean_units(const Params& p) { return Plan(p).means ? p.B * p.G : 0; }
 
+// Rows lie far apart: they are fetched a few ahead.
+constexpr int kAheadRows = 8;
+template <class T>
+EFFVIT_INLINE void fetch_row(const T* row, int n) {
+  for (int i = 0; i < n; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(row + i, 0, 3);
+}
+
+// sums[0..kVectors) + x, of n rows one after the other.
+template <int kVectors, class T>
+EFFVIT_INLINE void sum_rows(float* sums, const T* x, int64_t stride, int n) {
+  vf sum[kVectors] = {};
+  for (int j = 0; j < n; ++j, x += stride) {
+    fetch_row(x + std::min(kAheadRows, n - 1 - j) * stride, kVectors * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) sum[i] = j == 0 ? load(x + i * kLanes) : sum[i] + load(x + i * kLanes);
+  }
+  for (int i = 0; i < kVectors; ++i) store(sums + i * kLanes, sum[i]);
+}
+
 template <class T>
 void mean_of_head(const Params& p, float* mean, int64_t b, int64_t g, float* row, float* sum) {
   const T* k = static_cast<const T*>(p.k) + b * p.k_stride_b + g * p.k_stride_h;
   const int K = static_cast<int>(p.K), padded = round_up(K, kLanes);
   const int64_t stride = p.k_stride_m, M = p.M;
-  for (int64_t j = 0; j < M; j += kKeys) {
+  for (int64_t j = 0; j < M; j += kKeys, k += kKeys * stride) {
     const int n = static_cast<int>(std::min<int64_t>(kKeys, M - j));
-    for (int i = 0; i < n; ++i, k += stride) {
-      load_row(row, k, K);
-      for (int c = 0; c < padded; c += kLanes) store(sum + c, i == 0 ? load(row + c) : load(sum + c) + load(row + c));
+    int c = 0;
+    for (; c + 8 * kLanes <= K; c += 8 * kLanes) sum_rows<8>(sum + c, k + c, stride, n);
+    for (; c + kLanes <= K; c += kLanes) sum_rows<1>(sum + c, k + c, stride, n);
+    for (int i = 0; c < K && i < n; ++i) {
+      load_row(row, k + i * stride + c, K - c);
+      store(sum + c, i == 0 ? load(row) : load(sum + c) + load(row));
     }
-    for (int c = 0; c < padded; c += kLanes) store(mean + c, j == 0 ? load(sum + c) : load(mean + c) + load(sum + c));
+    for (c = 0; c < padded; c += kLanes) store(mean + c, j == 0 ? load(sum + c) : load(mean + c) + load(sum + c));
   }
   const vf count = set1(static_cast<float>(M));
   for (int c = 0; c < padded; c += kLanes) store(mean + c, load(mean + c) / count);
@@ -247,6 +269,7 @@ void pack_floats(const Params& p, const Head& head, int64_t b, int64_t g, int64_
   const T* const k = static_cast<const T*>(p.k) + b * p.k_stride_b + first * p.k_stride_m + g * p.k_stride_h;
   for (int j = 0; j < n; ++j) {
     float* const row = x + j * padded_k;
+    fetch_row(k + std::min(j + kAheadRows, n - 1) * p.k_stride_m, K);
     load_row(row, k + j * p.k_stride_m, K);
     if (!mean) continue;
     for (int c = 0; c < padded_k; c += kLanes) store(row + c, load(row + c) - load(mean + c));
@@ -262,7 +285,10 @@ void pack_floats(const Params& p, const Head& head, int64_t b, int64_t g, int64_
     }
   }
   const T* const v = static_cast<const T*>(p.v) + b * p.v_stride_b + first * p.v_stride_m + g * p.v_stride_h;
-  for (int j = 0; j < n; ++j) load_row(x + j * padded_v, v + j * p.v_stride_m, V);
+  for (int j = 0; j < n; ++j) {
+    fetch_row(v + std::min(j + kAheadRows, n - 1) * p.v_stride_m, V);
+    load_row(x + j * padded_v, v + j * p.v_stride_m, V);
+  }
   float* const scale = head.value_scale() + block * V;
   if (plan.few)
     pack_rows(head.values(block), plan.value_stride, scale, V, x, padded_v, n);
