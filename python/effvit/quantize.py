@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import _quantizable
+from . import _quantizable, _quantize_attention
 from ._calibrate import Statistics, calibrate
 from ._report import Report, Row, class_name
 from .adapters import Fused
@@ -62,6 +62,8 @@ class QuantizeConfig:
         budget: of kind "auto", the share of the float layers' size or time that the chosen ones may take.
         budget_of: "size" or "latency".
         candidates: of kind "auto".
+        attention: "int8": timm's attention of ViT, DeiT and Swin runs on `effvit.int8_attention`, whose scales are found
+            in every call; "float" leaves it alone.
         qat: make `QATLinear`s, to be trained, and then turned into int8 layers by `effvit.convert_`.
         keep_original: keep the float layers for `effvit.unquantize_`; False saves their memory.
         progress: show a bar for calibration.
@@ -83,6 +85,7 @@ class QuantizeConfig:
     budget: float | None = None
     budget_of: str = "size"
     candidates: Sequence[str] = ("float", "int8", "sparse24_int8")
+    attention: str = "float"
     qat: bool = False
     keep_original: bool = True
     progress: bool = True
@@ -104,6 +107,7 @@ class QuantizeConfig:
         if not 0 <= _checks.as_finite("quantize_", "density", self.density) <= 1:
             raise _checks.value_error("quantize_", "density", "between 0 and 1", self.density)
         one_of("budget_of", self.budget_of, ("size", "latency"))
+        one_of("attention", self.attention, ("float", "int8"))
         if self.smooth is not None and not 0 <= _checks.as_finite("quantize_", "smooth", self.smooth) <= 1:
             raise _checks.value_error("quantize_", "smooth", "between 0 and 1", self.smooth)
         chooses = "auto" in (self.kind, *self.layers.values())
@@ -534,6 +538,10 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
         if plan.norm is not None:
             stand_in(model, plan.norm, folded(plan.norm, plan.smooth), config.keep_original)
     _note(changed, [p.layer for p in plans], fuse_mlps(model, config.keep_original) if config.fuse else {})
+    if config.attention == "int8":
+        attention, left = _quantize_attention.scan(model, config.skip)
+        changed += _quantize_attention.change_(attention, config.keep_original)
+        rows += left
     report = Report(changed + rows)
     if verbose:
         print(report)
@@ -599,7 +607,9 @@ def unquantize_(model: nn.Module, verbose: bool = True) -> list[str]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"effvit.unquantize_: model must be a torch.nn.Module, got {type(model).__name__}")
     found = {name: m for name, m in model.named_modules() if ORIGINAL in vars(m)}
+    attention = _quantize_attention.find(model)
     lost = [name for name, m in found.items() if vars(m)[ORIGINAL] is None]
+    lost += [name for name, m in attention.items() if vars(m)[_quantize_attention.CLASS] == (None,)]
     if lost:
         raise ValueError(
             f"effvit.unquantize_: model must have kept its float layers (keep_original=True), got {len(lost)} without "
@@ -610,9 +620,10 @@ def unquantize_(model: nn.Module, verbose: bool = True) -> list[str]:
         here = next((t for t in (*module.parameters(), *module.buffers())), None)
         original.train(module.training)
         put(model, module, original if here is None else _quantizable.moved(original, module, here.device))
-    if verbose and not found:
+    _quantize_attention.restore_(model)
+    if verbose and not (found or attention):
         print(f"effvit.unquantize_: nothing to undo, {class_name(model)} is not quantised")
-    return list(found)
+    return [*found, *attention]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -641,7 +652,9 @@ def save_quantized(model: nn.Module, path) -> None:
     if not layers:
         raise ValueError(f"effvit.save_quantized: model must have quantised layers, got {class_name(model)} without")
     acts = [name for name, m in model.named_modules() if isinstance(m, FusedActivation)]
-    metadata = {"effvit": json.dumps({"version": 1, "layers": layers, "fused": acts})}
+    attention = list(_quantize_attention.find(model))
+    plan = {"version": 1, "layers": layers, "fused": acts} | ({"attention": attention} if attention else {})
+    metadata = {"effvit": json.dumps(plan)}
     safetensors.torch.save_model(model, str(path), metadata=metadata)
 
 
@@ -664,11 +677,13 @@ def load_quantized_(model: nn.Module, path, strict: bool = True) -> nn.Module:
         _quantizable.check_options(name, module, options)
         weight = module.weight
         made[name] = module, LAYERS[cls](**options, device=weight.device, dtype=weight.dtype)
+    attention = _quantize_attention.named(model, plan.get("attention", ()))
     _quantizable.check_tensors(model, dict(made.values()), shapes, strict)
     for module, layer in made.values():
         stand_in(model, module, layer, keep=False)
     for name in plan["fused"]:
         stand_in(model, model.get_submodule(name), FusedActivation(), keep=False)
+    _quantize_attention.change_(attention, keep=False)
     safetensors.torch.load_model(model, str(path), strict=strict)
     return model
 

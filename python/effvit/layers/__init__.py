@@ -16,6 +16,7 @@ from .hit_sr import (
     NGramWindowPartition,
 )
 from .int8 import Int8Linear, OutlierLinear, QATLinear
+from .int8_attention import Int8Attention, Int8KVCache
 from .l2vit import LCM, LGABlock, LinearGlobalAttention
 from .mlla import MLLABlock, MLLAttention
 from .mpcvit import MPCViTAttention, XNormAttention
@@ -47,6 +48,8 @@ __all__ = [
     "fold_affine",
     "fuse_prepbn",
     "HierarchicalTransformerBlock",
+    "Int8Attention",
+    "Int8KVCache",
     "Int8Linear",
     "LCM",
     "LGABlock",
@@ -99,7 +102,7 @@ def _register(timm_models):
         timm_models.register_notrace_module(layer)
 
 
-_LAYERS = [x for x in map(globals().get, __all__) if isinstance(x, type) and x is not RepBN]
+_LAYERS = [x for x in map(globals().get, __all__) if isinstance(x, type) and x not in (Int8KVCache, RepBN)]
 for _layer in _LAYERS:
     _layer.__prepare_scriptable__ = _refuse_script
 when_imported("timm.models", _register)
