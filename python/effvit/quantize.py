@@ -62,7 +62,7 @@ class QuantizeConfig:
         budget: of kind "auto", the share of the float layers' size or time that the chosen ones may take.
         budget_of: "size" or "latency".
         candidates: of kind "auto".
-        attention: "int8": timm's attention of ViT, DeiT and Swin runs on `effvit.int8_attention`, whose scales are found
+        attention: "int8": that of timm's ViT, DeiT and Swin runs on `effvit.int8_attention`, whose scales are found
             in every call; "float" leaves it alone.
         qat: make `QATLinear`s, to be trained, and then turned into int8 layers by `effvit.convert_`.
         keep_original: keep the float layers for `effvit.unquantize_`; False saves their memory.
