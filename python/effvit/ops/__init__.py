@@ -1,5 +1,6 @@
 """The operators. Each module defines `torch.ops.effvit.<name>` and a public function of the same name."""
 
+from .binary_linear import binary_linear
 from .block_sparse_int8_linear import block_sparse_int8_linear
 from .block_sparse_linear import block_sparse_linear
 from .fake_quantize_int8 import fake_quantize_int8
@@ -19,6 +20,7 @@ from .rbf_gram import rbf_gram
 from .requantize import requantize
 from .shift_gelu import shift_gelu
 from .shiftmax import shiftmax
+from .sign_bits import sign_bits
 from .sparse24_compress import sparse24_compress
 from .sparse24_decompress import sparse24_decompress
 from .sparse24_int8_linear import sparse24_int8_linear
@@ -29,9 +31,9 @@ from .sparse24_prune import sparse24_prune
 from .window_attention import window_attention
 
 __all__ = [
-    "block_sparse_int8_linear", "block_sparse_linear", "fake_quantize_int8", "glu", "int8_attention", "int8_linear",
-    "int8_matmul", "int8_prepack", "int_add_layer_norm", "int_attention", "int_layer_norm", "int_linear",
-    "linear_attention", "newton_pinv", "quantize_int8", "rbf_gram", "requantize", "shift_gelu", "shiftmax",
+    "binary_linear", "block_sparse_int8_linear", "block_sparse_linear", "fake_quantize_int8", "glu", "int8_attention",
+    "int8_linear", "int8_matmul", "int8_prepack", "int_add_layer_norm", "int_attention", "int_layer_norm", "int_linear",
+    "linear_attention", "newton_pinv", "quantize_int8", "rbf_gram", "requantize", "shift_gelu", "shiftmax", "sign_bits",
     "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear", "sparse24_linear", "sparse24_mask",
     "sparse24_prepack", "sparse24_prune", "window_attention",
 ]  # fmt: skip
