@@ -1,6 +1,7 @@
 """Drop-in modules built on effvit's operators: constructors and state_dict keys of timm or of the original code."""
 
 from .._when_imported import when_imported
+from .binary import BinaryAttention, BinaryLinear, PackedBinaryLinear
 from .block_sparse import BlockSparseInt8Linear, BlockSparseLinear
 from .dualtoken import DualTokenAttention, PositionAwareTokenModule, TokenToMapAttention
 from .efficientvit import LiteMLA
@@ -37,6 +38,8 @@ from .vssd import NonCausalSSD, VMAMBA2Block
 from .window_attention import WindowAttention
 
 __all__ = [
+    "BinaryAttention",
+    "BinaryLinear",
     "BlockSparseInt8Linear",
     "BlockSparseLinear",
     "ConvFFN",
@@ -67,6 +70,7 @@ __all__ = [
     "NGramWindowPartition",
     "NonCausalSSD",
     "OutlierLinear",
+    "PackedBinaryLinear",
     "PAGCFGSanaLinearAttnProcessor",
     "PAGIdentitySanaLinearAttnProcessor",
     "PositionAwareTokenModule",
