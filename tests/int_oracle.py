@@ -149,3 +149,15 @@ def binary_product(x, weight, depth, unipolar):
     """Of bits, the little end of a byte first: -1 and 1, those of x perhaps 0 and 1."""
     x, weight = (np.unpackbits(t, axis=-1, count=depth, bitorder="little").astype(np.int64) for t in (x, weight))
     return (x if unipolar else 2 * x - 1) @ (2 * weight - 1).T
+
+
+def shift_linear(x, codes, right):
+    """Sums of +-floor(x 2^(|code| - 1 - right)), term by term; saturates at int32."""
+    sums = np.zeros((x.shape[0], codes.shape[0]), np.int64)
+    for n, row in enumerate(codes):
+        for k, code in enumerate(row.tolist()):
+            if code:
+                p = abs(code) - 1 - right
+                column = x[:, k].astype(np.int64)
+                sums[:, n] += (1 if code > 0 else -1) * (column << p if p >= 0 else column >> -p)
+    return saturate(sums, np.int32)

@@ -41,29 +41,9 @@ int64_t workspace(const Params& p) { return ceil_div(p.N, kBlock) * p.V * kBlock
 int64_t pack_units(const Params& p) { return ceil_div(p.N, kBlock); }
 
 void pack(const Params& p, float* workspace, int64_t begin, int64_t end) {
-  const int64_t V = p.V, stride = p.weight_stride_n;
-  const uint8_t last = last_bits(p);
-  for (int64_t block = begin; block < end; ++block) {
-    uint8_t* const to = reinterpret_cast<uint8_t*>(workspace) + block * V * kBlock;
-    for (int c = 0; c < kBlock; c += 16) {
-      const int64_t column = block * kBlock + c;
-      const uint8_t* const from = p.weight + column * stride;
-      const int columns = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(16, p.N - column)));
-      for (int64_t b = 0; b < V; b += 16) {
-        const int bytes = static_cast<int>(std::min<int64_t>(16, V - b));
-        v16 x[16];
-        if (columns == 16 && bytes == 16) {
-          for (int i = 0; i < 16; ++i) x[i] = *reinterpret_cast<const v16_unaligned*>(from + i * stride + b);
-        } else {
-          std::memset(x, 0, sizeof(x));
-          for (int i = 0; i < columns; ++i) std::memcpy(&x[i], from + i * stride + b, static_cast<size_t>(bytes));
-        }
-        transpose_16(x);
-        if (b + bytes == V) x[bytes - 1] &= last;
-        for (int i = 0; i < bytes; ++i) std::memcpy(to + (b + i) * kBlock + c, &x[i], 16);
-      }
-    }
-  }
+  uint8_t* const to = reinterpret_cast<uint8_t*>(workspace);
+  for (int64_t block = begin; block < end; ++block)
+    pack_transposed<kBlock>(to, p.weight, p.weight_stride_n, p.N, p.V, block, last_bits(p));
 }
 
 // tables[a][b]: how many bits of a ^ b are set, or of a & b.

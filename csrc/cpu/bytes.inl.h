@@ -91,4 +91,29 @@ EFFVIT_INLINE void transpose_16(v16 (&x)[16]) {
   }
 }
 
+// Rows of a [N, V] matrix of bytes, `stride` apart, as block `block` of [ceil(N / kBlock)][V][kBlock] bytes: a vector
+// is one byte of as many rows. Zeros beyond N. The bits of a row's last byte that are not in `last` are cleared.
+template <int kBlock>
+void pack_transposed(uint8_t* to, const uint8_t* rows, int64_t stride, int64_t N, int64_t V, int64_t block,
+                     uint8_t last = 255) {
+  for (int c = 0; c < kBlock; c += 16) {
+    const int64_t first = block * kBlock + c;
+    const uint8_t* const from = rows + first * stride;
+    const int count = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(16, N - first)));
+    for (int64_t b = 0; b < V; b += 16) {
+      const int bytes = static_cast<int>(std::min<int64_t>(16, V - b));
+      v16 x[16];
+      if (count == 16 && bytes == 16) {
+        for (int i = 0; i < 16; ++i) x[i] = *reinterpret_cast<const v16_unaligned*>(from + i * stride + b);
+      } else {
+        std::memset(x, 0, sizeof(x));
+        for (int i = 0; i < count; ++i) std::memcpy(&x[i], from + i * stride + b, static_cast<size_t>(bytes));
+      }
+      transpose_16(x);
+      if (b + bytes == V) x[bytes - 1] &= last;
+      for (int i = 0; i < bytes; ++i) std::memcpy(to + (block * V + b + i) * kBlock + c, &x[i], 16);
+    }
+  }
+}
+
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME

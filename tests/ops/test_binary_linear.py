@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from int_oracle import binary_product
 
 import effvit
 from effvit.reference.sign_bits import pack_bits
 from effvit.testing import assert_bitwise_equal, backends
 from effvit.testing.binary_linear import SPEC
-from int_oracle import binary_product
 from op_suite import OpSuite
 
 

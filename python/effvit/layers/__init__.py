@@ -30,6 +30,7 @@ from .sana import (
     SanaLinearAttnProcessor,
     sana_attn_processors,
 )
+from .shift_add import DeployedPow2Linear, MatAdd, Pow2Linear, ShiftAddAttention
 from .slab import LinearNorm, RepBN, SimplifiedLinearAttention, fold_affine, fuse_prepbn
 from .soft import SoftmaxFreeAttention, SoftmaxFreeNormAttention
 from .sparse24 import Sparse24Int8Linear, Sparse24Linear
@@ -44,6 +45,7 @@ __all__ = [
     "BlockSparseLinear",
     "ConvFFN",
     "ConvHierarchicalTransformerBlock",
+    "DeployedPow2Linear",
     "DualTokenAttention",
     "FocusedLinearAttention",
     "FocusedLinearAttentionCSWin",
@@ -61,6 +63,7 @@ __all__ = [
     "LiteLA",
     "LiteLAReLURope",
     "LiteMLA",
+    "MatAdd",
     "MLLABlock",
     "MLLAttention",
     "MPCViTAttention",
@@ -74,12 +77,14 @@ __all__ = [
     "PAGCFGSanaLinearAttnProcessor",
     "PAGIdentitySanaLinearAttnProcessor",
     "PositionAwareTokenModule",
+    "Pow2Linear",
     "QATLinear",
     "RepBN",
     "sana_attn_processors",
     "SanaLinearAttention",
     "SanaLinearAttnProcessor",
     "SCC",
+    "ShiftAddAttention",
     "SimplifiedLinearAttention",
     "SoftmaxFreeAttention",
     "SoftmaxFreeNormAttention",

@@ -42,12 +42,11 @@ def _needs_gradient(*tensors):
 
 
 class BinaryLinear(nn.Module):
-    """A linear layer whose weights and inputs are binarised: ``act(sign(x) sign(W)ᵀ * mean|x| * scale + bias)``.
+    """A linear layer of binarised weights and inputs: ``act(sign(x) sign(W)ᵀ * mean|x| * scale + bias)``.
 
-    `weight` is trained straight through its sign (the gradient is clipped where |w| > 1), as x is; mean|x|, one number a
-    token, counts as a constant; `scale`, one number an output channel, is BiViT's learnable weight scale and begins as
-    mean|w|. Where no gradient is asked for, :func:`effvit.ops.binary_linear` computes it on bits. `deployed()` keeps
-    nothing but the bits: a 32nd of the memory.
+    `weight` is trained straight through its sign (the gradient is clipped where |w| > 1), as x is; mean|x|, one number
+    a token, counts as a constant; `scale`, one an output channel, is BiViT's learnable weight scale and begins as mean|w|.
+    Where no gradient is asked for, :func:`effvit.ops.binary_linear` computes it on bits. `deployed()` keeps nothing but the bits: a 32nd of the memory.
     """
 
     def __init__(self, in_features, out_features, bias=True, activation="none", device=None, dtype=None):
@@ -125,8 +124,8 @@ class PackedBinaryLinear(nn.Module):
 class BinaryAttention(nn.Module):
     """Self-attention on bits (BiViT): q, k, v are signs times scales, probabilities 0 or one number a row.
 
-    q and k have a scale a token, v a scale a channel, each the mean of the absolute values; probabilities are rounded by
-    `softmax_threshold`. Gradients go straight through every rounding (clipped for signs), scales count as constants.
+    q and k have a scale a token, v a scale a channel, each the mean of the absolute values; probabilities are rounded
+    by `softmax_threshold`. Gradients go straight through every rounding (clipped for signs), scales count as constants.
     Both products run on :func:`effvit.ops.binary_linear` where no gradient is asked for. Parameters are those of timm's
     Attention: qkv and proj, here one-bit layers unless `binary_projections` is False.
     """
