@@ -35,6 +35,7 @@ from .slab import LinearNorm, RepBN, SimplifiedLinearAttention, fold_affine, fus
 from .soft import SoftmaxFreeAttention, SoftmaxFreeNormAttention
 from .sparse24 import Sparse24Int8Linear, Sparse24Linear
 from .swin_block import SwinTransformerBlock
+from .table import TableFunction, TableGELU, TableSoftmax
 from .vssd import NonCausalSSD, VMAMBA2Block
 from .window_attention import WindowAttention
 
@@ -91,6 +92,9 @@ __all__ = [
     "Sparse24Int8Linear",
     "Sparse24Linear",
     "SwinTransformerBlock",
+    "TableFunction",
+    "TableGELU",
+    "TableSoftmax",
     "TokenToMapAttention",
     "VMAMBA2Block",
     "WindowAttention",

@@ -45,8 +45,9 @@ class BinaryLinear(nn.Module):
     """A linear layer of binarised weights and inputs: ``act(sign(x) sign(W)ᵀ * mean|x| * scale + bias)``.
 
     `weight` is trained straight through its sign (the gradient is clipped where |w| > 1), as x is; mean|x|, one number
-    a token, counts as a constant; `scale`, one an output channel, is BiViT's learnable weight scale and begins as mean|w|.
-    Where no gradient is asked for, :func:`effvit.ops.binary_linear` computes it on bits. `deployed()` keeps nothing but the bits: a 32nd of the memory.
+    a token, counts as a constant; `scale`, one an output channel, is BiViT's learnable weight scale and begins as
+    mean|w|. Where no gradient is asked for, :func:`effvit.ops.binary_linear` computes it on bits. `deployed()` keeps
+    nothing but the bits: a 32nd of the memory.
     """
 
     def __init__(self, in_features, out_features, bias=True, activation="none", device=None, dtype=None):

@@ -120,8 +120,8 @@ class MatAdd(nn.Module):
     """A product with a binary mask, nothing but sums: out[..., i, j] = sum of x[..., k, j] where mask[..., i, k] > 0
     (ShiftAddViT, arXiv:2306.06446).
 
-    x of integers is summed exactly (in float64, to 2^53) and saturates at int32. Gradients: exact in x, straight through
-    the comparison in a float mask where it is between 0 and 1.
+    x of integers is summed exactly (in float64, to 2^53) and saturates at int32. Gradients: exact in x, straight
+    through the comparison in a float mask where it is between 0 and 1.
     """
 
     def forward(self, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from .sparse24_linear import sparse24_linear
 from .sparse24_mask import sparse24_mask
 from .sparse24_prepack import sparse24_prepack
 from .sparse24_prune import sparse24_prune
+from .table_lookup import table_lookup
 from .window_attention import window_attention
 
 __all__ = [
@@ -36,5 +37,5 @@ __all__ = [
     "int8_linear", "int8_matmul", "int8_prepack", "int_add_layer_norm", "int_attention", "int_layer_norm", "int_linear",
     "linear_attention", "newton_pinv", "pow2_linear", "quantize_int8", "rbf_gram", "requantize", "shift_gelu",
     "shiftmax", "sign_bits", "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear", "sparse24_linear",
-    "sparse24_mask", "sparse24_prepack", "sparse24_prune", "window_attention",
+    "sparse24_mask", "sparse24_prepack", "sparse24_prune", "table_lookup", "window_attention",
 ]  # fmt: skip
