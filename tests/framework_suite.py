@@ -148,7 +148,9 @@ class FrameworkSuite:
         """n calls' worth of the named arguments, stacked."""
         generator = torch.Generator().manual_seed(7)
 
-        def stack(a):
+        def stack(name, a):
+            if name in self.spec.ordered:
+                return torch.stack([a + 0.5 * i for i in range(n)])
             if not a.is_floating_point():
                 return torch.stack([self.spec.rolled(a, i) for i in range(n)])
             if (a > 0).all():  # scales, say
@@ -156,7 +158,8 @@ class FrameworkSuite:
             return torch.stack([a + 0.5 * torch.randn(a.shape, generator=generator) for _ in range(n)])
 
         return tuple(
-            stack(a) if a is not None and name in names else a for name, a in zip(self.spec.tensors, args, strict=False)
+            stack(name, a) if a is not None and name in names else a
+            for name, a in zip(self.spec.tensors, args, strict=False)
         )
 
     def _check_vmap(self, args, kwargs, mapped):

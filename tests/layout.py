@@ -45,3 +45,5 @@ _BITS = "the Triton kernel serves GPUs"
 WAIVERS |= {
     (op, layer): _BITS for op in ("binary_linear", "pow2_linear", "sign_bits", "table_lookup") for layer in _CUDA
 }
+_LUT = "bound by memory: the Triton kernel does"
+WAIVERS |= {(op, layer): _LUT for op in ("quantize_lut", "dequantize_lut", "fake_quantize_lut") for layer in _CUDA}

@@ -12,7 +12,7 @@ _FLOWS = {
     "save_quantized": "quantize", "sparsify_": "sparsify", "unquantize_": "quantize", "unsparsify_": "sparsify",
 }  # fmt: skip
 _MODULES = (
-    "block_sparse", "distributed", "integer", "layers", "quantize", "recipes", "reference", "sparse24_formats",
+    "block_sparse", "distributed", "integer", "layers", "quantize", "quantizers", "recipes", "reference", "sparse24_formats",
     "sparsify", "testing",
 )  # fmt: skip
 __all__ = ["decompositions", "explain", "ops", "patch", "unpatch"] + list(_FLOWS) + ops.__all__

@@ -3,7 +3,9 @@
 from .binary_linear import binary_linear
 from .block_sparse_int8_linear import block_sparse_int8_linear
 from .block_sparse_linear import block_sparse_linear
+from .dequantize_lut import dequantize_lut
 from .fake_quantize_int8 import fake_quantize_int8
+from .fake_quantize_lut import fake_quantize_lut
 from .glu import glu
 from .int8_attention import int8_attention
 from .int8_linear import int8_linear
@@ -17,6 +19,7 @@ from .linear_attention import linear_attention
 from .newton_pinv import newton_pinv
 from .pow2_linear import pow2_linear
 from .quantize_int8 import quantize_int8
+from .quantize_lut import quantize_lut
 from .rbf_gram import rbf_gram
 from .requantize import requantize
 from .shift_gelu import shift_gelu
@@ -33,9 +36,10 @@ from .table_lookup import table_lookup
 from .window_attention import window_attention
 
 __all__ = [
-    "binary_linear", "block_sparse_int8_linear", "block_sparse_linear", "fake_quantize_int8", "glu", "int8_attention",
-    "int8_linear", "int8_matmul", "int8_prepack", "int_add_layer_norm", "int_attention", "int_layer_norm", "int_linear",
-    "linear_attention", "newton_pinv", "pow2_linear", "quantize_int8", "rbf_gram", "requantize", "shift_gelu",
-    "shiftmax", "sign_bits", "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear", "sparse24_linear",
-    "sparse24_mask", "sparse24_prepack", "sparse24_prune", "table_lookup", "window_attention",
+    "binary_linear", "block_sparse_int8_linear", "block_sparse_linear", "dequantize_lut", "fake_quantize_int8",
+    "fake_quantize_lut", "glu", "int8_attention", "int8_linear", "int8_matmul", "int8_prepack", "int_add_layer_norm",
+    "int_attention", "int_layer_norm", "int_linear", "linear_attention", "newton_pinv", "pow2_linear", "quantize_int8",
+    "quantize_lut", "rbf_gram", "requantize", "shift_gelu", "shiftmax", "sign_bits", "sparse24_compress",
+    "sparse24_decompress", "sparse24_int8_linear", "sparse24_linear", "sparse24_mask", "sparse24_prepack",
+    "sparse24_prune", "table_lookup", "window_attention",
 ]  # fmt: skip

@@ -75,6 +75,7 @@ class OpSpec:
     # the op's keyword arguments -> those of the public function that mean the same; None where it has no such call
     public_kwargs: Callable = dict
     rolled: Callable = lambda t, i: t.flatten().roll(i).view(t.shape)  # other values that a tensor of integers may have
+    ordered: Sequence[str] = ()  # tensors whose elements must ascend
     # (dtype) -> [(name, args, kwargs)]: large calls for the memory test; built in a process of their own
     memory_calls: Callable | None = None
     memory_slack_per_thread: int = 2 << 20
