@@ -1,8 +1,8 @@
 """The non-uniform quantisers of vision transformers, as tables: exact thresholds of their codes, and what these mean.
 
 Each is a :class:`Quantizer`. Its thresholds are the smallest float32 numbers of every code, found from the formulas in
-exact or 50-digit arithmetic: :func:`effvit.ops.quantize_lut` then gives the code of the formula in real numbers, ties to
-even, for every float32, bfloat16 or float16 input and on every device.
+exact or 50-digit arithmetic (the tangent's in float64): :func:`effvit.ops.quantize_lut` then gives the code of the
+formula in real numbers, ties to even, for every float32, bfloat16 or float16 input and on every device.
 """
 
 from __future__ import annotations
