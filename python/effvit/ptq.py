@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -110,15 +111,24 @@ def channel_ranges(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[to
     return scale, -low.double() / scale
 
 
-def common_range(scale: torch.Tensor, zero_point: torch.Tensor, target: str) -> tuple[float, int]:
-    """(scale, zero point) of one quantiser in place of the channels'."""
+def common_range(
+    scale: torch.Tensor, zero_point: torch.Tensor, target: str, bits: int | None = None
+) -> tuple[float, int]:
+    """(scale, zero point) of one quantiser in place of the channels'; of so many bits the zero point is a code."""
     pick = torch.mean if target == "mean" else torch.median
-    return float(pick(scale)), round(float(pick(zero_point)))
+    s, z = float(pick(scale)), round(float(pick(zero_point)))
+    return s, z if bits is None else min(max(z, 0), 2**bits - 1)
 
 
 @torch.no_grad()
 def reparameterize(
-    norm: nn.Module, linear: nn.Module, scale: torch.Tensor, zero_point: torch.Tensor, *, target: str = "mean"
+    norm: nn.Module,
+    linear: nn.Module,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    *,
+    target: str = "mean",
+    bits: int | None = None,
 ) -> tuple[float, int]:
     """Fold channel-wise scales after a LayerNorm into the norm and the layer after it, in place: RepQ-ViT's step from
     channel-wise to layer-wise quantisation, and that of I&S-ViT's smooth optimisation strategy (arXiv:2311.10126).
@@ -131,6 +141,8 @@ def reparameterize(
         norm: a LayerNorm with weight and bias. linear: the one layer that reads it.
         scale, zero_point: [C], of the channels' own uniform quantisers.
         target: as of `PTQConfig`.
+        bits: the zero point is to be a code of so many bits. Any will do, as channels are moved to where it says; the
+            mean of channels that lie far from 0 need not be one. None: it may be any integer.
 
     Returns:
         (s~, z~): the one scale and the one zero point.
@@ -145,7 +157,7 @@ def reparameterize(
         raise _checks.value_error(name, "linear", f"of {norm.weight.numel()} inputs", linear.in_features)
     _checks.check_scales(name, {"scale": scale.detach().cpu()}, "scale")
     _checks.index_of(name, "target", target, ("mean", "median"))
-    s, z = common_range(scale.double(), zero_point.double(), target)
+    s, z = common_range(scale.double(), zero_point.double(), target, bits)
     r, b = _factors(scale, zero_point, s, z)
     weight = linear.weight.double() * r
     moved = weight @ b
@@ -302,7 +314,7 @@ class Target:
         folds = config.reparameterize and self.norm is not None and scheme in ("uniform", "auto")
         if folds:
             ranges = channel_ranges(self.seen.low, self.seen.high, activation_bits)
-            s, z = common_range(*ranges, config.target)
+            s, z = common_range(*ranges, config.target, activation_bits)
             r, b = _factors(*ranges, s, z)
             x = (x.double() / r - b).float()
             weight = (weight.double() * r).float()
@@ -337,7 +349,7 @@ class Target:
 
     def apply(self, plan: Plan, config: PTQConfig) -> None:
         if plan.ranges is not None:
-            reparameterize(self.norm, self.layer, *plan.ranges, target=config.target)
+            reparameterize(self.norm, self.layer, *plan.ranges, target=config.target, bits=plan.bits[1])
         if plan.int8_scale is not None:
             self.layer.act.use_int8(plan.int8_scale)
         else:
@@ -356,7 +368,6 @@ class Target:
 def _best_scale(scale: float, zero_point: int, bits: int, error) -> Quantizer:
     """The uniform quantiser of the common range, or of a narrower one about the same zero."""
     best = None
-    zero_point = min(max(zero_point, 0), 2**bits - 1)
     for f in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6):
         made = _ptq_search.made("uniform", bits, {"scale": f * scale, "zero_point": zero_point}, "extra")
         e = error(made)
@@ -502,6 +513,11 @@ def calibrate_ptq(
     finally:
         for act in watched:
             act.observer = None
+    names = {m: name for name, m in quantised.named_modules()}
+    for act, seen in watched.items():
+        if (seen.kept or seen.pairs) and not all(map(math.isfinite, seen.range)):
+            raise _checks.value_error(_NAME, "calibration", "such that activations are finite",
+                                      f"NaN or infinity in {names[act]}")  # fmt: skip
     targets, shares = [], {}
     for name, (layer, norm, role) in layers.items():
         if watched[layer.act].kept:

@@ -47,13 +47,17 @@ def _float32_at_least(bound: Fraction | Decimal, strictly: bool) -> float:
     return float(x)
 
 
-def _power_of_two(exponent: Fraction) -> Fraction | Decimal:
-    """2^exponent: exact where it is rational, else to 50 digits."""
-    if exponent.denominator == 1:
-        return Fraction(2) ** exponent.numerator
+def _powers_of_two(exponents: list[Fraction], step: Fraction) -> list[Fraction | Decimal]:
+    """2^e of exponents that fall by step each: exact where e is a whole number, else to 50 digits less the last two."""
+    found = []
     with localcontext() as context:
         context.prec = _DIGITS
-        return Decimal(2) ** (Decimal(exponent.numerator) / Decimal(exponent.denominator))
+        ratio = Decimal(2) ** (-Decimal(step.numerator) / Decimal(step.denominator))
+        power = Decimal(2) ** (Decimal(exponents[0].numerator) / Decimal(exponents[0].denominator))
+        for e in exponents:
+            found.append(Fraction(2) ** e.numerator if e.denominator == 1 else power)
+            power *= ratio
+    return found
 
 
 def _times(a: Fraction | Decimal, b: Fraction) -> Fraction | Decimal:
@@ -140,10 +144,8 @@ def _logarithmic(scheme, bits, scale, step: Fraction, offset, options, levels, v
     The bound between the codes k and k + 1 is scale 2^(-(k + 1/2) step) - offset. It goes to the even one of the two;
     x above it have the smaller code.
     """
-    bounds = []
-    for k in range(levels - 1, -1, -1):
-        bound = _times(_power_of_two(-step * (2 * k + 1) / 2), scale)
-        bounds.append((_minus(bound, offset), k % 2 == 1))
+    powers = _powers_of_two([-step * (2 * k + 1) / 2 for k in range(levels)], step)
+    bounds = [(_minus(_times(powers[k], scale), offset), k % 2 == 1) for k in range(levels - 1, -1, -1)]
     values = [float(-offset), *(float(scale) * value(k) - float(offset) for k in range(levels - 1, -1, -1))]
     return _made(scheme, bits, options, bounds, values, descending=True)
 
