@@ -79,10 +79,12 @@ class Launch:
     args: dict
     num_warps: int = 4  # of 32 threads
     num_stages: int = 2
+    fp_fusion: bool = True  # a product and a sum may become one operation with one rounding
 
     @property
     def options(self):
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        fusion = {} if self.fp_fusion else {"enable_fp_fusion": False}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **fusion}
 
     def run(self):
         self.kernel[(self.grid,)](**self.args, **for_warp_size(self.options, _warp_size()))
