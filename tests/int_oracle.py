@@ -145,6 +145,8 @@ def int_attention(
             p = shiftmax(scores, x0, n, bits, half_bit, np.int64)
             out[b, :, h] = int8_matmul(p, v[b, :, h], False, multiplier, shift, out_bits, dtype)
     return out
+
+
 def binary_product(x, weight, depth, unipolar):
     """Of bits, the little end of a byte first: -1 and 1, those of x perhaps 0 and 1."""
     x, weight = (np.unpackbits(t, axis=-1, count=depth, bitorder="little").astype(np.int64) for t in (x, weight))

@@ -6,11 +6,12 @@
 //   DIM    := NAME | NAME' (a value of its own, shown without the prime) | INTEGER | a sum of products without spaces,
 //             such as 2*wh-1+2*halo_h; NAME+INTEGER finds NAME where it is unknown. A first DIM of ... is any number of
 //             dims, the same for every tensor that has it
-//   MARK   := float (any of the three, its own) | integer (int32, int16, int8 or uint8, its own) | number (float or int8)
-//             | float32 | bfloat16 | float16 | int32 | int16 | int8 | uint8 | out_dtype (of an output: the DType that the
-//             option of that name counts); else like the first one
-//             strided (any strides; else the last one is 1) | packed (a contiguous copy is made where it is not) |
-//             whole (must be contiguous, as the forward returned it)
+//   MARK   := float (any of the three, its own) | integer (int32, int16, int8 or uint8, its own) | number (float or
+//   int8)
+//             | float32 | bfloat16 | float16 | int32 | int16 | int8 | uint8 | out_dtype (of an output: the DType that
+//             the option of that name counts); else like the first one strided (any strides; else the last one is 1) |
+//             packed (a contiguous copy is made where it is not) | whole (must be contiguous, as the forward returned
+//             it)
 //   option := NAME ':' TYPE [CONSTRAINT] ['=' DEFAULT]
 //   TYPE   := float | float? | int | bool | int[2](NAME, NAME)    CONSTRAINT := > 0 | >= 0 | in LOW..HIGH
 //

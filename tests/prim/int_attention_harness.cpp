@@ -4,8 +4,8 @@
 
 #include "cuda/int_attention.cuh"
 
-// sizes: B, L, M, H, K, V, W, elements between rows of q, k and v, n, x, magic, its shift, wide, bits; multiplier, shift
-// and ends of the scores and of the result, its dtype. tensors: q, k, v, bias (or null), out.
+// sizes: B, L, M, H, K, V, W, elements between rows of q, k and v, n, x, magic, its shift, wide, bits; multiplier,
+// shift and ends of the scores and of the result, its dtype. tensors: q, k, v, bias (or null), out.
 extern "C" __attribute__((visibility("default"))) void run_int_attention(const int64_t* sizes, void** tensors,
                                                                          char* message, int64_t size) {
   using namespace effvit;
