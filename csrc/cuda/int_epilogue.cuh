@@ -132,7 +132,7 @@ EFFVIT_DEVICE void finish_tile(const IntEpilogue& p, const IntAccess& vec, const
       }
     }
     Out* const to = static_cast<Out*>(p.out) + row * p.N + first;
-    if (n == kMine && vec.out) {
+    if (vec.out) {  // a row is whole vectors then
       prim::store_global_vec(to, out);
     } else {
       EFFVIT_UNROLL

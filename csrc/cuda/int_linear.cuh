@@ -1,6 +1,7 @@
-// int_linear: device code and launch, on prim only. The tiles of int8_linear, with the epilogue of integers.
+// int_linear: device code and launch, on prim only. The tiles of int8_dense.cuh with the epilogue of
+// integers, int_epilogue.cuh.
 #pragma once
-#include "int8_linear.cuh"
+#include "int8_dense.cuh"
 #include "int_epilogue.cuh"
 
 namespace effvit {
@@ -19,7 +20,7 @@ struct Plan {
 template <class S, class Out, bool kResidual>
 EFFVIT_KERNEL(S::kThreads, S::kMinCtas)
 int_linear_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
-  int8_linear_impl::compute_tiles<S>(g, [&](const StagedSums<S::kN>& sums, const Place& at) {
+  compute_tiles<S>(g, [&](const StagedSums<S::kN>& sums, const Place& at) {
     int_impl::finish_tile<Out, S::kThreads, S::kN, kResidual>(g.p, g.access, sums, at);
   });
 }
@@ -47,12 +48,13 @@ cudaError_t launch_tiles(const IntLinearParams& p, cudaStream_t stream) {
 
 inline cudaError_t launch_int_linear_fwd(const IntLinearParams& p, cudaStream_t stream) {
   using namespace cuda;
+  using namespace cuda::int8_impl;
   if (p.M == 0 || p.N == 0) return cudaSuccess;
   prim::GlobalRanges ranges;
-  int8_linear_impl::register_operands(ranges, p.x, p.x_stride_m, p.weight, p.weight_stride_n, p.M, p.N, p.K);
+  register_operands(ranges, p.x, p.x_stride_m, p.weight, p.weight_stride_n, p.M, p.N, p.K);
   int_impl::register_epilogue(ranges, p);
-  const cudaError_t error = int8_linear_impl::dispatch_shape(
-      p.M, p.N, [&](auto shape) { return int_linear_impl::launch_tiles<decltype(shape)>(p, stream); });
+  const cudaError_t error =
+      dispatch_shape(p.M, p.N, [&](auto shape) { return int_linear_impl::launch_tiles<decltype(shape)>(p, stream); });
   ranges.finish();
   return error;
 }

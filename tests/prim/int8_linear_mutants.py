@@ -6,7 +6,7 @@ import numpy as np
 from mutants import Mutant, bf16, call, check_seeds, from_bf16, pointer
 
 HARNESS = "tests/prim/int8_linear_harness.cpp"
-KERNEL, EPILOGUE = "csrc/cuda/int8_linear.cuh", "csrc/cuda/int8_epilogue.cuh"
+KERNEL, EPILOGUE = "csrc/cuda/int8_dense.cuh", "csrc/cuda/int8_epilogue.cuh"
 TILES = "csrc/cuda/int8_tiles.cuh"
 FLOAT32, BFLOAT16, FLOAT16, INT32, INT8 = range(5)
 NUMPY = (np.float32, np.uint16, np.float16, np.int32, np.int8)
