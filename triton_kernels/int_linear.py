@@ -88,12 +88,15 @@ def _plan_forward(
     stride = None if residual is None else residual.stride(0)
     low, high = ends(out.dtype, 32 if multiplier is None else bits)
     m, n = tile_of(M, N)
+    warps = warps_of(m, n)
+    if residual is not None and m * n > 64 * 64:  # registers of a thread: products have 64 bits
+        n, warps = min(n, 64), 8
     args = {
         "x": x, "weight": weight, "e": Epilogue(multiplier, shift, bias, residual, stride, *of_residual, out),
         "M": M, "N": N, "K": K, "x_stride_m": x.stride(0), "weight_stride_n": weight.stride(0), "LOW": low,
         "HIGH": high, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": depth_of(K, x.stride(0), weight.stride(0)), "GROUP": GROUP,
     }  # fmt: skip
-    return out, [Launch(int_linear_fwd_kernel, cdiv(M, m) * cdiv(N, n), args, warps_of(m, n), num_stages=3)]
+    return out, [Launch(int_linear_fwd_kernel, cdiv(M, m) * cdiv(N, n), args, warps, num_stages=3)]
 
 
 def forward(x, weight, *tensors, **options):
