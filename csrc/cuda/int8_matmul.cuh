@@ -181,12 +181,13 @@ int8_matmul_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
     load(0);
     EFFVIT_NO_UNROLL
     for (int64_t step = 0; step < steps; ++step) {
-      prim::cp_async_wait<0>();
+      prim::cp_async_wait<0>();  // all of it: copies are one step ahead
       prim::sync_threads();  // this step's operands; readers of what is copied over
       load(step + 1);
       const Shared<int8_t> from = operands.from(static_cast<int>(step % 2) * kStage);
       multiply<kA, kB>(total, from, from.from(kA * kPlane));
     }
+    prim::cp_async_wait<0>();
     EFFVIT_UNROLL
     for (int n = 0; n < kColumnTiles; ++n) {
       EFFVIT_UNROLL
