@@ -19,7 +19,15 @@ FAMILIES = {
         "sparse24_linear",
         "block_sparse_linear",
     ),
-    "shiftmax": ("shiftmax", "shift_gelu", "int_layer_norm", "requantize", "int_linear"),
+    "shiftmax": (
+        "shiftmax",
+        "shift_gelu",
+        "int_layer_norm",
+        "requantize",
+        "int_linear",
+        "int_attention",
+        "int8_matmul",
+    ),
     "linear_attention": ("linear_attention", "soft", "rbf_gram", "newton_pinv"),
 }
 
