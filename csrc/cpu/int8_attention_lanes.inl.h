@@ -236,7 +236,8 @@ class LanePass {
     const int8_t* const values = head.values(block);
     const float* const scale =
         plan_.int8 ? p_.v_scale + ((b_ * p_.N + block) * p_.G + g_) * p_.V : head.value_scale() + block * p_.V;
-    const int groups = (n + 3) / 4, V = static_cast<int>(p_.V);
+    const int V = static_cast<int>(p_.V);
+    [[maybe_unused]] const int groups = (n + 3) / 4;
     const int32_t* const weights = weights_;
     float* const out = out_;
     const auto add = [&](int channel, int v, vi sum) __attribute__((always_inline)) {
