@@ -163,3 +163,98 @@ def shift_linear(x, codes, right):
                 column = x[:, k].astype(np.int64)
                 sums[:, n] += (1 if code > 0 else -1) * (column << p if p >= 0 else column >> -p)
     return saturate(sums, np.int32)
+# ---- int8_attention: float32 as IEEE has it until a number is rounded to an integer, then int64 ----------------------
+
+
+def exp2_weights(t):
+    """127 * 2^(-t / 2^13) of int64 0 <= t < 2^16 by a polynomial in 16-bit arithmetic."""
+    f = 4 * (t % 8192)
+    y = np.full_like(t, 1273)
+    for c in (7494, 22478, 32512):
+        y = c - ((y * f + 16384) >> 15)
+    shift = 8 + t // 8192
+    return (y + (1 << (shift - 1))) >> shift
+
+
+def shiftmax_weights(t):
+    return (127 * shift_exp(-t, -8192, 8, True) + 2**20) >> 21
+
+
+def int8_steps(x, axis):
+    """(int64, float32 scale) of x in steps of its largest along axes, which are kept."""
+    top = np.abs(x).max(axis, keepdims=True)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(top >= np.float32(2.0**-100), np.float32(127) / top, np.float32(0))
+    return np.rint(x * inverse).astype(np.int64), top / np.float32(127)
+
+
+def key_mean(k):
+    """[M, K] float32: the sums of blocks of 64 one after the other, each key by key."""
+    total = None
+    for j in range(0, len(k), 64):
+        sums = k[j]
+        for row in k[j + 1 : j + 64]:
+            sums = sums + row
+        total = sums if total is None else total + sums
+    return total / np.float32(len(k))
+
+
+def int8_attention_head(q, k, v, scales, mean, bias, scale, causal, smooth, natural):
+    """q [L, K], k [M, K], v [M, V] of one head, float32 or int8 with scales = ([N], [N, V]); bias [L, M] float32.
+
+    (out [L, V], lse [L]) in float64, the integers exact.
+    """
+    L, M = len(q), len(k)
+    f = np.float32
+    if mean is None and smooth and scales is None:
+        mean = key_mean(k)
+    q8, q_scale = int8_steps(q, -1)
+    tops, totals, sums = [], [], []
+    for n, j in enumerate(range(0, M, 64)):
+        rows = slice(j, min(j + 64, M))
+        if scales is None:
+            x = k[rows] if mean is None else k[rows] - mean
+            (k8, k_scale), (v8, v_scale) = int8_steps(x, (0, 1)), int8_steps(v[rows], 0)
+        else:
+            k8, v8, k_scale, v_scale = k[rows].astype(np.int64), v[rows].astype(np.int64), scales[0][n], scales[1][n]
+        acc = q8 @ k8.T
+        c = (q_scale * f(scale * math.log2(math.e))) * k_scale.astype(f)
+        seen = np.arange(rows.start, rows.stop) <= (np.arange(L) + M - L if causal else np.full(L, M))[:, None]
+        step = f(8192 * math.log(2)) if natural else f(8192)
+        with np.errstate(invalid="ignore"):
+            if bias is None:
+                top = np.where(seen, acc, np.iinfo(np.int64).min).max(-1, keepdims=True)
+                highest = np.where(seen.any(-1, keepdims=True), top.astype(f) * c, -np.inf)
+                t = (top - acc).astype(f) * (c * step)
+            else:
+                y = np.where(seen, acc.astype(f) * c + bias[:, rows] * f(math.log2(math.e)), f(-np.inf))
+                highest = y.max(-1, keepdims=True)
+                t = (highest - y) * step
+        limit = f(45589 if natural else 65535)
+        t = np.rint(np.where(seen & (t <= limit), t, limit)).astype(np.int64)
+        p = np.where(seen, (shiftmax_weights if natural else exp2_weights)(t), 0)
+        tops.append(highest[:, 0].astype(np.float64))
+        totals.append(p.sum(-1))
+        sums.append((p @ v8) * v_scale.astype(np.float64).reshape(1, -1))
+    top = np.max(tops, 0)
+    w = [np.exp2(x - top) for x in tops]
+    total = sum(a * b for a, b in zip(w, totals, strict=True))
+    out = sum(a[:, None] * b for a, b in zip(w, sums, strict=True)) / total[:, None]
+    lse = (top + np.log2(total / 127)) * math.log(2)
+    return out, lse if mean is None else lse + scale * (q.astype(np.float64) @ mean.astype(np.float64))
+
+
+def int8_attention(q, k, v, k_scale, v_scale, k_mean, bias, scale, causal, smooth_k, natural):
+    """NumPy arrays as the operator takes them -> out [B, L, H, V], lse [B, H, L] in float64."""
+    B, L, H, K = q.shape
+    G = k.shape[2]
+    out, lse = np.zeros((B, L, H, v.shape[-1])), np.zeros((B, H, L))
+    for b in range(B):
+        for h in range(H):
+            g = h // (H // G)
+            out[b, :, h], lse[b, h] = int8_attention_head(
+                q[b, :, h], k[b, :, g], v[b, :, g], None if k_scale is None else (k_scale[b, :, g], v_scale[b, :, g]),
+                None if k_mean is None else k_mean[b, g], None if bias is None else bias[b % len(bias), h],
+                K**-0.5 if scale is None else scale, causal, smooth_k, natural,
+            )  # fmt: skip
+    return out, lse
