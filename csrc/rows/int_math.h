@@ -1,6 +1,6 @@
 // Functions of integer row-wise functors, in the namespace of an instruction set or of the GPU: V is its vector of
-// int32, or an int32_t. For vectors the including file defines splat, Unsigned, select, mul_high, divide and rescale.
-// No floating point: instructions of it round, and not alike everywhere.
+// int32, or an int32_t. The including file defines splat and exact_root, and for vectors Unsigned, select, mul_high,
+// reciprocal, product and what rescales. No floating point here: instructions of it round, and not alike everywhere.
 
 template <class V>
 struct UnsignedOf;
@@ -10,6 +10,11 @@ struct UnsignedOf<int32_t> {
 };
 template <class V>
 using Unsigned = typename UnsignedOf<V>::type;
+
+// A functor has kPasses reductions of kReductions and then a map, kVectors of the [C] tensors, and says what it needs:
+// kKeeps: the last pass's terms; kTabulates: results follow from x and the row's largest one; kIsNorm: it is
+// LayerNorm; kAdds: x is a sum first,
+// of x and the residual, rescaled by the vectors from kScales on.
 
 // What a pass makes of a row's terms.
 enum class Reduce {
@@ -33,7 +38,7 @@ EFFVIT_FN V most(V a, V b) {
 EFFVIT_FN uint32_t mul_high(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
 }
-EFFVIT_FN uint32_t divide(uint32_t a, uint32_t b) { return a / b; }
+EFFVIT_FN uint32_t reciprocal(uint32_t s) { return 0x7fffffff / s; }
 
 // t / 2^c to the nearest, ties to even; |t| <= 2^62, 0 <= c <= 61. The offset is an even multiple of 2^c.
 EFFVIT_FN int64_t rounded_shift(int64_t t, int32_t c) {
@@ -48,6 +53,16 @@ EFFVIT_FN int32_t rescale(int32_t z, int32_t m, int32_t c, int32_t low, int32_t 
   return static_cast<int32_t>(y < low ? low : y > high ? high : y);
 }
 
+// The shift of a rescaling, in its bounds: values on a GPU are not checked.
+template <class V>
+EFFVIT_FN V shift_of(V c) {
+  return least(most(c, splat<V>(1u)), splat<V>(61u));
+}
+
+// Of all columns by the same; `narrow`: whether |z| is below 2^22.
+EFFVIT_FN int32_t rescale_all(const IntRowsData& p, int32_t z, bool) {
+  return rescale(z, p.multiplier, p.shift, p.low, p.high);
+}
 // The sum of two of these, rounded each.
 EFFVIT_FN int32_t rescale_sum(int32_t z, int32_t m, int32_t c, int32_t z2, int32_t m2, int32_t c2, int32_t low,
                               int32_t high) {

@@ -1,4 +1,4 @@
-// What an integer row-wise kernel gets: rows of int32, and integers that stand for scales. No torch, no CUDA.
+// What an integer row-wise kernel gets: rows of integers, and integers that stand for scales. No torch, no CUDA.
 #pragma once
 #include <utility>
 
@@ -21,11 +21,13 @@ struct ShiftExp {
 };
 
 struct IntRowsData {
-  static constexpr int kMostDims = 5, kVectors = 4;
-  const int32_t* x = nullptr;  // rows of `columns` elements, last stride 1
-  const int32_t* residual = nullptr;  // likewise, may be null
+  static constexpr int kMostDims = 5, kVectors = 8;
+  const void* x = nullptr;  // rows of `columns` elements of x_dtype, last stride 1
+  const void* residual = nullptr;  // likewise of residual_dtype, may be null
+  DType x_dtype = DType::kInt32, residual_dtype = DType::kInt32;
   const int32_t* vectors[kVectors] = {};  // [columns] each, as the op orders them; may be null
   void* out = nullptr;  // [rows, columns], contiguous
+  int16_t* sum = nullptr;  // likewise, of ops that add
   int64_t rows = 0, columns = 0;
   int32_t dims = 0;  // that number the rows, outermost first
   int64_t size[kMostDims] = {}, x_stride[kMostDims] = {}, residual_stride[kMostDims] = {};
@@ -34,6 +36,8 @@ struct IntRowsData {
   ShiftExp exp;
   int32_t bits = 0, low = 0, high = 0;  // low, high: ends of the result
   int32_t multiplier = 0, shift = 0;  // of a rescaling of all columns; multiplier 0: none
+  double scale = 0;  // on a CPU, of the latter, where float64 can stand for it
+  int32_t sum_low = 0, sum_high = 0;  // ends of the sum
   bool flags[3] = {};  // the op's own
 };
 

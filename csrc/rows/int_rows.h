@@ -45,8 +45,8 @@ template <class Op>
 IntRowsParams<Op> int_rows_of(const Call& c, std::initializer_list<Name> vectors = {}) {
   IntRowsParams<Op> p;
   const View &x = c["x"], *residual = c.find("residual"), &out = c["out"];
-  p.x = static_cast<const int32_t*>(x.data), p.out = out.data, p.out_dtype = out.dtype;
-  if (residual) p.residual = static_cast<const int32_t*>(residual->data);
+  p.x = x.data, p.x_dtype = x.dtype, p.out = out.data, p.out_dtype = out.dtype;
+  if (residual) p.residual = residual->data, p.residual_dtype = residual->dtype;
   int count = 0;
   for (const Name name : vectors) {
     const View* v = c.find(name);

@@ -6,7 +6,8 @@ namespace effvit::ops {
 
 struct requantize : OpDefaults {
   static constexpr const char* kForward =
-      "requantize(x: ... C | int32, multiplier: C | int32 packed, shift: C | int32 packed, residual?: ... C | int32, "
+      "requantize(x: ... C | integer, multiplier: C | int32 packed, shift: C | int32 packed, residual?: ... C | "
+      "integer, "
       "residual_multiplier?: C | int32 packed, residual_shift?: C | int32 packed; bits: int in 2..32 = 8, out_dtype: "
       "int in 3..6 = 4) -> out: ... C | out_dtype";
   static constexpr const char* kEmpty = "... C";
@@ -36,15 +37,12 @@ enum : int { kVariants = 2 };
 
 template <int kResidual>
 struct Forward {
-  static constexpr int kPasses = 0, kVectors = kResidual != 0 ? 4 : 2;  // multiplier and shift of x, of the residual
+  static constexpr int kPasses = 0, kScales = 0,
+                       kVectors = kResidual != 0 ? 4 : 2;  // multiplier and shift of x, of the residual
   static constexpr Reduce kReductions[1] = {};
-  static constexpr bool kKeeps = false, kTabulates = false;  // the last pass's terms; results by x of a row
+  static constexpr bool kKeeps = false, kTabulates = false, kAdds = false, kIsNorm = false;  // as int_math.h has it
   struct Row {};
 
-  template <class V>
-  EFFVIT_FN static V shift_of(V c) {
-    return least(most(c, splat<V>(1u)), splat<V>(61u));
-  }
   EFFVIT_FN static void prepare(IntRowsData&) {}
   template <class V>
   EFFVIT_FN static V map(const IntRowsData& p, const Row&, V x, V, V residual, const V (&v)[kVectors + 1]) {

@@ -6,7 +6,7 @@ namespace effvit::ops {
 
 struct shift_gelu : OpDefaults {
   static constexpr const char* kForward =
-      "shift_gelu(x: ... C | int32; x0: int in -2147483647..-1, n: int in 4..30 = 23, bits: int in 2..16 = 8, "
+      "shift_gelu(x: ... C | integer; x0: int in -2147483647..-1, n: int in 4..30 = 23, bits: int in 2..16 = 8, "
       "half_bit: "
       "bool = True, safe_max: bool = True, multiplier: int in 0..2147483647 = 0, shift: int in 1..61 = 31, out_dtype: "
       "int in 3..6 = 3) -> out: ... C | out_dtype";
@@ -32,10 +32,11 @@ template <int kWide>
 struct Forward {
   static constexpr int kPasses = 1, kVectors = 0;
   static constexpr Reduce kReductions[kPasses] = {Reduce::kRange};
-  static constexpr bool kKeeps = false, kTabulates = true;  // the last pass's terms; results by x of a row
+  static constexpr bool kKeeps = false, kTabulates = true, kAdds = false, kIsNorm = false;  // as int_math.h has it
   struct Row {
     int32_t top, bottom, low;  // from where x is counted; the smallest x; from where down the exponential is constant
     uint32_t of_top;  // the exponential of -top
+    bool fits, narrow;  // products with sigmoids into 32 bits, and below 2^22
   };
 
   // The exponential of d > 0: the quotient is negative, and the result 2^31 - 1 where it would be more.
@@ -48,13 +49,15 @@ struct Forward {
   }
 
   template <int, class V>
-  EFFVIT_FN static V term(const IntRowsData&, const Row&, V x, V) {
+  EFFVIT_FN static V term(const IntRowsData&, const Row&, V x) {
     return x;
   }
   template <int>
   EFFVIT_FN static void finish(const IntRowsData& p, Row& row, int64_t total, int32_t bottom) {
     row.top = static_cast<int32_t>(p.flags[0] && total < 0 ? 0 : total), row.bottom = bottom;
     row.low = lowest_of(p.exp, row.top);
+    const int64_t size = total > -static_cast<int64_t>(bottom) ? total : -static_cast<int64_t>(bottom);
+    row.fits = (size >> (32 - p.bits)) == 0, row.narrow = (size >> (23 - p.bits)) == 0;
     const int64_t d = -static_cast<int64_t>(row.top), limit = p.exp.limit;
     row.of_top = d > 0 ? shift_exp_above(p.exp, d)
                        : static_cast<uint32_t>(shift_exp<kWide>(p.exp, static_cast<int32_t>(d < -limit ? -limit : d)));
@@ -66,12 +69,11 @@ struct Forward {
     using U = Unsigned<V>;
     const auto of = [](int32_t y) { return splat<V>(static_cast<uint32_t>(y)); };
     const U e = (U)shift_exp<kWide>(p.exp, most(x, of(row.low)) - of(row.top));
-    const U f = divide(splat<U>(0x7fffffff), least(e + row.of_top, splat<U>(0x7fffffff)));
+    const U f = reciprocal(least(e + row.of_top, splat<U>(0x7fffffff)));
     const U sigmoid = (e * f) >> static_cast<uint32_t>(32 - p.bits);
-    if (p.multiplier == 0) return product(x, (V)sigmoid, p.low, p.high);
-    const V y = product(x, (V)sigmoid, -0x7fffffff - 1, 0x7fffffff);
-    return rescale(y, splat<V>(static_cast<uint32_t>(p.multiplier)), splat<V>(static_cast<uint32_t>(p.shift)), p.low,
-                   p.high);
+    const V y = row.fits ? (V)((U)x * sigmoid) : product(x, (V)sigmoid, -0x7fffffff - 1, 0x7fffffff);
+    if (p.multiplier == 0) return least(most(y, of(p.low)), of(p.high));
+    return rescale_all(p, y, row.narrow);
   }
 };
 #endif

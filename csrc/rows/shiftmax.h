@@ -6,7 +6,8 @@ namespace effvit::ops {
 
 struct shiftmax : OpDefaults {
   static constexpr const char* kForward =
-      "shiftmax(x: ... C | int32; x0: int in -2147483647..-1, n: int in 4..30 = 15, bits: int in 2..16 = 8, half_bit: "
+      "shiftmax(x: ... C | integer; x0: int in -2147483647..-1, n: int in 4..30 = 15, bits: int in 2..16 = 8, "
+      "half_bit: "
       "bool = True, out_dtype: int in 3..6 = 4) -> out: ... C | out_dtype";
   static constexpr const char* kEmpty = "... C";
 
@@ -35,13 +36,13 @@ template <int kWide>
 struct Forward {
   static constexpr int kPasses = 2, kVectors = 0;
   static constexpr Reduce kReductions[kPasses] = {Reduce::kMax, Reduce::kSaturating};
-  static constexpr bool kKeeps = true, kTabulates = false;  // the last pass's terms; results by x of a row
+  static constexpr bool kKeeps = true, kTabulates = false, kAdds = false, kIsNorm = false;  // as int_math.h has it
   struct Row {
     int32_t top, low, f;
   };
 
   template <int kPass, class V>
-  EFFVIT_FN static V term(const IntRowsData& p, const Row& row, V x, V) {
+  EFFVIT_FN static V term(const IntRowsData& p, const Row& row, V x) {
     if constexpr (kPass == 0) {
       return x;
     } else {

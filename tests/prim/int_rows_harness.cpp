@@ -39,8 +39,8 @@ extern "C" __attribute__((visibility("default"))) void run_int_rows(const int64_
   p.exp.shift = static_cast<uint32_t>(numbers[10]), p.exp.mask = static_cast<uint32_t>(numbers[11]);
   p.bits = number(12), p.low = number(13), p.high = number(14), p.multiplier = number(15), p.shift = number(16);
   p.flags[0] = numbers[17] != 0, p.flags[1] = numbers[18] != 0, p.out_dtype = static_cast<DType>(numbers[19]);
-  p.x = static_cast<const int32_t*>(tensors[0]), p.residual = static_cast<const int32_t*>(tensors[1]);
-  for (int k = 0; k < IntRowsData::kVectors; ++k) p.vectors[k] = static_cast<const int32_t*>(tensors[2 + k]);
+  p.x = tensors[0], p.residual = tensors[1];
+  for (int k = 0; k < 4; ++k) p.vectors[k] = static_cast<const int32_t*>(tensors[2 + k]);
   p.out = tensors[6];
   try {
     const auto launch = numbers[0] == 0   ? &cuda::shiftmax::launch_int_rows

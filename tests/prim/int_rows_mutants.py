@@ -87,8 +87,8 @@ def inputs_of(case):
     multiplier = [random.integers(2**30, 2**31, columns, dtype=np.int64).astype(np.int32) for _ in range(2)]
     if op == 2:
         vectors[0] = random.integers(-(2**29), 2**29, columns).astype(np.int32)
-        if dtype == np.int8:
-            vectors[1:3] = multiplier[0], np.full(columns, 53, np.int32)
+        if dtype == np.int8:  # an offset, too
+            vectors[1:] = random.integers(-9, 9, columns).astype(np.int32), multiplier[0], np.full(columns, 53, np.int32)
     if op == 3:
         vectors[:2] = multiplier[0], np.full(columns, 37 if dtype == np.int8 else 32, np.int32)
         if dtype == np.int16:
@@ -110,7 +110,7 @@ def run(library):
         out = np.zeros((outer, inner, columns), dtype)
         variant, magic, shift = magic_of(-options["x0"], options["n"]) if op < 2 else (0, 0, 0)
         if op >= 2:
-            variant = (vectors[1] if op == 2 else residual) is not None
+            variant = (vectors[2] if op == 2 else residual) is not None
         info = np.iinfo(dtype)
         flags = (options.get("safe_max", options.get("exact", False)), options.get("truncate", False))
         numbers = [op, outer, inner, columns, *strides, variant, -options.get("x0", -1), options.get("n", 4), magic]
@@ -131,7 +131,8 @@ def oracle(case):
     if op < 2:
         return (int_oracle.shiftmax if op == 0 else int_oracle.shift_gelu)(x, **options, dtype=dtype)
     if op == 2:
-        return int_oracle.int_layer_norm(x, *vectors[:3], None, **options, dtype=dtype)
+        bias, offset, multiplier, shift = vectors
+        return int_oracle.int_layer_norm(x, bias, multiplier, shift, offset, **options, dtype=dtype)
     return int_oracle.requantize(x, *vectors[:2], residual, *vectors[2:], **options, dtype=dtype)
 
 
