@@ -13,11 +13,28 @@ typedef uint8_t vb_unaligned __attribute__((vector_size(4 * EFFVIT_LANES), align
 
 // ---- rows of any dtype ----------------------------------------------------------------------------------------------
 
+#if defined(EFFVIT_HAS_AVX512)
+EFFVIT_INLINE __m128i bytes_of(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+EFFVIT_INLINE vi widened(const int8_t* p) { return (vi)_mm512_cvtepi8_epi32(bytes_of(p)); }
+EFFVIT_INLINE vi widened(const uint8_t* p) { return (vi)_mm512_cvtepu8_epi32(bytes_of(p)); }
+EFFVIT_INLINE vi widened(const int16_t* p) {
+  return (vi)_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#elif defined(EFFVIT_HAS_AVX2) && EFFVIT_LANES == 8
+EFFVIT_INLINE __m128i bytes_of(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+EFFVIT_INLINE vi widened(const int8_t* p) { return (vi)_mm256_cvtepi8_epi32(bytes_of(p)); }
+EFFVIT_INLINE vi widened(const uint8_t* p) { return (vi)_mm256_cvtepu8_epi32(bytes_of(p)); }
+EFFVIT_INLINE vi widened(const int16_t* p) {
+  return (vi)_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+#else
 template <class T>
 EFFVIT_INLINE vi widened(const T* p) {
-  typedef T Narrow __attribute__((vector_size(sizeof(T) * EFFVIT_LANES), aligned(1), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), vi);
+  vi x;
+  for (int i = 0; i < kLanes; ++i) x[i] = p[i];
+  return x;
 }
+#endif
 template <class T>
 void widen(const T* p, int64_t n, int32_t* to) {
   int64_t i = 0;
@@ -84,7 +101,16 @@ EFFVIT_INLINE vh upper_half(vi x) { return __builtin_shufflevector(x, x, 2, 3); 
 EFFVIT_INLINE vi low_words(vul a, vul b) { return __builtin_shufflevector((vi)a, (vi)b, 0, 2, 4, 6); }
 #endif
 
-EFFVIT_INLINE vul scaled(vh z, vd s) { return (vul)(__builtin_convertvector(z, vd) * s + kToIntegers); }
+EFFVIT_INLINE vd to_float64(vh z) {
+#if defined(EFFVIT_HAS_AVX512)
+  return (vd)_mm512_cvtepi32_pd((__m256i)z);
+#elif defined(EFFVIT_HAS_AVX2) && EFFVIT_LANES == 8
+  return (vd)_mm256_cvtepi32_pd((__m128i)z);
+#else
+  return __builtin_convertvector(z, vd);
+#endif
+}
+EFFVIT_INLINE vul scaled(vh z, vd s) { return (vul)(to_float64(z) * s + kToIntegers); }
 
 inline double scale_of(int32_t m, int32_t c) {
   const int64_t bits = int64_t{1023 - std::min(std::max(c, 1), 61)} << 52;
