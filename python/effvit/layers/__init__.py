@@ -4,6 +4,7 @@ from .._when_imported import when_imported
 from .binary import BinaryAttention, BinaryLinear, PackedBinaryLinear
 from .block_sparse import BlockSparseInt8Linear, BlockSparseLinear
 from .dualtoken import DualTokenAttention, PositionAwareTokenModule, TokenToMapAttention
+from .ecoformer import EcoFormerAttention
 from .efficientvit import LiteMLA
 from .flatten import FocusedLinearAttention, FocusedLinearAttentionCSWin, FocusedLinearAttentionPVT
 from .hit_sr import (
@@ -48,6 +49,7 @@ __all__ = [
     "ConvHierarchicalTransformerBlock",
     "DeployedPow2Linear",
     "DualTokenAttention",
+    "EcoFormerAttention",
     "FocusedLinearAttention",
     "FocusedLinearAttentionCSWin",
     "FocusedLinearAttentionPVT",
