@@ -258,3 +258,12 @@ def int8_attention(q, k, v, k_scale, v_scale, k_mean, bias, scale, causal, smoot
                 K**-0.5 if scale is None else scale, causal, smooth_k, natural,
             )  # fmt: skip
     return out, lse
+
+
+def pam(a, b):
+    """Piecewise affine products of finite float32 numbers, of their bits in int64, elementwise."""
+    a, b = (np.asarray(t, np.float32).view(np.uint32).astype(np.int64) for t in np.broadcast_arrays(a, b))
+    x, y = a & 0x7FFFFFFF, b & 0x7FFFFFFF
+    size = np.minimum(x + y - 0x3F800000, 0x7F800000)
+    size = np.where((x < 0x00800000) | (y < 0x00800000) | (size < 0x00800000), 0, size)
+    return (size | ((a ^ b) & 0x80000000)).astype(np.uint32).view(np.float32)

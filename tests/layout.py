@@ -45,7 +45,9 @@ _HASH = "small products and an exponential, which PyTorch runs: its definition r
 WAIVERS |= {("kernel_hash", layer): _HASH for layer in (*_NATIVE, "benchmark")}
 _BITS = "the Triton kernel serves GPUs"
 WAIVERS |= {
-    (op, layer): _BITS for op in ("binary_linear", "pow2_linear", "sign_bits", "table_lookup") for layer in _CUDA
+    (op, layer): _BITS
+    for op in ("binary_linear", "pam_matmul", "pow2_linear", "sign_bits", "table_lookup")
+    for layer in _CUDA
 }
 _LUT = "bound by memory: the Triton kernel does"
 WAIVERS |= {(op, layer): _LUT for op in ("quantize_lut", "dequantize_lut", "fake_quantize_lut") for layer in _CUDA}

@@ -22,6 +22,7 @@ from .int8_attention import Int8Attention, Int8KVCache
 from .l2vit import LCM, LGABlock, LinearGlobalAttention
 from .mlla import MLLABlock, MLLAttention
 from .mpcvit import MPCViTAttention, XNormAttention
+from .pam import PAMLinear
 from .sana import (
     LiteLA,
     LiteLAReLURope,
@@ -79,6 +80,7 @@ __all__ = [
     "PackedBinaryLinear",
     "PAGCFGSanaLinearAttnProcessor",
     "PAGIdentitySanaLinearAttnProcessor",
+    "PAMLinear",
     "PositionAwareTokenModule",
     "Pow2Linear",
     "QATLinear",
