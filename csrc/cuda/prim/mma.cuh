@@ -15,18 +15,18 @@ namespace prim {
 
 // Four 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8 and receives of each
 // matrix (r[0] to r[3]) the elements (l / 4, 2 (l % 4)) and its right neighbour, or, transposed, those of the
-// transpose. int8: pairs of neighbours in a row are the elements.
+// transpose. int8: pairs of neighbours in a row are the elements, also of the transpose.
 template <bool kTranspose, class T>
 #if defined(EFFVIT_EMU)
 EFFVIT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const Shared<T>& s, int i, int line = __builtin_LINE()) {
-  static_assert(sizeof(T) == 2 || (sizeof(T) == 1 && !kTranspose), "ldmatrix moves 16-bit elements");
+  static_assert(sizeof(T) <= 2, "ldmatrix moves 16-bit elements, or pairs of bytes");
   emu::LdmatrixArgs args{s.address(i), kTranspose, {}};
   emu::collective(emu::Op::kLdmatrix, line, &args, emu::ldmatrix);
   std::memcpy(r, args.result, sizeof(r));
 }
 #else
 EFFVIT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const Shared<T>& s, int i) {
-  static_assert(sizeof(T) == 2 || (sizeof(T) == 1 && !kTranspose), "ldmatrix moves 16-bit elements");
+  static_assert(sizeof(T) <= 2, "ldmatrix moves 16-bit elements, or pairs of bytes");
   if constexpr (kTranspose) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

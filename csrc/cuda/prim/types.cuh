@@ -82,6 +82,17 @@ EFFVIT_DEVICE float exp(float x) { return std::exp(x); }
 EFFVIT_DEVICE float log(float x) { return std::log(x); }
 EFFVIT_DEVICE float sqrt(float x) { return std::sqrt(x); }
 EFFVIT_DEVICE int32_t round_to_int(float x) { return emu::float_to_int(x); }
+EFFVIT_DEVICE float product(float x, float y) {
+  const volatile float p = x * y;  // or the compiler may add to it before it rounds, on machines that can
+  return p;
+}
+EFFVIT_DEVICE uint32_t shift_right(uint32_t x, uint32_t n) { return x >> (n & 31u); }
+EFFVIT_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t r = 0;
+  for (int i = 0; i < 4; ++i) r |= static_cast<uint32_t>(both >> (selector >> (4 * i) & 7u) * 8 & 0xffu) << (8 * i);
+  return r;
+}
 
 #else
 
@@ -116,6 +127,13 @@ EFFVIT_DEVICE float exp(float x) { return ::expf(x); }
 EFFVIT_DEVICE float log(float x) { return ::logf(x); }
 EFFVIT_DEVICE float sqrt(float x) { return ::sqrtf(x); }
 EFFVIT_DEVICE int32_t round_to_int(float x) { return __float2int_rn(x); }  // ties to even, saturating; NaN gives 0
+EFFVIT_DEVICE float product(float x, float y) { return __fmul_rn(x, y); }  // rounded: never part of a multiply-add
+EFFVIT_DEVICE uint32_t shift_right(uint32_t x, uint32_t n) { return __funnelshift_r(x, 0, n); }  // by n modulo 32
+// Bytes of eight: 0 to 3 are those of `low`. A hexadecimal digit of the selector is the number of one, the lowest
+// first.
+EFFVIT_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
 
 #endif
 
