@@ -9,12 +9,13 @@ from .patch import patch, unpatch
 __version__ = "0.1.0"
 _FLOWS = {
     "PTQConfig": "ptq", "QuantizeConfig": "quantize", "calibrate_ptq": "ptq", "convert_": "quantize",
-    "deploy_ptq_": "ptq", "load_quantized_": "quantize", "prepare_ptq": "ptq", "quantize_": "quantize",
-    "save_quantized": "quantize", "sparsify_": "sparsify", "unquantize_": "quantize", "unsparsify_": "sparsify",
+    "deploy_ptq_": "ptq", "load_quantized_": "quantize", "prepare_integer": "integer_models", "prepare_ptq": "ptq",
+    "quantize_": "quantize", "save_quantized": "quantize", "sparsify_": "sparsify", "to_integer": "integer_models",
+    "unquantize_": "quantize", "unsparsify_": "sparsify",
 }  # fmt: skip
 _MODULES = (
-    "block_sparse", "distributed", "integer", "layers", "ptq", "quantize", "quantizers", "recipes", "reference",
-    "sparse24_formats", "sparsify", "testing",
+    "block_sparse", "distributed", "integer", "integer_models", "layers", "ptq", "quantize", "quantizers", "recipes",
+    "reference", "sparse24_formats", "sparsify", "testing",
 )  # fmt: skip
 __all__ = ["decompositions", "explain", "ops", "patch", "unpatch"] + list(_FLOWS) + ops.__all__
 

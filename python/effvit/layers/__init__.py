@@ -19,6 +19,18 @@ from .hit_sr import (
 )
 from .int8 import Int8Linear, OutlierLinear, QATLinear
 from .int8_attention import Int8Attention, Int8KVCache
+from .integer import IntGELU, IntLayerNorm, IntSoftmax, QuantAct, QuantConv2d, Quantised, QuantLinear, QuantMatMul
+from .integer_inference import (
+    IntegerAttention,
+    IntegerBlock,
+    IntegerLayerNorm,
+    IntegerLinear,
+    IntegerMLP,
+    IntegerPatchMerging,
+    IntegerSwin,
+    IntegerViT,
+)
+from .integer_training import IntegerBits, QuantAttention, QuantBlock, QuantMLP, QuantPatchMerging, QuantSwin, QuantViT
 from .l2vit import LCM, LGABlock, LinearGlobalAttention
 from .mlla import MLLABlock, MLLAttention
 from .mpcvit import MPCViTAttention, XNormAttention
@@ -60,6 +72,18 @@ __all__ = [
     "Int8Attention",
     "Int8KVCache",
     "Int8Linear",
+    "IntegerAttention",
+    "IntegerBits",
+    "IntegerBlock",
+    "IntegerLayerNorm",
+    "IntegerLinear",
+    "IntegerMLP",
+    "IntegerPatchMerging",
+    "IntegerSwin",
+    "IntegerViT",
+    "IntGELU",
+    "IntLayerNorm",
+    "IntSoftmax",
     "LCM",
     "LGABlock",
     "LinearGlobalAttention",
@@ -84,6 +108,17 @@ __all__ = [
     "PositionAwareTokenModule",
     "Pow2Linear",
     "QATLinear",
+    "QuantAct",
+    "QuantAttention",
+    "QuantBlock",
+    "QuantConv2d",
+    "Quantised",
+    "QuantLinear",
+    "QuantMatMul",
+    "QuantMLP",
+    "QuantPatchMerging",
+    "QuantSwin",
+    "QuantViT",
     "RepBN",
     "sana_attn_processors",
     "SanaLinearAttention",
