@@ -13,32 +13,10 @@ typedef uint8_t vb_unaligned __attribute__((vector_size(4 * EFFVIT_LANES), align
 
 // ---- rows of any dtype ----------------------------------------------------------------------------------------------
 
-#if defined(EFFVIT_HAS_AVX512)
-EFFVIT_INLINE __m128i bytes_of(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-EFFVIT_INLINE vi widened(const int8_t* p) { return (vi)_mm512_cvtepi8_epi32(bytes_of(p)); }
-EFFVIT_INLINE vi widened(const uint8_t* p) { return (vi)_mm512_cvtepu8_epi32(bytes_of(p)); }
-EFFVIT_INLINE vi widened(const int16_t* p) {
-  return (vi)_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-#elif defined(EFFVIT_HAS_AVX2) && EFFVIT_LANES == 8
-EFFVIT_INLINE __m128i bytes_of(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
-EFFVIT_INLINE vi widened(const int8_t* p) { return (vi)_mm256_cvtepi8_epi32(bytes_of(p)); }
-EFFVIT_INLINE vi widened(const uint8_t* p) { return (vi)_mm256_cvtepu8_epi32(bytes_of(p)); }
-EFFVIT_INLINE vi widened(const int16_t* p) {
-  return (vi)_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-#else
-template <class T>
-EFFVIT_INLINE vi widened(const T* p) {
-  vi x;
-  for (int i = 0; i < kLanes; ++i) x[i] = p[i];
-  return x;
-}
-#endif
 template <class T>
 void widen(const T* p, int64_t n, int32_t* to) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, widened(p + i));
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load_integers(p + i));
   for (; i < n; ++i) to[i] = p[i];
 }
 // A row that starts at an element of p, in 32 bits: where it is, or a copy in `room`.
@@ -290,7 +268,7 @@ EFFVIT_INLINE bool norm_row(const IntRowsData& p, const NormTable& table, RowOf1
     vf furthest{};
     for (int k = 0; k < 4; ++k) {
       const int64_t at = i + k * kLanes;
-      const vf t = __builtin_convertvector(widened(source + at) - center, vf) * half;
+      const vf t = __builtin_convertvector(load_integers(source + at) - center, vf) * half;
       const vf g = fma(t, load(s + at), load(b + at));
       y[k] = to_nearest(g);
       const vf rest = g - __builtin_convertvector(y[k], vf);
@@ -303,7 +281,7 @@ EFFVIT_INLINE bool norm_row(const IntRowsData& p, const NormTable& table, RowOf1
         for (int j = 0; j < F::kVectors; ++j) {
           if (p.vectors[j]) v[j] = load(p.vectors[j] + at);
         }
-        const vi z = widened(source + at);
+        const vi z = load_integers(source + at);
         y[k] = F::map(p, row, z, z - center, vi{}, v);
       }
     }

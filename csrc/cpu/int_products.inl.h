@@ -12,41 +12,12 @@
 namespace effvit::cpu::EFFVIT_ISA_NAME {
 namespace int_impl {
 
+using EFFVIT_ISA_NAME::least;  // beside those of int_math.h
+using EFFVIT_ISA_NAME::most;
+using EFFVIT_ISA_NAME::mul_high;
+using EFFVIT_ISA_NAME::select;
+
 #define EFFVIT_FN EFFVIT_INLINE
-template <class V>
-EFFVIT_INLINE V splat(uint32_t x) {
-  if constexpr (std::is_integral_v<V>) {
-    return static_cast<V>(x);
-  } else {
-    return (V)set1(static_cast<int32_t>(x));
-  }
-}
-EFFVIT_INLINE vi select(vi mask, vi a, vi b) { return mask ? a : b; }
-EFFVIT_INLINE vu select(vi mask, vu a, vu b) { return mask ? a : b; }
-#if defined(EFFVIT_HAS_AVX512)
-EFFVIT_INLINE vi least(vi a, vi b) { return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b); }
-EFFVIT_INLINE vu least(vu a, vu b) { return (vu)_mm512_min_epu32((__m512i)a, (__m512i)b); }
-EFFVIT_INLINE vi most(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
-#elif defined(EFFVIT_HAS_AVX2) && EFFVIT_LANES == 8
-EFFVIT_INLINE vi least(vi a, vi b) { return (vi)_mm256_min_epi32((__m256i)a, (__m256i)b); }
-EFFVIT_INLINE vu least(vu a, vu b) { return (vu)_mm256_min_epu32((__m256i)a, (__m256i)b); }
-EFFVIT_INLINE vi most(vi a, vi b) { return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b); }
-#endif
-EFFVIT_INLINE vu mul_high(vu a, uint32_t b) {
-  typedef uint64_t vul __attribute__((vector_size(4 * EFFVIT_LANES)));
-#if defined(EFFVIT_HAS_AVX512)
-  const __m512i m = _mm512_set1_epi32(static_cast<int32_t>(b));
-  const vul even = (vul)_mm512_mul_epu32((__m512i)a, m) >> 32;
-  const vul odd = (vul)_mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), m);
-#elif defined(EFFVIT_HAS_AVX2) && EFFVIT_LANES == 8
-  const __m256i m = _mm256_set1_epi32(static_cast<int32_t>(b));
-  const vul even = (vul)_mm256_mul_epu32((__m256i)a, m) >> 32;
-  const vul odd = (vul)_mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), m);
-#else
-  const vul even = ((vul)a & 0xffffffffu) * b >> 32, odd = ((vul)a >> 32) * b;
-#endif
-  return (vu)(even | (odd & ~uint64_t{0xffffffff}));
-}
 #include "../rows/int_math.h"
 template <>
 struct UnsignedOf<vi> {
@@ -68,33 +39,10 @@ EFFVIT_INLINE int32_t fold(vi x, const F& f) {
   return y;
 }
 
-// Integers of a row as vectors of int32; the first n, zeros beyond.
-EFFVIT_INLINE vi load_integers(const int32_t* p) { return load(p); }
-#if defined(EFFVIT_HAS_AVX512)
-EFFVIT_INLINE __m128i load_16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-EFFVIT_INLINE vi load_integers(const int8_t* p) { return (vi)_mm512_cvtepi8_epi32(load_16(p)); }
-EFFVIT_INLINE vi load_integers(const uint8_t* p) { return (vi)_mm512_cvtepu8_epi32(load_16(p)); }
-EFFVIT_INLINE vi load_integers(const int16_t* p) {
-  return (vi)_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-#elif defined(EFFVIT_HAS_AVX2) && EFFVIT_LANES == 8
-EFFVIT_INLINE __m128i load_8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
-EFFVIT_INLINE vi load_integers(const int8_t* p) { return (vi)_mm256_cvtepi8_epi32(load_8(p)); }
-EFFVIT_INLINE vi load_integers(const uint8_t* p) { return (vi)_mm256_cvtepu8_epi32(load_8(p)); }
-EFFVIT_INLINE vi load_integers(const int16_t* p) {
-  return (vi)_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-#else
-template <class T>
-EFFVIT_INLINE vi load_integers(const T* p) {
-  vi x;
-  for (int i = 0; i < kLanes; ++i) x[i] = p[i];
-  return x;
-}
-#endif
 // What a vector is stored as: of one byte only the low bits count.
 template <class T>
 using Stored = std::conditional_t<sizeof(T) == 1, int8_t, T>;
+// The first n integers, zeros beyond.
 template <class T>
 EFFVIT_INLINE vi load_first(const T* p, int64_t n) {
   if (n >= kLanes) return load_integers(p);

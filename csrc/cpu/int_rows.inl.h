@@ -7,28 +7,14 @@ namespace rows_impl {
 
 using EFFVIT_ISA_NAME::least;  // beside those of int_math.h
 using EFFVIT_ISA_NAME::most;
+using EFFVIT_ISA_NAME::mul_high;
 using EFFVIT_ISA_NAME::product;
 using EFFVIT_ISA_NAME::rescale;
 using EFFVIT_ISA_NAME::rescale_sum;
 using EFFVIT_ISA_NAME::rounded_shift;
+using EFFVIT_ISA_NAME::select;
 
 #define EFFVIT_FN EFFVIT_INLINE
-template <class V>
-EFFVIT_INLINE V splat(uint32_t x) {
-  if constexpr (std::is_integral_v<V>) {
-    return static_cast<V>(x);
-  } else {
-    return (V)set1(static_cast<int32_t>(x));
-  }
-}
-EFFVIT_INLINE vi select(vi mask, vi a, vi b) { return mask ? a : b; }
-EFFVIT_INLINE vu select(vi mask, vu a, vu b) { return mask ? a : b; }
-
-EFFVIT_INLINE vu mul_high(vu a, uint32_t b) {
-  const vu m = (vu)set1(static_cast<int32_t>(b));
-  const vul even = mul_even(a, m) >> 32, odd = mul_even((vu)((vul)a >> 32), m);
-  return (vu)(even | (odd & ~uint64_t{0xffffffff}));
-}
 // floor((2^31 - 1) / s), 1 <= s < 2^31. q from float32 is off by at most 2^-22 of itself and by 1, so what is left of
 // the dividend is below 2^9 + s; its own quotient, rounded to 0, leaves an error of 1 either way.
 EFFVIT_INLINE vu reciprocal(vu s) {

@@ -7,6 +7,17 @@ namespace effvit::cpu::EFFVIT_ISA_NAME {
 typedef int64_t vl __attribute__((vector_size(4 * EFFVIT_LANES)));
 typedef uint64_t vul __attribute__((vector_size(4 * EFFVIT_LANES)));
 
+template <class V>
+EFFVIT_INLINE V splat(uint32_t x) {
+  if constexpr (std::is_integral_v<V>) {
+    return static_cast<V>(x);
+  } else {
+    return (V)set1(static_cast<int32_t>(x));
+  }
+}
+EFFVIT_INLINE vi select(vi mask, vi a, vi b) { return mask ? a : b; }
+EFFVIT_INLINE vu select(vi mask, vu a, vu b) { return mask ? a : b; }
+
 #if defined(EFFVIT_HAS_AVX512)
 EFFVIT_INLINE vi least(vi a, vi b) { return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b); }
 EFFVIT_INLINE vu least(vu a, vu b) { return (vu)_mm512_min_epu32((__m512i)a, (__m512i)b); }
@@ -51,6 +62,11 @@ EFFVIT_INLINE vul mul_even(vu a, vu b) {
 #else
   return ((vul)a & 0xffffffffu) * ((vul)b & 0xffffffffu);
 #endif
+}
+EFFVIT_INLINE vu mul_high(vu a, uint32_t b) {
+  const vu m = (vu)set1(static_cast<int32_t>(b));
+  const vul even = mul_even(a, m) >> 32, odd = mul_even((vu)((vul)a >> 32), m);
+  return (vu)(even | (odd & ~uint64_t{0xffffffff}));
 }
 EFFVIT_INLINE vi odd_lanes(vi x) { return (vi)((vul)x >> 32); }
 
