@@ -93,13 +93,13 @@ def _step_of(largest):
 
 @device_function
 def _exp2_steps(t):
-    """127 * 2^(-t / 2^13), rounded, of integers below 2^16."""
-    q = t >> 13
-    f = (t << 2) & 0x7FFF
-    e = 7494 - ((1273 * f + 16384) >> 15)
-    e = 22478 - ((e * f + 16384) >> 15)
-    e = 32512 - ((e * f + 16384) >> 15)
-    return (e + (t * 0 + 128 << q)) >> (8 + q)
+    """127 * 2^(-t / 2^13), rounded, of integers below 2^16. With f in steps of 2^-13 the definition's
+    c - ((a f + 2^14) >> 15) is (c 2^13 + 2^12 - 1 - a f) >> 13; the second one is kept negative."""
+    f = t & 8191
+    e = (61394943 - 1273 * f) >> 13  # 7494 * 2^13 + 4095
+    e = (e * f - 184135680) >> 13  # 8191 - (22478 * 2^13 + 4095)
+    e = (e * f + 266342399) >> 13  # 32512 * 2^13 + 4095
+    return ((e >> (7 + (t >> 13))) + 1) >> 1
 
 
 @device_function
@@ -259,13 +259,12 @@ def _add_block(
         else:
             seen = tl.max(acc, axis=1)
             maximum = seen.to(tl.float32) * c
-        t = (seen[:, None] - acc).to(tl.float32) * (c * step)[:, None]
+        below = (0x4B000000 + seen[:, None] - acc).to(tl.float32, bitcast=True) - 8388608.0  # of 0 <= x < 2^23
+        t = below * (c * step)[:, None]
     else:
-        mask = visible if MASKED else ok[None, :]
-        b = tl.load(bias_rows[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32) * _LOG2E
-        y = acc.to(tl.float32) * c[:, None] + b
-        if MASKED:
-            y = tl.where(visible, y, float("-inf"))
+        b = tl.load(bias_rows[:, None] + at[None, :], mask=visible, other=0.0).to(tl.float32) * _LOG2E
+        y = ((0x4B400000 + acc).to(tl.float32, bitcast=True) - 12582912.0) * c[:, None] + b  # |acc| < 2^22
+        y = tl.where(visible, y, float("-inf"))  # such calls are always MASKED
         maximum = tl.max(tl.where(y == y, y, float("-inf")), axis=1)
         not_a_number = tl.max((y != y).to(tl.int32), axis=1)
         maximum = tl.where(not_a_number > 0, float("nan"), maximum)
@@ -282,15 +281,17 @@ def _add_block(
         v_tile = tl.trans(v_tile)
     else:
         v_tile = tl.load(v_rows + at[:, None] * v_stride_m + channel[None, :], mask=_tile_mask(ok, channel, V), other=0)
-    sums = tl.dot(p.to(tl.int8), v_tile, out_dtype=tl.int32)
+    # Integers as bits of floats: 1.5 * 2^23 + x of |x| < 2^22.
+    sums = tl.dot(p.to(tl.int8), v_tile, tl.full(out.shape, 0x4B400000, tl.int32), out_dtype=tl.int32)
+    sums = sums.to(tl.float32, bitcast=True) - 12582912.0
     v_step = tl.load(v_scale + G.to(tl.int64) * V * n + channel, mask=channel < V, other=0.0)
 
     new_top = tl.maximum(top, maximum)
     finite = tl.where(new_top == float("-inf"), 0.0, new_top)
     w, correction = tl.exp2(maximum - finite), tl.exp2(top - finite)
     total = tl.fma(total, correction, w * tl.sum(p, axis=1).to(tl.float32))
-    weighted = sums.to(tl.float32) * w[:, None] * v_step[None, :]
-    return out * correction[:, None] + weighted, new_top, total
+    weighted = sums * w[:, None] * v_step[None, :]
+    return tl.fma(out, tl.broadcast_to(correction[:, None], out.shape), weighted), new_top, total
 
 
 @triton.jit(do_not_specialize=["L", "M", "N", "G", "W", "row_blocks", "walk"])
@@ -344,7 +345,7 @@ def int8_attention_fwd_kernel(
         whole = tl.maximum(first_row // E + M - L + 1, 0) // _KEYS
         stop = tl.minimum(stop, (tl.maximum(last_row // E + M - L + 1, 0) + _KEYS - 1) // _KEYS)
     start = split * walk
-    whole = tl.maximum(tl.minimum(whole, stop), start)
+    whole = tl.maximum(tl.minimum(whole, stop), start) if bias is None else start
 
     k_rows = k.pointer + (b * k.stride_b + g * k.stride_h)
     v_rows = v.pointer + (b * v.stride_b + g * v.stride_h)
@@ -358,11 +359,12 @@ def int8_attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for n in range(_loop_bound(start), _loop_bound(whole)):
-        acc, top, total = _add_block(
-            (acc, top, total), n, q8, q_scale, last, k_rows, k.stride_m, v_rows, v.stride_m, v.stride_d, k_steps,
-            v_steps, bias_rows, G, M, step, K_ROW, V, SHIFTMAX, LIMIT, False, BY_CHANNEL, BLOCK_K, BLOCK_V,
-        )  # fmt: skip
+    if bias is None:
+        for n in range(_loop_bound(start), _loop_bound(whole)):
+            acc, top, total = _add_block(
+                (acc, top, total), n, q8, q_scale, last, k_rows, k.stride_m, v_rows, v.stride_m, v.stride_d, k_steps,
+                v_steps, bias_rows, G, M, step, K_ROW, V, SHIFTMAX, LIMIT, False, BY_CHANNEL, BLOCK_K, BLOCK_V,
+            )  # fmt: skip
     for n in range(_loop_bound(whole), _loop_bound(stop)):
         acc, top, total = _add_block(
             (acc, top, total), n, q8, q_scale, last, k_rows, k.stride_m, v_rows, v.stride_m, v.stride_d, k_steps,
@@ -492,13 +494,13 @@ def _plan_transpose(v):
     return _values(v8), [_launch(int8_attention_transpose_kernel, B * G * N, args)]
 
 
-def _tile_of(rows, pairs, width):
+def _tile_of(rows, pairs, width, bias):
     """Rows of a program and warps: 128, fewer where there are fewer or registers are short, or to have more
     programs."""
-    m = max(16, min(tuned(128 if width <= 128 else 64, small=16), next_power_of_two(rows)))
+    m = max(16, min(tuned(128 if width <= 128 and not bias else 64, small=16), next_power_of_two(rows)))
     while m > 32 and cdiv(rows, m) * pairs < TARGET_PROGRAMS // 2:
         m //= 2
-    return m, 8 if m * max(width, KEYS) > 64 * 128 else 4
+    return m, 8 if m * max(width, KEYS) > 64 * 64 or (bias and m == 64) else 4
 
 
 def _walk_of(N, programs):
@@ -519,7 +521,7 @@ def _plan_forward(
     N, E = cdiv(M, KEYS), H // G
     rows, pairs = L * E, B * G
     width = _block_of(max(K, V), 32)
-    block_m, warps = _tile_of(rows, pairs, width)
+    block_m, warps = _tile_of(rows, pairs, width, bias is not None)
     row_blocks = cdiv(rows, block_m)
     launches, by_channel = [], True
     if k.dtype == torch.int8:

@@ -81,8 +81,7 @@ EFFVIT_DEVICE LaneRows lane_rows(const Plan& g, int64_t b, int64_t group, int64_
     const int64_t row = first + acc_row() + 8 * i;
     const RowPlace at = place_of(g, group, least(row, g.rows - 1));
     r.last[i] = row < g.rows ? visible_keys(g.p, at.l) - 1 : -1;
-    if (kBias)
-      r.bias[i] = b % g.p.W * g.p.bias_stride_w + at.head * g.p.bias_stride_h + at.l * g.p.bias_stride_l + acc_col();
+    if (kBias) r.bias[i] = b % g.p.W * g.p.bias_stride_w + at.head * g.p.bias_stride_h + at.l * g.p.bias_stride_l;
     r.scale[i] = scale.load(acc_row() + 8 * i);
   }
   return r;
@@ -301,11 +300,9 @@ EFFVIT_KERNEL(kThreads, (kBias ? S::kMinCtasBiased : S::kMinCtas))
 int8_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
   const Shared<int8_t> q(0, S::kTileBytes);
   const Shared<float> row_scale(S::kRowFloats, kTile), row_part(S::kRowFloats + 4 * kTile, kTile);
-  const auto stage = [&](int64_t n) {
-    return Shared<int8_t>(S::kStage + static_cast<int>(n % S::kStages) * S::kStageBytes, S::kStageBytes);
-  };
-  const auto stage_scales = [&](int64_t n) {
-    return Shared<float>(S::kStage + static_cast<int>(n % S::kStages) * S::kStageBytes + 2 * S::kTileBytes, S::kDim);
+  const auto stage = [&](int n) { return Shared<int8_t>(S::kStage + n % S::kStages * S::kStageBytes, S::kStageBytes); };
+  const auto stage_scales = [&](int n) {
+    return Shared<float>(S::kStage + n % S::kStages * S::kStageBytes + 2 * S::kTileBytes, S::kDim);
   };
   const int depth = static_cast<int>(ceil_div(g.p.K, 32)) * 32, channels = static_cast<int>(g.p.V);
   EFFVIT_NO_UNROLL
@@ -314,11 +311,13 @@ int8_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
     const int64_t row_block = g.row_blocks - 1 - take_index(pair, g.row_blocks);  // long rows of causal calls first
     const int64_t split = take_index(pair, g.splits), first = row_block * kTile;
     const int64_t b = pair / g.p.G, group = pair - b * g.p.G;
-    // Blocks [start, whole) are seen by all rows, [whole, stop) by some of them or in part.
-    const int64_t last_row = least(first + kTile, g.rows) - 1, start = split * g.walk;
-    const int64_t stop = least(least(start + g.walk, g.p.N), ceil_div(visible_keys(g.p, last_row / g.E), kTile));
-    const int64_t whole = visible_keys(g.p, first / g.E) / kTile;
-    const auto load = [&](int64_t n) {
+    // Blocks [start, whole) are seen by all rows, [whole, stop) by some of them or in part. As integers: 2^31 blocks
+    // are more than memory holds.
+    const int64_t last_row = least(first + kTile, g.rows) - 1, end = least((split + 1) * g.walk, g.p.N);
+    const int start = static_cast<int>(split * g.walk);
+    const int stop = static_cast<int>(least(end, ceil_div(visible_keys(g.p, last_row / g.E), kTile)));
+    const int whole = S::kDim == kMaxDim ? 0 : static_cast<int>(visible_keys(g.p, first / g.E) / kTile);  // registers
+    const auto load = [&](int n) {
       if (n < stop) {
         const Shared<int8_t> to = stage(n);
         load_block<S>(g, pair, n, to, to.from(2 * S::kTileBytes));
@@ -334,7 +333,7 @@ int8_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
 
     float out[S::kChunks][2][4] = {}, top[2] = {-infinity(), -infinity()}, total[2] = {0.f, 0.f};
     EFFVIT_NO_UNROLL
-    for (int64_t n = start; n < stop; ++n) {
+    for (int n = start; n < stop; ++n) {
       const float k_scale = prim::load_global(g.k_scale + (b * g.p.N + n) * g.p.G + group);
       prim::cp_async_wait<0>();
       prim::sync_threads();  // this block's tiles, and the last block's readers, over which it copies
@@ -347,16 +346,16 @@ int8_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
       multiply<S>(s, q, k, depth);
 
       const float c[2] = {r.scale[0] * k_scale, r.scale[1] * k_scale};
-      const int64_t key = n * kTile + acc_col();
+      const int64_t key = static_cast<int64_t>(n) * kTile + acc_col();
       int left[2];
       EFFVIT_UNROLL
       for (int i = 0; i < 2; ++i) left[i] = static_cast<int>(most(-1, least(r.last[i] - key, kTile)));
       Weights p;
       float maximum[2], keep[2], weight[2];
       if constexpr (kBias) {
-        const int64_t bias[2] = {r.bias[0] + n * kTile, r.bias[1] + n * kTile};
+        const int64_t bias[2] = {r.bias[0] + key, r.bias[1] + key};
         weigh_biased(g, s, c, left, bias, p, maximum);
-      } else if (n < whole) {
+      } else if (S::kDim < kMaxDim && n < whole) {
         weigh<false>(g, s, c, left, p, maximum);
       } else {
         weigh<true>(g, s, c, left, p, maximum);
