@@ -19,7 +19,7 @@ from effvit.reference.pam_matmul import pam_matmul as definition
 SHAPES = {  # M, K, N, zeros (after a ReLU), tag
     "DeiT-S proj 197x384x384": (197, 384, 384, False, "default"),
     "DeiT-S fc1 197x384x1536": (197, 384, 1536, False, "default"),
-    "DeiT-S fc2 after relu 197x1536x384": (197, 1536, 384, True, "default"),
+    "DeiT-S proj after relu 197x384x384": (197, 384, 384, True, "default"),
     "1 row 1x768x3072": (1, 768, 3072, False, "default"),
     "smoke 5x20x12": (5, 20, 12, True, "smoke"),
 }
@@ -36,12 +36,14 @@ def cases():
             shape=name,
             inputs=functools.partial(inputs, m, k, n, zeros),
             effvit=lambda x, w: lambda: effvit.pam_matmul(x, w),
-            peers={"product": lambda x, w: lambda: F.linear(x, w), "eager": lambda x, w: lambda: definition(x, w)},
+            peers={"product": lambda x, w: lambda: F.linear(x, w)}
+            | ({"eager": lambda x, w: lambda: definition(x, w)} if m * n * k < 1e7 else {}),
             reference=lambda x, w: lambda: definition(x, w),
             cost=lambda direction, dtype, m=m, k=k, n=n: Cost(2 * m * n * k, (m * k + n * k + m * n) * dtype.itemsize),
             baseline="product",
             compiled="product",
             unchecked=("product", "compile"),
+            approximate={"effvit": 1e-5},  # of the norm; the suite has the products bit by bit
             directions=("forward",),
             tags=(tag,),
         )

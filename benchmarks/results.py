@@ -27,6 +27,11 @@ FAMILIES = {
         "int_linear",
         "int_attention",
         "int8_matmul",
+        "binary_linear",
+        "sign_bits",
+        "pow2_linear",
+        "table_lookup",
+        "pam_matmul",
     ),
     "linear_attention": ("linear_attention", "soft", "rbf_gram", "newton_pinv"),
 }
