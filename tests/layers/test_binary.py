@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from effvit._accuracy import assert_close_to_truth
-from effvit.layers import BinaryAttention, BinaryLinear, PackedBinaryLinear
-from effvit.layers.binary import binarise_softmax, softmax_threshold
+from effvit.layers import BinaryAttention, BinaryLinear
+from effvit.layers.binary import PackedBinaryLinear, binarise_softmax, softmax_threshold
 
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 

@@ -30,9 +30,17 @@ def blocks(layer, **options):
     return layer.from_linear(randomise(torch.nn.Linear(32, 48)), density=0.5, **options)
 
 
+def fitted(layer):
+    """EcoFormer's, which fits its hash functions in its first call."""
+    randomise(layer)(tokens(2, H * W, C, seed=3))
+    return layer
+
+
 BLOCKS = (2, 5, 32)
 # name: (module, shape of its input, call). Every exported module is here: see test_every_layer_is_here.
 LAYERS = {
+    "BinaryAttention": (lambda: layers.BinaryAttention(C, 2, binary_projections=False), TOKENS, None),
+    "BinaryLinear": (lambda: layers.BinaryLinear(C, 12, activation="gelu"), TOKENS, None),
     "BlockSparseInt8Linear": (lambda: blocks(layers.BlockSparseInt8Linear, activation="silu"), BLOCKS, None),
     "BlockSparseLinear": (lambda: layers.BlockSparseLinear(32, 48, blocks=4, activation="gelu"), BLOCKS, None),
     "ConvFFN": (lambda: layers.ConvFFN(C, 2 * C), TOKENS, lambda m, x: m(x, (H, W))),
@@ -42,6 +50,9 @@ LAYERS = {
     "DualTokenAttention": (
         lambda: layers.DualTokenAttention(C, 2, token_size=(2, 3), num_downsamples=1, feature_map="relu"),
         MAP, lambda m, x: m(x, x[:, :2, :3].flatten(1, 2)),
+    ),
+    "EcoFormerAttention": (
+        lambda: fitted(layers.EcoFormerAttention(C, 2, bits=4, anchors=5, top=3, steps=5)), TOKENS, None
     ),
     "FocusedLinearAttention": (lambda: layers.FocusedLinearAttention(C, (H, W), 2, kernel_size=3), TOKENS, None),
     "FocusedLinearAttentionCSWin": (
@@ -66,6 +77,7 @@ LAYERS = {
         lambda m, x: m(x, rotary_emb=ROTATIONS),
     ),
     "LiteMLA": (lambda: layers.LiteMLA(C, C, dim=4), (2, C, H, W), None),
+    "MatAdd": (lambda: layers.MatAdd(), TOKENS, lambda m, x: m(x, x.transpose(-2, -1))),
     "MLLABlock": (lambda: layers.MLLABlock(C, (H, W), 2), TOKENS, None),
     "MLLAttention": (lambda: layers.MLLAttention(C, (H, W), 2), TOKENS, None),
     "MPCViTAttention": (lambda: layers.MPCViTAttention(C, 2), TOKENS, None),
@@ -80,20 +92,26 @@ LAYERS = {
     ),
     "NonCausalSSD": (lambda: layers.NonCausalSSD(C, headdim=8, d_state=4), TOKENS, lambda m, x: m(x, H, W)),
     "OutlierLinear": (lambda: quantised(layers.OutlierLinear, threshold=1.5), TOKENS, None),
+    "PAMLinear": (lambda: layers.PAMLinear(C, 12), TOKENS, None),
     "PositionAwareTokenModule": (
         lambda: layers.PositionAwareTokenModule(C, 2, token_size=(2, 3), num_downsamples=1),
         MAP, lambda m, x: m(x, x[:, :2, :3].flatten(1, 2))[0],
     ),
+    "Pow2Linear": (lambda: layers.Pow2Linear(C, 12), TOKENS, None),
     "QATLinear": (lambda: layers.QATLinear(randomise(torch.nn.Linear(C, 12)), activation="gelu"), TOKENS, None),
     "RepBN": (lambda: layers.RepBN(C), TOKENS, None),
     "SanaLinearAttention": (lambda: layers.SanaLinearAttention(C, heads=2, dim_head=4), TOKENS, None),
     "SCC": (lambda: layers.SCC(C, (2, 2), (2, 2), 2), MAP, None),
+    "ShiftAddAttention": (lambda: layers.ShiftAddAttention(C, 2, res_kernel_size=3), TOKENS, None),
     "SimplifiedLinearAttention": (lambda: layers.SimplifiedLinearAttention(C, (H, W), 2, kernel_size=3), TOKENS, None),
     "SoftmaxFreeAttention": (lambda: layers.SoftmaxFreeAttention(C, 2, 2, 3), TOKENS, lambda m, x: m(x, H, W)),
     "SoftmaxFreeNormAttention": (lambda: layers.SoftmaxFreeNormAttention(C, 2, 2, 3), TOKENS, lambda m, x: m(x, H, W)),
     "Sparse24Int8Linear": (lambda: quantised(layers.Sparse24Int8Linear, activation="silu"), TOKENS, None),
     "Sparse24Linear": (lambda: layers.Sparse24Linear(C, 12), TOKENS, None),
     "SwinTransformerBlock": (lambda: layers.SwinTransformerBlock(C, (H, W), 2, window_size=4, shift_size=2), MAP, None),
+    "TableFunction": (lambda: layers.TableFunction(torch.tanh, block=4), TOKENS, None),
+    "TableGELU": (lambda: layers.TableGELU(block=8), TOKENS, None),
+    "TableSoftmax": (lambda: layers.TableSoftmax(), TOKENS, None),
     "TokenToMapAttention": (
         lambda: layers.TokenToMapAttention(C, 2, feature_map="relu"), TOKENS, lambda m, x: m(x, x[:, :3])
     ),
@@ -149,6 +167,8 @@ def test_trace(layer):
 def test_func(layer, monkeypatch):
     """Per-sample gradients of every parameter by vmap(grad) are autograd's, and a jvp is the derivative."""
     m, x = layer
+    if not list(m.parameters()):
+        pytest.skip("no parameters")
     names, parameters = zip(*m.named_parameters(), strict=True)
     cotangent = tokens(*as_tuple(m(x))[0].shape[1:], seed=5)
 
@@ -176,7 +196,7 @@ def test_func(layer, monkeypatch):
 def test_forward_mode(layer, monkeypatch):
     """The directional derivative of the output along input and parameters, by torch.func and by forward_ad."""
     m, x = layer
-    names, parameters = zip(*m.named_parameters(), strict=True)
+    names, parameters = zip(*m.named_parameters(), strict=True) if list(m.parameters()) else ((), ())
     primals = (*parameters, x)
     tangents = tuple(tokens(*p.shape, seed=7 + i) for i, p in enumerate(primals))
 

@@ -1,7 +1,7 @@
 """Drop-in modules built on effvit's operators: constructors and state_dict keys of timm or of the original code."""
 
 from .._when_imported import when_imported
-from .binary import BinaryAttention, BinaryLinear, PackedBinaryLinear
+from .binary import BinaryAttention, BinaryLinear
 from .block_sparse import BlockSparseInt8Linear, BlockSparseLinear
 from .dualtoken import DualTokenAttention, PositionAwareTokenModule, TokenToMapAttention
 from .ecoformer import EcoFormerAttention
@@ -44,7 +44,7 @@ from .sana import (
     SanaLinearAttnProcessor,
     sana_attn_processors,
 )
-from .shift_add import DeployedPow2Linear, MatAdd, Pow2Linear, ShiftAddAttention
+from .shift_add import MatAdd, Pow2Linear, ShiftAddAttention
 from .slab import LinearNorm, RepBN, SimplifiedLinearAttention, fold_affine, fuse_prepbn
 from .soft import SoftmaxFreeAttention, SoftmaxFreeNormAttention
 from .sparse24 import Sparse24Int8Linear, Sparse24Linear
@@ -60,7 +60,6 @@ __all__ = [
     "BlockSparseLinear",
     "ConvFFN",
     "ConvHierarchicalTransformerBlock",
-    "DeployedPow2Linear",
     "DualTokenAttention",
     "EcoFormerAttention",
     "FocusedLinearAttention",
@@ -101,7 +100,6 @@ __all__ = [
     "NGramWindowPartition",
     "NonCausalSSD",
     "OutlierLinear",
-    "PackedBinaryLinear",
     "PAGCFGSanaLinearAttnProcessor",
     "PAGIdentitySanaLinearAttnProcessor",
     "PAMLinear",

@@ -7,6 +7,7 @@ import torch
 import effvit.ops
 import effvit.reference
 
+from ..ops import _dispatcher
 from ..reference.block_sparse_linear import block_sparse_linear as _block_sparse_definition
 from ..reference.sparse24_compress import sparse24_decompress
 from ..reference.sparse24_mask import sparse24_mask as _mask_definition
@@ -22,6 +23,12 @@ def _dense(t):
 def _covered(dtype, *head_dims):
     """The operators take float32 and below, and head dims up to 256."""
     return dtype != torch.float64 and max(head_dims) <= 256
+
+
+def asks_for_derivatives(*tensors):
+    """Whether autograd records, or a transform of torch.func or forward mode is open: the formula of a layer runs."""
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return recorded or (not torch.compiler.is_compiling() and _dispatcher.in_transform())
 
 
 def _wide(t):

@@ -8,6 +8,7 @@ import effvit.ops
 
 from ..ops import _checks
 from ..reference.int8_linear import ACTIVATIONS
+from ._ops import asks_for_derivatives
 
 
 def sign_ste(x: torch.Tensor) -> torch.Tensor:
@@ -35,10 +36,6 @@ def binarise_softmax(p: torch.Tensor) -> torch.Tensor:
         scale = torch.where(on, p, 0.0).sum(-1, keepdim=True) / on.sum(-1, keepdim=True).clamp(min=1)
         rounded = on * scale
     return p + (rounded - p).detach()
-
-
-def _needs_gradient(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class BinaryLinear(nn.Module):
@@ -74,7 +71,7 @@ class BinaryLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1:] != (self.in_features,):
             raise _checks.value_error("BinaryLinear", "x", f"[..., {self.in_features}]", _checks.shape(x))
-        if x.dtype == torch.float64 or _needs_gradient(x, self.weight, self.bias, self.scale):
+        if x.dtype == torch.float64 or asks_for_derivatives(x, self.weight, self.bias, self.scale):
             return self.formula(x)
         weight, _ = effvit.ops.sign_bits(self.weight)
         return _on_bits(x, weight, self.scale, self.bias, self.in_features, self.activation)
@@ -164,6 +161,6 @@ class BinaryAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, n, c = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        exact = x.dtype == torch.float64 or _needs_gradient(qkv)
+        exact = x.dtype == torch.float64 or asks_for_derivatives(qkv)
         y = (self.attend_formula if exact else self.attend_bits)(*qkv.unbind(0))
         return self.proj(y.to(x.dtype).transpose(1, 2).reshape(b, n, c))

@@ -7,6 +7,7 @@ import effvit.ops
 
 from ..ops import _checks
 from ..reference.kernel_hash import kernel_hash as _definition
+from ._ops import linear_attention
 from .binary import sign_ste
 
 
@@ -19,11 +20,11 @@ def code_attention(q, k, v, own_value=True):
     """
     n, bias = v.shape[1], q.shape[-1] + 1
     if own_value:
-        top = effvit.ops.linear_attention(q, k, v, feature_map="none", normalize="none") + bias * v
+        top = linear_attention(q, k, v, feature_map="none", normalize="none") + bias * v
         return top / (torch.einsum("blhf,bhf->blh", q, k.sum(1)) + n * bias)[..., None]
     one = torch.ones_like(q[..., :1])
     q, k = torch.cat((q, one), -1), torch.cat((k, bias * one), -1)
-    return effvit.ops.linear_attention(q, k, v, feature_map="none", normalize="sum", eps=0.0)
+    return linear_attention(q, k, v, feature_map="none", normalize="sum", eps=0.0)
 
 
 @torch.no_grad()

@@ -16,12 +16,18 @@ def _product(x, weight):
 
 
 class _Mimic(torch.autograd.Function):
-    """x weightᵀ by PAM; its gradients are those of a product, by PAM as well."""
+    """x weightᵀ by PAM; its derivatives are those of a product, by PAM as well."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
+    def forward(x, weight):
         return _product(x, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, g):
@@ -29,6 +35,13 @@ class _Mimic(torch.autograd.Function):
         dx = _product(g.contiguous(), weight.t().contiguous()) if ctx.needs_input_grad[0] else None
         dw = _product(g.t().contiguous(), x.t().contiguous()) if ctx.needs_input_grad[1] else None
         return dx, dw
+
+    @staticmethod
+    def jvp(ctx, x_tangent, weight_tangent):
+        x, weight = ctx.saved_tensors
+        parts = [] if x_tangent is None else [_product(x_tangent.contiguous(), weight)]
+        parts += [] if weight_tangent is None else [_product(x, weight_tangent.contiguous())]
+        return sum(parts[1:], parts[0])
 
 
 class PAMLinear(nn.Linear):
@@ -57,7 +70,8 @@ class PAMLinear(nn.Linear):
         if x.shape[-1:] != (self.in_features,):
             raise _checks.value_error("PAMLinear", "x", f"[..., {self.in_features}]", _checks.shape(x))
         rows = x.reshape(-1, self.in_features)
-        y = (_Mimic.apply if self.derivative == "mimic" else _product)(rows, self.weight)
+        mimics = self.derivative == "mimic" and not torch.jit.is_tracing()  # a trace cannot save a function
+        y = (_Mimic.apply if mimics else _product)(rows, self.weight)
         y = y if self.bias is None else y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
 

@@ -102,18 +102,10 @@ class DeployedPow2Linear(nn.Module):
         return effvit.ops.pow2_linear(q, self.weight, step, self.scale, self.bias, **options)
 
 
-class _Mask(torch.autograd.Function):
-    """1 where m > 0, else 0; the gradient straight through where 0 <= m <= 1."""
-
-    @staticmethod
-    def forward(ctx, m):
-        ctx.save_for_backward(m)
-        return (m > 0).to(m.dtype)
-
-    @staticmethod
-    def backward(ctx, g):
-        (m,) = ctx.saved_tensors
-        return g * ((m >= 0) & (m <= 1))
+def _step(x, on):
+    """1 where `on`, else 0, with the gradient of x clamped to between 0 and 1."""
+    clipped = x.clamp(0, 1)
+    return clipped + (on.to(x.dtype) - clipped).detach()
 
 
 class MatAdd(nn.Module):
@@ -126,25 +118,10 @@ class MatAdd(nn.Module):
 
     def forward(self, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if x.is_floating_point():
-            binary = _Mask.apply(mask.to(x.dtype)) if mask.is_floating_point() else (mask > 0).to(x.dtype)
+            binary = _step(mask.to(x.dtype), mask > 0) if mask.is_floating_point() else (mask > 0).to(x.dtype)
             return binary @ x
         sums = (mask > 0).double() @ x.double()
         return sums.clamp(-(2.0**31), 2.0**31 - 1).to(torch.int32)
-
-
-class _AboveMean(torch.autograd.Function):
-    """1 where x is above its mean, else 0; the gradient is that of x clamped to between 0 and 1."""
-
-    @staticmethod
-    def forward(ctx, x, per_token):
-        ctx.save_for_backward(x)
-        mean = x.mean((1, 3), keepdim=True) if per_token else x.mean()
-        return (x > mean).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return g * ((x >= 0) & (x <= 1)), None
 
 
 class ShiftAddAttention(nn.Module):
@@ -173,7 +150,8 @@ class ShiftAddAttention(nn.Module):
         self.matadd = MatAdd()
 
     def binary(self, x):
-        return _AboveMean.apply(x / x.norm(dim=-1, keepdim=True), self.mean == "token")
+        x = x / x.norm(dim=-1, keepdim=True)
+        return _step(x, x > (x.mean((1, 3), keepdim=True) if self.mean == "token" else x.mean()))
 
     def forward(self, x: torch.Tensor, *_size) -> torch.Tensor:
         b, n, c = x.shape

@@ -12,6 +12,7 @@ from torch import nn
 import effvit.ops
 
 from ..ops import _checks
+from ._ops import asks_for_derivatives
 
 
 def table_of(function, scale: float, out_scale: float, dtype=torch.int8) -> torch.Tensor:
@@ -85,7 +86,7 @@ class TableFunction(nn.Module):
             raise _checks.value_error(type(self).__name__, "x", f"[..., multiple of {self.block}]", _checks.shape(x))
         result = dequantize_blocks(*self.forward_int(*quantize_blocks(x, self.block, self.least, self.most)))
         result = result.to(x.dtype)
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        if not asks_for_derivatives(x):
             return result
         smooth = self.function(x)
         return smooth + (result - smooth).detach()
@@ -136,7 +137,7 @@ class TableSoftmax(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, e = quantize_blocks(x, x.shape[-1], self.least, self.most)
         result = self.forward_int(q, e[..., 0]).to(x.dtype) / 256
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        if not asks_for_derivatives(x):
             return result
         smooth = x.softmax(-1)
         return smooth + (result - smooth).detach()

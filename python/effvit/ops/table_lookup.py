@@ -60,8 +60,10 @@ def table_lookup(x: torch.Tensor, table: torch.Tensor, which: torch.Tensor | Non
             raise _checks.type_error(name, argument, "torch.int8 or torch.uint8", t.dtype)
     if table.dim() == 1:
         table = table[None]
-    signed = x.dtype == torch.int8
-    x = x.view(torch.uint8) if signed else x
-    values = table.view(torch.uint8) if table.dtype == torch.int8 else table
-    out = OP(x, values, which, signed=signed)
-    return out.view(torch.int8) if table.dtype == torch.int8 else out
+    out = OP(_as(torch.uint8, x), _as(torch.uint8, table), which, signed=x.dtype == torch.int8)
+    return _as(table.dtype, out)
+
+
+def _as(dtype, x):
+    """The same bytes; a trace cannot hold a view of another dtype."""
+    return x if x.dtype == dtype else x.to(dtype) if torch.jit.is_tracing() else x.view(dtype)
