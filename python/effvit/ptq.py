@@ -563,6 +563,89 @@ def _plans(targets: Sequence[Target], shares: Mapping[str, float], config: PTQCo
     return {name: found[name][bits] for name, bits in chosen.items()}
 
 
+def reconstruct_(
+    quantised: nn.Module,
+    model: nn.Module,
+    calibration: Iterable,
+    *,
+    steps: int = 100,
+    rate: float = 4e-5,
+    bar: bool = True,
+) -> dict[str, tuple[float, float]]:
+    """Train the blocks of a model of `calibrate_ptq`, in place and one by one, to give what those of `model` give: the
+    last stage of I&S-ViT's smooth optimisation strategy (arXiv:2311.10126), after its re-parameterisation.
+
+    A block is a module with `attn` and `mlp`. It sees the inputs that the float one sees; Adam moves weights, biases
+    and norms, straight through the quantisers, which stay; a block that training does not bring closer stays too.
+
+    Args:
+        quantised: what `calibrate_ptq` returned. model: the float model that it was made from.
+        calibration: batches, as there; their inputs to all blocks are kept.
+        steps: of a block, each on one batch. rate: Adam's, at the first of them; it falls to 0 along a cosine.
+
+    Returns:
+        {block: (error before, error after)}: of its outputs, in the norm, relative to the float block's.
+    """
+    name = "reconstruct_"
+    steps, rate = _checks.as_int(name, "steps", steps, (1, 10**9)), _checks.as_positive(name, "rate", rate)
+    own = dict(quantised.named_modules())
+    blocks = {n: m for n, m in model.named_modules() if hasattr(m, "attn") and hasattr(m, "mlp") and n in own}
+    blocks = {n: m for n, m in blocks.items() if any(isinstance(x, FakeQuantizer) for x in own[n].modules())}
+    if not blocks:
+        raise _checks.value_error(name, "model", "the one that quantised was made from, with blocks of attn and mlp",
+                                  class_name(model))  # fmt: skip
+    seen: dict[str, list] = {n: [] for n in blocks}
+
+    def watch(n):
+        return lambda module, args, y: seen[n].append((args[0].detach(), y.detach()))
+
+    handles = [m.register_forward_hook(watch(n)) for n, m in blocks.items()]
+    try:
+        with evaluating(model):
+            for batch in _batches(calibration, PTQConfig()):
+                run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    with evaluating(quantised):
+        for n in progress(blocks, "reconstructing", enabled=bar):
+            found[n] = _reconstruct(own[n], seen.pop(n), steps, rate)
+    return found
+
+
+def _reconstruct(block, pairs, steps, rate):
+    def error():
+        with torch.no_grad():
+            off = sum((block(x) - y).float().square().sum() for x, y in pairs)
+            return float((off / sum(y.float().square().sum() for _, y in pairs)).sqrt())
+
+    before, kept = error(), copy.deepcopy(block.state_dict())
+    parameters = [p for p in block.parameters() if p.is_floating_point()]
+    flags = [p.requires_grad for p in parameters]
+    with torch.enable_grad():
+        for p in parameters:
+            p.requires_grad_(True)
+        optimizer = torch.optim.Adam(parameters, rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for i in range(steps):
+            x, y = pairs[i % len(pairs)]
+            loss = F.mse_loss(block(x).float(), y.float())
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for p, g in zip(parameters, grads, strict=True):
+                p.grad = g
+            optimizer.step()
+            schedule.step()
+    for p, flag in zip(parameters, flags, strict=True):
+        p.grad = None
+        p.requires_grad_(flag)
+    after = error()
+    if not after < before:
+        block.load_state_dict(kept)
+        after = before
+    return before, after
+
+
 def deploy_ptq_(model: nn.Module, verbose: bool = True) -> list[str]:
     """Turn every `PTQLinear` with an int8 input and a rounded weight, in place, into an `Int8Linear` that computes the
     same on integers; the others stay. Returns the names of the layers.

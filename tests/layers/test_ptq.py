@@ -239,6 +239,24 @@ def test_gradients_reach_every_parameter_and_training_reduces_the_error():
     assert min(losses[5:]) < 0.8 * losses[0], losses
 
 
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_reconstruction(name):
+    """Every block comes closer to the float one on its data; the model does, on other data."""
+    model, data, x = uneven(MODELS[name]()), [images(12, 5), images(12, 6)], images(8, 7)
+    quantised, _ = quiet(model, data, weight_bits=3, activation_bits=4, softmax="log_sqrt2", gelu="uniform")
+    before = relative(quantised(x), model(x))
+    errors = ptq.reconstruct_(quantised, model, data, steps=30, rate=5e-4, bar=False)
+    assert len(errors) == sum(hasattr(m, "attn") for m in model.modules())
+    assert all(after <= first for first, after in errors.values())
+    assert sum(after < 0.98 * first for first, after in errors.values()) >= len(errors) - 1, errors
+    assert relative(quantised(x), model(x)) < before
+    assert all(p.grad is None and p.requires_grad for p in quantised.parameters())
+    with pytest.raises(ValueError, match="effvit::reconstruct_: model must be the one that quantised was made from"):
+        ptq.reconstruct_(quantised, nn.Sequential(nn.Linear(3, 3)), data)
+    with pytest.raises(ValueError, match="effvit::reconstruct_: steps must be between 1 and"):
+        ptq.reconstruct_(quantised, model, data, steps=0)
+
+
 def test_weights_have_few_values_and_the_searched_scale_is_better():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
