@@ -3,6 +3,7 @@
 from harness import Case, main  # first: it pins the threads before torch starts any
 
 # isort: split
+import itertools
 import math
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 import effvit  # noqa: F401
 from effvit.ops._op import Cost
 
-SCALE = 0.001
+KINDS = {torch.int32: 0.001, torch.int16: 0.001, torch.int8: 0.03}  # of x: what a step is worth
 SHAPES = {
     "DeiT-S 8x197x384": ((8, 197, 384), "default"),
     "Swin-T stage 1 8x3136x96": ((8, 3136, 96), "default"),
@@ -32,21 +33,22 @@ def _float(x, x_int):
     return lambda: F.layer_norm(x, x.shape[-1:], weight, bias)
 
 
-def _inputs(dtype, device, shape):
-    x_int = (torch.randn(shape) / SCALE).round().to(torch.int32).to(device)
-    return {"x": (x_int * SCALE).to(dtype), "x_int": x_int}
+def _inputs(dtype, device, shape, kind, step):
+    ends = torch.iinfo(kind)
+    x_int = (torch.randn(shape) / step).round().clamp(ends.min, ends.max).to(kind).to(device)
+    return {"x": (x_int * step).to(dtype), "x_int": x_int}
 
 
 def cases():
-    for name, (shape, tag) in SHAPES.items():
-        n = math.prod(shape)
+    for (name, (shape, tag)), (kind, step) in itertools.product(SHAPES.items(), KINDS.items()):
+        n, size = math.prod(shape), kind.itemsize
         yield Case(
-            shape=name,
-            inputs=lambda dtype, device, shape=shape: _inputs(dtype, device, shape),
+            shape=f"{name} {str(kind)[6:]}" if kind != torch.int32 else name,
+            inputs=lambda dtype, device, shape=shape, kind=kind, step=step: _inputs(dtype, device, shape, kind, step),
             effvit=_call,
             peers={"eager": _float},
             reference=_float,
-            cost=lambda direction, dtype, n=n: Cost(12 * n, 5 * n),
+            cost=lambda direction, dtype, n=n, size=size: Cost(12 * n, (1 + size) * n),
             unchecked=("effvit",),  # integers, which the suite compares bit by bit
             directions=("forward",),
             tags=(tag,),

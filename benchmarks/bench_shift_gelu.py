@@ -3,6 +3,7 @@
 from harness import Case, main  # first: it pins the threads before torch starts any
 
 # isort: split
+import itertools
 import math
 
 import torch
@@ -11,7 +12,14 @@ import torch.nn.functional as F
 import effvit  # noqa: F401
 from effvit.ops._op import Cost
 
-SCALE = 0.05
+# Of x: its dtype, and what a step is worth. Rows of more than 256 values are "wide".
+KINDS = {
+    "": (torch.int32, 0.05),
+    "wide": (torch.int32, 0.003),
+    "int16": (torch.int16, 0.05),
+    "wide int16": (torch.int16, 0.003),
+    "int8": (torch.int8, 0.05),
+}
 SHAPES = {
     "DeiT-S hidden 8x197x1536": ((8, 197, 1536), "default"),
     "Swin-T stage 1 hidden 2x3136x384": ((2, 3136, 384), "default"),
@@ -20,25 +28,27 @@ SHAPES = {
 }
 
 
-def _call(x, x_int):
-    return lambda: torch.ops.effvit.shift_gelu(x_int, x0=-12, multiplier=2**30, shift=37, out_dtype=4)
+def _call(step):
+    options = {"x0": math.floor(-1 / (1.702 * step)), "multiplier": 1_288_490_189, "shift": 37, "out_dtype": 4}
+    return lambda x, x_int: lambda: torch.ops.effvit.shift_gelu(x_int, **options)
 
 
-def _inputs(dtype, device, shape):
-    x_int = (torch.randn(shape) / SCALE).round().to(torch.int32).to(device)
-    return {"x": (x_int * SCALE).to(dtype), "x_int": x_int}
+def _inputs(dtype, device, shape, kind, step):
+    ends = torch.iinfo(kind)
+    x_int = (torch.randn(shape) / step).round().clamp(ends.min, ends.max).to(kind).to(device)
+    return {"x": (x_int * step).to(dtype), "x_int": x_int}
 
 
 def cases():
-    for name, (shape, tag) in SHAPES.items():
-        n = math.prod(shape)
+    for (name, (shape, tag)), (title, (kind, step)) in itertools.product(SHAPES.items(), KINDS.items()):
+        n, size = math.prod(shape), kind.itemsize
         yield Case(
-            shape=name,
-            inputs=lambda dtype, device, shape=shape: _inputs(dtype, device, shape),
-            effvit=_call,
+            shape=f"{name} {title}".rstrip(),
+            inputs=lambda dtype, device, shape=shape, kind=kind, step=step: _inputs(dtype, device, shape, kind, step),
+            effvit=_call(step),
             peers={"eager": lambda x, x_int: lambda: F.gelu(x)},
             reference=lambda x, x_int: lambda: F.gelu(x),
-            cost=lambda direction, dtype, n=n: Cost(25 * n, 5 * n),
+            cost=lambda direction, dtype, n=n, size=size: Cost(25 * n, (1 + size) * n),
             unchecked=("effvit",),  # integers, which the suite compares bit by bit
             directions=("forward",),
             tags=(tag,),

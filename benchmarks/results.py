@@ -32,6 +32,7 @@ FAMILIES = {
         "pow2_linear",
         "table_lookup",
         "pam_matmul",
+        "int_add_layer_norm",
     ),
     "linear_attention": ("linear_attention", "soft", "rbf_gram", "newton_pinv"),
 }

@@ -199,7 +199,6 @@ struct RowOf16 {
   const int16_t* x;
   int64_t sum;
   uint64_t squares;
-  int32_t low, high;
 };
 
 // A row of int32 in 16 bits, if it fits.
@@ -220,7 +219,6 @@ inline void measure(RowOf16& row, int64_t n) {
   const int16_t* const x = row.x;
   constexpr int64_t kStep = 2 * kLanes, kMost = int64_t{1} << 14;  // vectors before 32 bits could overflow
   const vs ones = vs{} + int16_t{1};
-  vs low = vs{} + int16_t{32767}, high = vs{} + int16_t{-32768};
   int64_t i = 0, sum = 0;
   uint64_t squares = 0;
   while (i + kStep <= n) {
@@ -230,21 +228,14 @@ inline void measure(RowOf16& row, int64_t n) {
     for (; i + kStep <= last; i += kStep) {
       const vs y = *reinterpret_cast<const vs_unaligned*>(x + i);
       const vu square = (vu)dot_pairs(y, y);
-      low = y < low ? y : low, high = y > high ? y : high;
       sums += dot_pairs(y, ones);
       tops += square >> 16u, wrapped += square;
     }
     sum += sum_of(sums);
     squares += sum_of(tops) * 65536 + sum_of(wrapped - (tops << 16u));
   }
-  int32_t least = low[0], most = high[0];
-  for (int k = 1; k < 2 * kLanes; ++k)
-    least = std::min<int32_t>(least, low[k]), most = std::max<int32_t>(most, high[k]);
-  for (; i < n; ++i) {
-    const int32_t y = x[i];
-    sum += y, squares += static_cast<uint32_t>(y * y), least = std::min(least, y), most = std::max(most, y);
-  }
-  row.sum = sum, row.squares = squares, row.low = least, row.high = most;
+  for (; i < n; ++i) sum += x[i], squares += static_cast<uint32_t>(x[i] * x[i]);
+  row.sum = sum, row.squares = squares;
 }
 
 // A row of LayerNorm with results of one byte, if float32 will do for it; of four vectors of columns at least.
@@ -255,7 +246,7 @@ EFFVIT_INLINE bool norm_row(const IntRowsData& p, const NormTable& table, RowOf1
   Row row{};
   F::template finish<0>(p, row, x.sum, 0);
   const int64_t mean = row.mean;
-  if (x.high - mean > F::kFurthest || mean - x.low > F::kFurthest) return false;  // no term is cut off
+  if (std::abs(mean) > F::kFurthest - 32768) return false;  // else nothing of 16 bits is further than that
   F::template finish<1>(p, row, static_cast<int64_t>(x.squares) - 2 * mean * x.sum + n * mean * mean, 0);
   const vf half = set1(static_cast<float>(row.f) * 0.5f);
   const vi center = set1(row.mean);
