@@ -30,7 +30,7 @@ from .ops import _checks
 
 METHODS = ("max", "percentile", "mse")
 LAYERS = (QuantAct, QuantLinear, QuantConv2d, QuantMatMul, IntSoftmax, IntGELU)
-IMAGES = 8  # of the first batch, on which the report measures errors
+IMAGES = 4  # of the first batch, on which the report measures errors
 
 
 def _refuse(name: str, expected: str, given: object):
@@ -251,7 +251,7 @@ def calibrating(module: nn.Module, method: str = "max", percentile: float = 99.9
     acts = [m for m in module.modules() if isinstance(m, QuantAct)]
     exponentials = [m for m in module.modules() if isinstance(m, integer._Exponential)]
     for act in acts:
-        act.calibrate()
+        act.calibrate(method)
     for m in exponentials:
         m.samples = []
     try:
@@ -266,7 +266,7 @@ def calibrating(module: nn.Module, method: str = "max", percentile: float = 99.9
                     m.act.choose_n(m.fc1_act.scale[0])
     finally:
         for act in acts:
-            act.histogram = None
+            act.histogram, act.calibrating = None, False
         for m in exponentials:
             m.samples = None
 
@@ -323,44 +323,46 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _report(model, images: torch.Tensor | None) -> IntegerReport:
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
-    found: dict[str, list] = {name: [] for name in layers}
+    rows: dict[str, IntegerRow] = {}
+    exact: dict[str, torch.Tensor] = {}
+    logits: list[torch.Tensor] = []
+    for name, m in model.named_modules():
+        if isinstance(m, LAYERS):
+            rows[name] = row = IntegerRow(name, type(m).__name__, getattr(m, "bits", 32))
+            if isinstance(m, QuantAct):
+                row.scale = float(m.scale.max())
+            elif isinstance(m, (QuantLinear, QuantConv2d)):
+                q, _, scale = m.integers(torch.ones((), dtype=torch.float64, device=m.weight.device))
+                row.weight_error = _relative(integer.steps(q, scale[:, None], torch.float64), m.weight.flatten(1))
+            elif isinstance(m, integer._Exponential):
+                row.n = int(m.n)
+
+    def measure(name, m, out):
+        if out.integers is None:
+            exact[name] = out.value
+            return
+        row = rows[name]
+        row.scale, row.error = float(out.scale.abs().max()), _relative(out.value, exact.pop(name))
+        if isinstance(m, QuantAct):
+            low, high = integer.ends(m.bits)
+            row.saturated = float(((out.integers <= low) | (out.integers >= high)).double().mean())
+
+    if images is None:
+        return IntegerReport(list(rows.values()), None, None)
+    layers = dict(model.named_modules())
     handles = [
-        m.register_forward_hook(lambda m, args, out, name=name: found[name].append(out)) for name, m in layers.items()
+        layers[name].register_forward_hook(lambda m, args, out, name=name: measure(name, m, out)) for name in rows
     ]
-    logits = []
     try:
         with evaluating(model):
-            if images is not None:
-                with _as_float(model):
-                    logits.append(model(images))
+            with _as_float(model):
                 logits.append(model(images))
+            logits.append(model(images))
     finally:
         for handle in handles:
             handle.remove()
-    rows = []
-    for name, m in layers.items():
-        row = IntegerRow(name, type(m).__name__, getattr(m, "bits", 32))
-        exact = None
-        if images is not None:
-            exact, rounded = found[name]
-            row.scale, row.error = float(rounded.scale.abs().max()), _relative(rounded.value, exact.value)
-        if isinstance(m, QuantAct):
-            low, high = integer.ends(m.bits)
-            row.scale = float(m.scale.max())
-            if exact is not None:
-                row.saturated = float(((rounded.integers <= low) | (rounded.integers >= high)).double().mean())
-        elif isinstance(m, (QuantLinear, QuantConv2d)):
-            x_scale = torch.ones((), dtype=torch.float64, device=m.weight.device)
-            q, _, scale = m.integers(x_scale)
-            row.weight_error = _relative(integer.steps(q, scale[:, None], torch.float64), m.weight.flatten(1))
-        elif isinstance(m, integer._Exponential):
-            row.n = int(m.n)
-        rows.append(row)
-    if not logits:
-        return IntegerReport(rows, None, None)
     cosine = torch.nn.functional.cosine_similarity(logits[1].double(), logits[0].double(), -1).mean()
-    return IntegerReport(rows, _relative(logits[1], logits[0]), float(cosine))
+    return IntegerReport(list(rows.values()), _relative(logits[1], logits[0]), float(cosine))
 
 
 # ---- the public functions --------------------------------------------------------------------------------------------

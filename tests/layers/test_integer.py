@@ -324,7 +324,7 @@ def test_a_calibration_sees_everything_and_forgets_what_was_before():
 @pytest.mark.parametrize("percent", [90.0, 99.0, 100.0])
 def test_percentile(percent):
     act = QuantAct(8, groups=2)
-    act.calibrate()
+    act.calibrate("percentile")
     act.quantising = False
     x = torch.cat([torch.randn(500, 4) * s for s in (0.1, 1.0, 4.0)])
     x[:, 2:] *= 7
@@ -342,7 +342,7 @@ def test_least_squared_error_beats_the_maximum():
 
     def error(method, bits):
         act = QuantAct(bits)
-        act.calibrate()
+        act.calibrate(method)
         act.quantising = False
         act(x)
         act.calibrated(method)

@@ -136,7 +136,8 @@ class QuantAct(nn.Module):
         self.groups, self.momentum = groups, momentum
         self.observing = True  # in training: False freezes the range
         self.quantising = True  # False: a float tensor stays one, as while a model is calibrated
-        self.histogram = None  # of |x|, while it is calibrated
+        self.calibrating = False  # all that is seen widens the range
+        self.histogram = None  # of |x|, while it is calibrated by other than the maximum
         self.register_buffer("low", torch.full((groups,), math.inf))
         self.register_buffer("high", torch.full((groups,), -math.inf))
 
@@ -152,6 +153,7 @@ class QuantAct(nn.Module):
         if self.histogram is not None:
             for v in values:
                 self.histogram.add(v.transpose(0, 1).flatten(1).abs().float())
+        if self.calibrating:
             low, high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         else:
             first = self.low > self.high
@@ -162,16 +164,17 @@ class QuantAct(nn.Module):
         self.low.copy_(low)
         self.high.copy_(high)
 
-    def calibrate(self) -> None:
-        """Begin to see ranges anew."""
+    def calibrate(self, method: str = "max") -> None:
+        """Begin to see ranges anew. Beyond 8 bits there is room for all that is seen: the method is "max"."""
         self.low.fill_(math.inf)
         self.high.fill_(-math.inf)
-        self.histogram = Histogram(self.groups, self.low.device)
+        self.calibrating = True
+        self.histogram = Histogram(self.groups, self.low.device) if method != "max" and self.bits <= 8 else None
 
     def calibrated(self, method: str = "max", percentile: float = 99.99) -> None:
-        """End it. Beyond 8 bits there is room for all that was seen: the method is "max"."""
-        histogram, self.histogram = self.histogram, None
-        if histogram is None or histogram.counts is None or method == "max" or self.bits > 8:
+        """End it."""
+        histogram, self.histogram, self.calibrating = self.histogram, None, False
+        if histogram is None or histogram.counts is None:
             return
         most = histogram.percentile(percentile) if method == "percentile" else histogram.least_error(self.bits)
         self.low.copy_(torch.maximum(self.low, -most))
@@ -216,7 +219,7 @@ class QuantAct(nn.Module):
         x = x if norm is None else norm(x)
         given = isinstance(x, torch.Tensor)
         x = Quantised(x) if given else x
-        observing = self.histogram is not None or (self.training and self.observing)
+        observing = self.calibrating or (self.training and self.observing)
         added = None if residual is None else residual if isinstance(residual, torch.Tensor) else residual.value
         total = None
         if observing or torch.is_grad_enabled() or x.integers is None:
@@ -240,7 +243,7 @@ class QuantAct(nn.Module):
 
     def _normalised(self, norm: IntLayerNorm, x: Quantised) -> Quantised:
         """As `self(norm(x))`, but for biases too large for their weights, which `IntLayerNorm` alone cuts."""
-        observing = self.histogram is not None or (self.training and self.observing)
+        observing = self.calibrating or (self.training and self.observing)
         total = norm.smooth(x.value) if observing or torch.is_grad_enabled() else None
         if observing:
             self.observe(total)
