@@ -6,10 +6,10 @@
 // L1 or L2 cache.
 //
 // Scores: products of bytes where the ISA has them, keys offset by 128 to have no sign, which adds 128 sum(q) to a row;
-// else of int16. Probabilities below 2^8 are bytes where that is faster: a row of them adds up to less than 2^(bits -
-// 1), so that sums with values fit even into int16 (255 * 128 < 2^15), unless the sum of exponentials saturates. All
-// others are int16, and where those saturate, sums of int32 are over so many keys as cannot overflow, and added in 64
-// bits.
+// else of int16. Probabilities below 2^8 are bytes where that is faster: a row of them adds up to less than 2^8, so
+// that sums with values fit even into int16 (255 * 128 < 2^15), unless the sum of exponentials saturates. All others
+// are int16, or two bytes on tiles; where they saturate, sums of int32 are over so many keys as cannot overflow, and
+// added in 64 bits.
 #pragma once
 
 #include "int_products.inl.h"
@@ -36,7 +36,8 @@ using ByteDot = ShortSums;
 #endif
 
 struct Geometry {
-  bool bytes;  // probabilities are bytes
+  bool bytes;  // probabilities are bytes,
+  bool split;  // of 16 bits two, low and high: tiles are of bytes alone
   bool wide;  // sums with values may exceed int32
   int rows;  // of a block
   int64_t units, unit_rows;  // of a head
@@ -47,8 +48,9 @@ struct Geometry {
 
   explicit Geometry(const Params& p) {
     const bool saturates = p.may_saturate(), small = small_tiles();
-    bytes = p.bits <= 9 && (kInt8Dot || (kLanes >= 8 && !saturates));
-    wide = saturates && p.M > (bytes ? kChunkKeysOfBytes : kChunkKeys);
+    split = kInt8Tiles && p.bits > 9;
+    bytes = split || (p.bits <= 9 && (kInt8Dot || (kLanes >= 8 && !saturates)));
+    wide = saturates && p.M > (bytes && !split ? kChunkKeysOfBytes : kChunkKeys);
     key_panels = ceil_div(p.M, kLanes), value_panels = ceil_div(p.V, kLanes);
     keys = ceil_div(p.M, 4 * kLanes) * 4 * kLanes;
     q_words = ceil_div(ceil_div(p.K, kInt8Dot ? 4 : 2), kWordsTogether) * kWordsTogether;
@@ -73,7 +75,9 @@ class Pass {
     q_ = scratch.take<char>(rows * g.q_words * 4);
     s_ = scratch.take<int32_t>(rows * g.keys);
     prob_ = scratch.take<char>(rows * p_row());
+    high_ = scratch.take<char>(g.split ? rows * p_row() : 0);
     sums_ = scratch.take<int32_t>(rows * g.value_panels * kLanes);
+    high_sums_ = scratch.take<int32_t>(g.split ? rows * g.value_panels * kLanes : 0);
     wide_ = scratch.take<int64_t>(g.wide ? rows * g.value_panels * kLanes : 0);
   }
 
@@ -81,6 +85,7 @@ class Pass {
     [[maybe_unused]] const ProductTiles tiles;
     std::memset(q_, 0, static_cast<size_t>(round_up(g_.rows, kRowsTogether) * g_.q_words * 4));
     std::memset(prob_, 0, static_cast<size_t>(round_up(g_.rows, kRowsTogether) * p_row()));
+    if (g_.split) std::memset(high_, 0, static_cast<size_t>(round_up(g_.rows, kRowsTogether) * p_row()));
     int64_t packed = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t head = unit / g_.units, first = unit % g_.units * g_.unit_rows;
@@ -158,9 +163,14 @@ class Pass {
       int32_t* const s = s_ + r * g_.keys;
       const int32_t top = bias ? scores<true>(s, offsets[r], bias) : scores<false>(s, offsets[r], nullptr);
       const uint32_t f = exp_.wide ? exponentials<1>(s, top) : exponentials<0>(s, top);
-      char* const to = prob_ + r * p_row();
-      g_.bytes ? probabilities(s, f, reinterpret_cast<uint8_t*>(to))
-               : probabilities(s, f, reinterpret_cast<int16_t*>(to));
+      const int64_t at = r * p_row();
+      const uint32_t shift = static_cast<uint32_t>(32 - p_.bits);
+      if (!g_.bytes) {
+        probabilities(s, f, shift, reinterpret_cast<int16_t*>(prob_ + at));
+      } else {
+        probabilities(s, f, shift, reinterpret_cast<uint8_t*>(prob_ + at));
+        if (g_.split) probabilities(s, f, shift + 8, reinterpret_cast<uint8_t*>(high_ + at));
+      }
     }
     times_values(rows);
     const int64_t bytes = element_bytes(p_.out_dtype);
@@ -224,9 +234,8 @@ class Pass {
 
   // e f <= 2^31 - 1: f is rounded down, and 1 where the sum was cut off.
   template <class T>
-  void probabilities(const int32_t* s, uint32_t factor, T* to) const {
+  void probabilities(const int32_t* s, uint32_t factor, uint32_t shift, T* to) const {
     const vu f = (vu)set1(static_cast<int32_t>(factor));
-    const uint32_t shift = static_cast<uint32_t>(32 - p_.bits);
     const auto at = [&](int64_t i) __attribute__((always_inline)) { return ((vu)load(s + i) * f) >> shift; };
     const int64_t keys = g_.keys;
     for (int64_t i = 0; i < keys; i += 4 * kLanes)
@@ -236,20 +245,30 @@ class Pass {
   void times_values(int rows) {
     const int panels = static_cast<int>(g_.value_panels);
     const int64_t row = g_.value_panels * kLanes;
-    const auto product = [&](int64_t word, int64_t words) {
-      const Left a = {prob_ + 4 * word, p_row()};
+    const auto product = [&](const char* prob, int64_t word, int64_t words, int32_t* to) {
+      const Left a = {prob + 4 * word, p_row()};
       const Right b = {v_ + word * kLanes, g_.v_words * kLanes};
       if (!g_.bytes)
-        multiply<Halves>(a, b, words, rows, panels, sums_, row);
+        multiply<Halves>(a, b, words, rows, panels, to, row);
       else
-        multiply_on_tiles<ByteDot>(a, b, words, rows, panels, sums_, row);
+        multiply_on_tiles<ByteDot>(a, b, words, rows, panels, to, row);
     };
-    if (!g_.wide) return product(0, g_.p_words);
+    if (!g_.wide) {
+      product(prob_, 0, g_.p_words, sums_);
+      if (!g_.split) return;
+      product(high_, 0, g_.p_words, high_sums_);
+      for (int64_t i = 0; i < rows * row; ++i) sums_[i] += 256 * high_sums_[i];
+      return;
+    }
     const int64_t step = g_.bytes ? kChunkKeysOfBytes / 4 : kChunkKeys / 2;
     std::fill_n(wide_, rows * row, int64_t{0});
     for (int64_t word = 0; word < g_.p_words; word += step) {
-      product(word, std::min(step, g_.p_words - word));
+      const int64_t words = std::min(step, g_.p_words - word);
+      product(prob_, word, words, sums_);
       for (int64_t i = 0; i < rows * row; ++i) wide_[i] += sums_[i];
+      if (!g_.split) continue;
+      product(high_, word, words, high_sums_);
+      for (int64_t i = 0; i < rows * row; ++i) wide_[i] += int64_t{256} * high_sums_[i];
     }
     for (int64_t i = 0; i < rows * row; ++i)
       sums_[i] = static_cast<int32_t>(std::clamp<int64_t>(wide_[i], INT32_MIN, INT32_MAX));
@@ -273,8 +292,8 @@ class Pass {
   int32_t *k_, *v_;  // [panels][words][kLanes]
   char* q_;  // [rows][q_words], words
   int32_t* s_;  // [rows][keys]
-  char* prob_;  // [rows][keys], bytes or int16
-  int32_t* sums_;  // [rows][value_panels * kLanes]
+  char *prob_, *high_;  // [rows][keys], bytes or int16
+  int32_t *sums_, *high_sums_;  // [rows][value_panels * kLanes]
   int64_t* wide_;  // likewise
 };
 
