@@ -163,6 +163,8 @@ def shift_linear(x, codes, right):
                 column = x[:, k].astype(np.int64)
                 sums[:, n] += (1 if code > 0 else -1) * (column << p if p >= 0 else column >> -p)
     return saturate(sums, np.int32)
+
+
 # ---- int8_attention: float32 as IEEE has it until a number is rounded to an integer, then int64 ----------------------
 
 
