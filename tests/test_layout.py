@@ -16,8 +16,8 @@ OP_NAMES = [name for name, op in OPS.items() if op.backward_of is None]
 SHARED = {
     "__init__", "_checks", "_declaration", "_dispatcher", "_op", "_sparse24", "_int8", "_transforms", "_common",
     "_tiles", "_rows", "_int8_epilogue", "_gemm", "_sparse24_tiles", "abi", "common", "rows", "rows_op", "declared",
-    "math", "int8_epilogue", "int8_tiles", "_integer", "_int_rows", "int_rows", "int_rows_op", "int_math",
-    "_lut", "lut",
+    "math", "int8_epilogue", "int8_tiles", "_integer", "_int_rows", "int_rows", "int_rows_op", "int_math", "_lut",
+    "lut", "int8_dense", "int_epilogue",
 }  # fmt: skip
 
 
