@@ -36,10 +36,11 @@ def _rescaling(n, generator, low, high, halves):
 
 def sample(
     name, m, n, k, *, packed=False, raw=False, bias=True, residual=None, bits=8, out=INT8, low=None, high=None,
-    halves=False, small=False, bias_size=3000, layout=None, tags="",
+    halves=False, small=False, bias_size=3000, of_residual=None, layout=None, tags="",
 ):  # fmt: skip
     """A call. low, high: the shifts; None: such that results are of size 40. halves: multipliers that end in
-    zeros, so that there are ties. small: x and weight from -2 to 2. residual: its dtype. raw: no multiplier."""
+    zeros, so that there are ties. small: x and weight from -2 to 2. residual: its dtype.
+    of_residual: its shifts. raw: no multiplier."""
     usual = 38 + round(0.5 * math.log2(max(k, 1)))
     low, high = (usual - 2, usual + 2) if low is None else (low, high)
 
@@ -53,9 +54,9 @@ def sample(
         if bias:
             tensors[4] = _integer.integers((n,), generator, bias_size)
         if residual is not None:
-            of_it = {INT32: 37, INT16: 40, INT8: 31, UINT8: 31}[residual]
+            least = {INT32: 37, INT16: 40, INT8: 31, UINT8: 31}[residual]
             tensors[5] = _residual((m, n), generator, residual)
-            tensors[6:] = _rescaling(n, generator, of_it, of_it + 4, halves)
+            tensors[6:] = _rescaling(n, generator, *(of_residual or (least, least + 4)), halves)
         if layout is not None:
             tensors = layout(tensors)
         options = {"bits": 8 if raw else bits, "out_dtype": out}
@@ -95,6 +96,20 @@ def _lowest(tensors):
     return (torch.full_like(x, 127), torch.full_like(weight, -128), multiplier, shift, bias, *rest)
 
 
+def _rare_ties(tensors):
+    """All halves, by factors of which the one that varies ends in as many zeros as it can: of the residual; without
+    one, of the sum, which is the bias."""
+    x, weight, multiplier, shift, bias, residual, *of_residual = tensors
+    n = weight.shape[0]
+    odd = 1 + 2 * (torch.arange(n, dtype=torch.int32) % 15)
+    by = torch.full((n,), 34, dtype=torch.int32)
+    if residual is None:
+        return (x, weight, odd << 23, by, torch.full_like(bias, 2**10), residual, *of_residual)
+    zeros = {torch.int32: 23, torch.int16: 15, torch.int8: 7, torch.uint8: 7}[residual.dtype]
+    largest = 2**zeros if residual.dtype == torch.uint8 else -(2**zeros)
+    return (x, weight, multiplier | 1, shift, bias, torch.full_like(residual, largest), odd << (33 - zeros), by)
+
+
 SAMPLES = [
     sample("deit_s_fc1", 197, 1536, 384, tags="vit"),
     sample("deit_s_fc2", 197, 384, 1536, residual=INT16, bits=16, out=INT16, tags="vit"),
@@ -118,6 +133,10 @@ SAMPLES = [
            tags="nasty small"),
     *(sample(f"ties_by_{c}", 8, 40, 20, small=True, bias_size=40, halves=True, low=c, high=c, tags="nasty")
       for c in (31, 32, 33, 34, 35, 36)),
+    sample("rare_ties", 7, 40, 0, layout=_rare_ties, tags="nasty small"),
+    *(sample(f"rare_ties_{name}", 7, 40, 0, residual=dtype, layout=_rare_ties, tags="nasty small")
+      for name, dtype in (("int32", INT32), ("int16", INT16), ("int8", INT8), ("uint8", UINT8))),
+    sample("wide_residual", 14, 40, 12, bits=32, out=INT32, residual=INT32, of_residual=(26, 32), tags="nasty small"),
     sample("enlarged", 4, 40, 12, bits=32, out=INT32, low=1, high=8, residual=INT32, tags="nasty small"),
     sample("reduced", 4, 40, 60, low=44, high=61, residual=INT32, tags="nasty small"),
     sample("mixed_shifts", 4, 70, 60, bits=16, out=INT16, low=1, high=61, residual=INT16, tags="nasty small"),
@@ -157,6 +176,7 @@ def random_sample(name, choose):
         bits=choose.randint(2, 32), out=choose.choice((INT32, INT8, UINT8, INT16)), low=low,
         high=None if low is None else min(low + choose.choice((0, 4, 8, 40)), 61), halves=choose.random() < 0.3,
         small=choose.random() < 0.3, bias_size=choose.choice((3, 3000, 2**31 - 1)),
+        of_residual=choose.choice((None, None, (26, 32), (18, 40), (1, 61))),
     )  # fmt: skip
 
 
