@@ -20,6 +20,19 @@ from ._int_rows import (
 
 
 @device_function
+def _reciprocal(total):
+    """(2^31 - 1) // total, of int64 from 1 on, in int32: bit by bit. Triton 3.6 does not lower the division of a vector
+    that a product's rows were reduced to."""
+    rest, quotient = total * 0, total * 0
+    for _ in range(31):  # every bit of the dividend is 1
+        rest = 2 * rest + 1
+        fits = rest >= total
+        rest = tl.where(fits, rest - total, rest)
+        quotient = 2 * quotient + tl.where(fits, 1, 0)
+    return quotient.to(tl.int32)
+
+
+@device_function
 def _score_tile(
     q, k, bias, key, K, M, multiplier, shift,
     LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -84,7 +97,7 @@ def int_attention_fwd_kernel(
         there = (key < M)[None, :]
         e = _shift_exp(tl.where(there, top[:, None] - y, 0), X, n, HALF_BIT)
         total += tl.sum(tl.where(there, e, 0).to(tl.int64), axis=1)
-    f = LARGEST // tl.minimum(total, LARGEST).to(tl.int32)
+    f = _reciprocal(tl.minimum(total, LARGEST))
     result = tl.zeros([BLOCK_M, BLOCK_V], tl.int64)
     for start in range(0, _loop_bound(M), BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
