@@ -248,3 +248,14 @@ def test_gradients_go_straight_through():
         torch.testing.assert_close(x, e)
     with torch.no_grad():
         assert_bitwise_equal(out, effvit.int8_attention(q, k, v, bias=bias, causal=True))
+    tangents = [torch.randn_like(t) for t in leaves[:3]]  # forward mode likewise
+
+    def tangent(function):
+        return torch.func.jvp(function, tuple(t.detach() for t in leaves[:3]), tuple(tangents))
+
+    with torch.no_grad():
+        value, moved = tangent(lambda *a: effvit.int8_attention(*a))
+        exact, expected = tangent(lambda *a: definition.float_attention(*a)[0])
+    assert_bitwise_equal(value, effvit.int8_attention(*(t.detach() for t in leaves[:3])))
+    torch.testing.assert_close(moved, expected)
+    assert not torch.equal(value, exact)

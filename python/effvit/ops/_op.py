@@ -47,6 +47,7 @@ class Op:
     flops: Callable | None = None
     shards: tuple[str, ...] = ()
     autocast: bool = True
+    through: Callable | None = None  # differentiated in place of definition, which rounds
 
     @property
     def name(self) -> str:
@@ -299,6 +300,7 @@ def op(
     autocast: bool = True,
     flops: Callable | None = None,
     tangent: Callable | None = None,
+    through: Callable | None = None,
 ) -> Op:
     """Define `effvit::<name>` and `effvit::<name>_backward`; returns the former.
 
@@ -325,6 +327,8 @@ def op(
         flops: ``(dims, options) -> (forward, backward)``, floating-point operations; a multiply-add counts 2.
         tangent: forward mode by kernels, ``(op, primals, tangents, results, options) -> tangents of the results``;
             None: by the definition.
+        through: of an op without a backward one, what is differentiated in place of `reference`: straight through its
+            roundings.
     """
     forward_declaration = declare(name, tensors, options)
     common = {
@@ -341,7 +345,7 @@ def op(
         like = forward.outputs(args, values, lambda t, size, dtype: dtype)
         return _returned(forward, _owned(args, outs, like))
 
-    forward = Op(forward_declaration, run_reference, reference, **common)
+    forward = Op(forward_declaration, run_reference, reference, through=through, **common)
     _define(forward)
     if saves is not None:
         declaration = backward_of(forward_declaration, tuple(saves.split()), saves_inputs, tuple(packs))

@@ -30,11 +30,11 @@ def as_declared(t: Tensor, x: torch.Tensor | None) -> torch.Tensor | None:
     return x.contiguous() if x is not None and (t.layout == "whole" or strided) else x
 
 
-def compose(o, args: Sequence, options: Mapping) -> tuple:
+def compose(o, args: Sequence, options: Mapping, definition: Callable | None = None) -> tuple:
     """The results of an op as its definition computes them, from differentiable PyTorch ops; nothing is checked."""
     tensors = o.given(args)
     options = {name: x for name, x in options.items() if name != "packed"}
-    results = as_tuple(o.definition(*map(float_, tensors.values()), **options))
+    results = as_tuple((definition or o.definition)(*map(float_, tensors.values()), **options))
     empty = args[0].new_empty(0)
     return tuple(
         empty if x is None else x.to(o.dtype_of(t, tensors, options)).contiguous()
@@ -216,7 +216,7 @@ def recorder_of_definition(o) -> type:
                 args = list(tensors)
                 for i, t in zip(wanted, changed, strict=True):
                     args[i] = t
-                composed = compose(o, args, o.complete(ctx.options))
+                composed = compose(o, args, o.complete(ctx.options), o.through)
                 return tuple(composed[i] for i in given)
 
             if given and not is_empty(o, tensors, ctx.options):
@@ -247,13 +247,19 @@ def forward_mode(o, tangent: Callable | None) -> Callable:
     def rule(args, options, recorded):
         if recorded and not is_empty(o, args, options):  # its graph of PyTorch's ops saves tensors with their tangents
             results = compose(o, args, o.complete(options))
+            if o.through is not None:  # its derivatives on the values of the definition
+                smooth = compose(o, args, o.complete(options), o.through)
+                values = (_dispatcher.primal_of(x).detach() for x in results)
+                results = tuple(
+                    x + (y - _dispatcher.primal_of(y).detach()) for x, y in zip(values, smooth, strict=True)
+                )
             return results[0] if len(results) == 1 else results
         primals = tuple(map(_dispatcher.primal_of, args))
         results = as_tuple(o.overload(*primals, **options))
         if is_empty(o, primals, options):
             tangents = (None,) * len(results)
         elif tangent is None:
-            tangents = map(_dispatcher.tangent_of, compose(o, args, o.complete(options)))
+            tangents = map(_dispatcher.tangent_of, compose(o, args, o.complete(options), o.through))
         else:
             moved = {name: _dispatcher.tangent_of(t) for name, t in o.given(args).items()}
             tangents = tangent(o, o.given(primals), moved, results, o.complete(options))

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..reference.int8_attention import BLOCK
+from ..reference.int8_attention import BLOCK, float_attention
 from ..reference.int8_attention import int8_attention as _definition
 from . import _checks
 from ._op import op
@@ -65,6 +65,7 @@ OP = op(
     shards=("B",),
     autocast=False,
     flops=_flops,
+    through=float_attention,
 )
 
 

@@ -54,7 +54,7 @@ def quantise(x: torch.Tensor, dims) -> tuple[torch.Tensor, torch.Tensor]:
 
 def blocks_of(x: torch.Tensor) -> torch.Tensor:
     """[B, M, ...] -> [B, N, 64, ...], zeros beyond M."""
-    missing = -x.shape[1] % BLOCK
+    missing = -int(x.shape[1]) % BLOCK  # one number for a compiler too: the blocks are part of the program
     padded = torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), 1)
     return padded.unflatten(1, (-1, BLOCK))
 
@@ -93,8 +93,8 @@ def visible_keys(L: int, M: int, causal: bool, device) -> torch.Tensor:
 
 def weights(q, k8, k_scale, bias, scale, causal, M, exponential):
     """The integers: p [B, G, E, L, N, 64] in 0..127, in float32, and their blocks' maxima in base 2 [B, G, E, L, N]."""
-    B, L, H, K = q.shape
-    G = k8.shape[3]
+    B, L, H, _ = q.shape
+    G = int(k8.shape[3])
     q8, q_scale = quantise(q.float(), -1)
     q8 = q8.unflatten(2, (G, H // G))
     acc = torch.einsum("blgek,bnjgk->bgelnj", q8, k8)  # exact: integers below 2^24
@@ -130,20 +130,8 @@ def int8_attention(
     The arguments are those of effvit.ops.int8_attention; exponential is an index: EXP2 or SHIFTMAX.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    floats = [t for t in (q, k, v, bias) if t is not None and t.is_floating_point()]
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
-    given = (q, k, v, k_scale, v_scale, k_mean, bias)
-    with torch.no_grad():
-        out, lse = _forward(*given, scale, causal, smooth_k, exponential)
-    if differentiable:  # straight through the roundings
-        smooth = [y - y.detach() for y in float_attention(*given, scale=scale, causal=causal)]
-        out, lse = out + smooth[0].to(out.dtype), lse + smooth[1].to(lse.dtype)
-    return out, lse
-
-
-def _forward(q, k, v, k_scale, v_scale, k_mean, bias, scale, causal, smooth_k, exponential):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    M = k.shape[1]
+    M = int(k.shape[1])
     if k.dtype == torch.int8:
         k8, v8 = blocks_of(k.float()), blocks_of(v.float())
     else:
@@ -170,9 +158,15 @@ def _forward(q, k, v, k_scale, v_scale, k_mean, bias, scale, causal, smooth_k, e
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3), lse.flatten(1, 2)
 
 
-def float_attention(q, k, v, k_scale=None, v_scale=None, k_mean=None, bias=None, *, scale, causal):
-    """What it approximates, of numbers that may be int8 with scales: out [B, L, H, V], lse [B, H, L]."""
-    L, M, repeats = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+def float_attention(
+    q, k, v, k_scale=None, v_scale=None, k_mean=None, bias=None,
+    *, scale=None, causal=False, smooth_k=True, exponential=EXP2,
+):  # fmt: skip
+    """What int8_attention approximates, of its arguments: out [B, L, H, V], lse [B, H, L]. Its derivative stands for
+    that of int8_attention.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    L, M, repeats = q.shape[1], int(k.shape[1]), int(q.shape[2]) // int(k.shape[2])
     if k.dtype == torch.int8:
         k = k.to(q.dtype) * k_scale.to(q.dtype).repeat_interleave(BLOCK, 1)[:, :M, :, None]
         k = k if k_mean is None else k + k_mean.to(q.dtype)[:, None]

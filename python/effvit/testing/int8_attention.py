@@ -85,7 +85,7 @@ SAMPLES = [
     _sample("small", 2, 5, 2, 8, 70, tags="small framework"),
     _sample("small_int8", 2, 6, 4, 8, 66, 2, 5, int8=True, causal=True, tags="small framework"),
     _sample("small_bias", 2, 5, 2, 8, 20, bias=1, exponential=SHIFTMAX, tags="small framework"),
-    _sample("small_shiftmax", 1, 9, 2, 16, 67, exponential=SHIFTMAX, tags="small framework"),
+    _sample("small_shiftmax", 1, 9, 2, 16, 67, exponential=SHIFTMAX, tags="small"),
     _sample("small_causal", 1, 40, 1, 16, causal=True, tags="small"),
     _sample("small_causal_long", 1, 5, 1, 8, 130, causal=True, tags="small"),
     _sample("small_masked", 4, 3, 1, 8, 17, bias=2, causal=True, tags="small"),
