@@ -30,6 +30,20 @@ def oracle(args, kwargs):
 class TestInt8Attention(ForwardSuite):
     spec = SPEC
 
+    def test_backward_of_one_output(self, framework_sample, native):
+        """Gradients go straight through the roundings: those of float attention."""
+        args, kwargs = framework_sample.build()
+        leaves = [t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in args]
+        inputs = [t for t in leaves if t is not None and t.requires_grad]
+        for used in range(2):
+            with native.selected():
+                result = torch.ops.effvit.int8_attention(*leaves, **kwargs)[used]
+            g = torch.randn_like(result)
+            found = torch.autograd.grad(result, inputs, g, materialize_grads=True)
+            exact = definition.float_attention(*leaves, **kwargs)[used]
+            for x, e in zip(found, torch.autograd.grad(exact, inputs, g, materialize_grads=True), strict=True):
+                torch.testing.assert_close(x, e)
+
     @pytest.mark.parametrize("backend", COMPILED, ids=str)
     def test_every_sample_is_the_oracles(self, backend):
         """The oracle shares no code with the definition: its integers are those of every backend."""

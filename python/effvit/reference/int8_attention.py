@@ -99,9 +99,10 @@ def weights(q, k8, k_scale, bias, scale, causal, M, exponential):
     q8 = q8.unflatten(2, (G, H // G))
     acc = torch.einsum("blgek,bnjgk->bgelnj", q8, k8)  # exact: integers below 2^24
     visible = visible_keys(L, M, causal, q.device)
-    q_scale = (q_scale * torch.tensor(scale * LOG2E, dtype=torch.float32)).unflatten(2, (G, H // G))[..., 0]
+    # Python's numbers are rounded to float32 before they are multiplied with.
+    q_scale = (q_scale * (scale * LOG2E)).unflatten(2, (G, H // G))[..., 0]
     c = q_scale.permute(0, 2, 3, 1)[..., None] * k_scale.float().permute(0, 2, 1)[:, :, None, None]  # [B, G, E, L, N]
-    step = torch.tensor(float(STEPS_OF_ONE) * (1.0 if exponential == EXP2 else LN2), dtype=torch.float32)
+    step = STEPS_OF_ONE * (1.0 if exponential == EXP2 else LN2)
     if bias is None:
         top = acc.masked_fill(~visible, -math.inf).amax(-1)
         seen = torch.where(visible.any(-1), top, 0.0)
@@ -109,7 +110,7 @@ def weights(q, k8, k_scale, bias, scale, causal, M, exponential):
         t = (seen[..., None] - acc) * (c * step)[..., None]
     else:
         W = bias.shape[0]
-        b = bias.float() * torch.tensor(LOG2E, dtype=torch.float32)
+        b = bias.float() * LOG2E
         b = blocks_of(b.permute(0, 3, 1, 2)).permute(0, 3, 4, 1, 2)  # [W, H, L, N, 64]
         b = b.unflatten(1, (G, H // G)).repeat(B // W, 1, 1, 1, 1, 1)
         y = (acc * c[..., None] + b).masked_fill(~visible, -math.inf)
