@@ -61,7 +61,7 @@ def _plan_forward(x, weight):
     m, n = tile_of(M, N, most=32)
     args = {
         "x": x, "weight": weight, "out": out, "M": M, "N": N, "K": K, "x_stride_m": x.stride(0),
-        "weight_stride_n": weight.stride(0), "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": tuned(16, small=16), "GROUP": GROUP,
+        "weight_stride_n": weight.stride(0), "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": tuned(8, small=16), "GROUP": GROUP,
     }  # fmt: skip
     return out, [Launch(pam_matmul_fwd_kernel, cdiv(M, m) * cdiv(N, n), args, warps_of(m, n), num_stages=3)]
 

@@ -86,7 +86,7 @@ def _plan_forward(
         args["BLOCK_K"] = depth_of(K, x.stride(0), weight.stride(0))
     else:
         kernel, (m, n) = pow2_linear_shift_kernel, tile_of(M, N, most=32)
-        args |= {"LEFT": max(0, 2 ** (bits - 1) - 2 - right), "RIGHT": right, "BLOCK_K": tuned(16, small=16)}
+        args |= {"LEFT": max(0, 2 ** (bits - 1) - 2 - right), "RIGHT": right, "BLOCK_K": tuned(4, small=16)}
     args |= {"BLOCK_M": m, "BLOCK_N": n}
     return e.out, [Launch(kernel, cdiv(M, m) * cdiv(N, n), args, warps_of(m, n), num_stages=3)]
 
