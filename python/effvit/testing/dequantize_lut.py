@@ -28,7 +28,7 @@ def random_sample(name, choose):
 SAMPLES = [
     *_lut.standard_samples(_sample),
     *(_sample(f"to_{t}", (2, 3, 37), count=n, out_dtype=i, tags="small framework")
-      for i, t, n in ((1, "bfloat16", 15), (2, "float16", 200))),
+      for i, t, n in ((1, "bfloat16", 15), (2, "float16", 255))),
 ]  # fmt: skip
 
 
