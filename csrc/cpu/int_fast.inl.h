@@ -201,6 +201,11 @@ struct RowOf16 {
   uint64_t squares;
 };
 
+// Bytes in 16 bits.
+template <class T>
+void widen_to_16(const T* p, int64_t n, int16_t* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = p[i];
+}
 // A row of int32 in 16 bits, if it fits.
 inline bool narrow(const int32_t* x, int64_t n, int16_t* to) {
   vu seen{};

@@ -367,11 +367,17 @@ struct Rows {
     if constexpr (kNorm) {
       if (norm.limit == 0) return false;
       RowOf16 source{};
-      if (F::kAdds || p.x_dtype == DType::kInt16) {
-        source.x = F::kAdds ? p.sum + r * p.columns : static_cast<const int16_t*>(p.x) + start;
+      source.x = narrowed;
+      if (F::kAdds) {
+        source.x = p.sum + r * p.columns;
+      } else if (p.x_dtype == DType::kInt16) {
+        source.x = static_cast<const int16_t*>(p.x) + start;
+      } else if (p.x_dtype == DType::kInt32) {
+        if (!narrow(static_cast<const int32_t*>(p.x) + start, p.columns, narrowed)) return false;
+      } else if (p.x_dtype == DType::kInt8) {
+        widen_to_16(static_cast<const int8_t*>(p.x) + start, p.columns, narrowed);
       } else {
-        if (!narrow(in_32_bits(p.x, p.x_dtype, start, p.columns, x), p.columns, narrowed)) return false;
-        source.x = narrowed;
+        widen_to_16(static_cast<const uint8_t*>(p.x) + start, p.columns, narrowed);
       }
       return norm_row<F, T, Row>(p, norm, source, out);
     }
