@@ -15,7 +15,8 @@ namespace effvit {
 namespace cuda {
 namespace int8_attention_impl {
 
-constexpr int64_t kMaxCtas = int64_t{1} << 24;  // far below 2^31: a CTA does several units where there are more
+// A grid is far below 2^31: a CTA does several units where there are more. In the emulator there soon are.
+inline int64_t max_ctas() { return ceil_div(prim::target_ctas() * prim::target_ctas(), 8); }
 
 inline bool is_float(const Int8AttentionParams& p) { return p.kv_dtype != DType::kInt8; }
 inline bool wants_mean(const Int8AttentionParams& p) { return is_float(p) && p.smooth_k && p.k_mean == nullptr; }
@@ -90,9 +91,9 @@ inline Plan make_plan(const Int8AttentionParams& p, void* workspace) {
 template <class S>
 cudaError_t launch_attention(const Plan& g, cudaStream_t stream) {
   if (g.p.bias != nullptr)
-    return EFFVIT_LAUNCH((int8_attention_fwd_kernel<S, true>), grid_size(g.units, kMaxCtas), kThreads, S::kSharedBytes,
-                         stream, g);
-  return EFFVIT_LAUNCH((int8_attention_fwd_kernel<S, false>), grid_size(g.units, kMaxCtas), kThreads, S::kSharedBytes,
+    return EFFVIT_LAUNCH((int8_attention_fwd_kernel<S, true>), grid_size(g.units, max_ctas()), kThreads,
+                         S::kSharedBytes, stream, g);
+  return EFFVIT_LAUNCH((int8_attention_fwd_kernel<S, false>), grid_size(g.units, max_ctas()), kThreads, S::kSharedBytes,
                        stream, g);
 }
 
@@ -136,17 +137,17 @@ cudaError_t launch_int8_attention_fwd(const Int8AttentionParams& p, void* worksp
   const int64_t sum_units = p.B * p.N * ceil_div(p.G * p.K, kThreads);
   then(wants_mean(p), [&] {
     return dispatch_dtype<Types>(p.kv_dtype, [&](auto type) {
-      return EFFVIT_LAUNCH((int8_attention_sums_kernel<decltype(type)>), grid_size(sum_units, kMaxCtas), kThreads, 0,
+      return EFFVIT_LAUNCH((int8_attention_sums_kernel<decltype(type)>), grid_size(sum_units, max_ctas()), kThreads, 0,
                            stream, g);
     });
   });
   then(wants_mean(p), [&] {
     const int64_t ctas = ceil_div(p.B * p.G * p.K, kThreads);
-    return EFFVIT_LAUNCH((int8_attention_means_kernel<int64_t>), grid_size(ctas, kMaxCtas), kThreads, 0, stream, g);
+    return EFFVIT_LAUNCH((int8_attention_means_kernel<int64_t>), grid_size(ctas, max_ctas()), kThreads, 0, stream, g);
   });
   then(is_float(p), [&] {
     return dispatch_dtype<Types>(p.kv_dtype, [&](auto type) {
-      return EFFVIT_LAUNCH((int8_attention_quantise_kernel<decltype(type)>), grid_size(p.B * p.G * p.N, kMaxCtas),
+      return EFFVIT_LAUNCH((int8_attention_quantise_kernel<decltype(type)>), grid_size(p.B * p.G * p.N, max_ctas()),
                            kThreads, 4 * (kWarps + kRowsAtOnce * kMaxDim), stream, g);
     });
   });
@@ -158,7 +159,7 @@ cudaError_t launch_int8_attention_fwd(const Int8AttentionParams& p, void* worksp
   });
   then(g.splits > 1, [&] {
     const int64_t ctas = ceil_div(p.B * p.G * g.rows * p.V, kThreads);
-    return EFFVIT_LAUNCH((int8_attention_merge_kernel<int64_t>), grid_size(ctas, kMaxCtas), kThreads, 0, stream, g);
+    return EFFVIT_LAUNCH((int8_attention_merge_kernel<int64_t>), grid_size(ctas, max_ctas()), kThreads, 0, stream, g);
   });
   ranges.finish();
   return error;

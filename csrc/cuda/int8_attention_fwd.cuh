@@ -10,10 +10,9 @@ namespace cuda {
 namespace int8_attention_impl {
 
 // kDim: columns of the tiles, of queries and keys as of values.
-template <int kDim_, int kMinCtas_, int kMinCtasBiased_>
+template <int kDim_, int kMinCtas_>
 struct Shape {
-  static constexpr int kDim = kDim_, kMinCtas = kMinCtas_, kMinCtasBiased = kMinCtasBiased_, kStages = 2,
-                       kStride = row_stride<int8_t>(kDim);
+  static constexpr int kDim = kDim_, kMinCtas = kMinCtas_, kStages = 2, kStride = row_stride<int8_t>(kDim);
   static constexpr int kChunks = kDim / 16;  // of 16 channels
   // Places in shared memory, in bytes.
   static constexpr int kTileBytes = kTile * kStride, kStageBytes = 2 * kTileBytes + 4 * kDim;
@@ -21,9 +20,9 @@ struct Shape {
   static constexpr int kSharedBytes = kRowFloats + 2 * kTile * 4;
   static_assert(conflict_free<int8_t>(kDim), "row stride must be an odd multiple of 16 bytes");
 };
-using Dims64 = Shape<64, 4, 3>;
-using Dims128 = Shape<128, 2, 2>;
-using Dims256 = Shape<256, 2, 1>;
+using Dims64 = Shape<64, 3>;
+using Dims128 = Shape<128, 2>;
+using Dims256 = Shape<256, 1>;
 
 // ---- scores to weights ----
 
@@ -281,22 +280,54 @@ EFFVIT_DEVICE void load_queries(const Plan& g, const Shared<int8_t>& q, const Sh
   }
 }
 
+// Starts to copy rows [row, row + 64) of a head, zeros beyond M and beyond its columns. A loop with one address: those
+// of an unrolled one would be kept in registers.
 template <class S>
-EFFVIT_DEVICE void load_block(const Plan& g, int64_t pair, int64_t n, const Shared<int8_t>& to,
+EFFVIT_DEVICE void load_rows(const Shared<int8_t>& to, const Integers8& from, int64_t b, int64_t group, int64_t row,
+                             int64_t M) {
+  constexpr int kPieces = S::kDim / kVec<int8_t>, kStep = kThreads / kPieces;
+  const int first = prim::thread_id() / kPieces, col = prim::thread_id() % kPieces * kVec<int8_t>;
+  const int n = piece_length<int8_t>(from.cols - col), rows = static_cast<int>(least(kTile, M - row));
+  const int8_t* p = from.base + b * from.stride_b + group * from.stride_h + (row + first) * from.stride_m + col;
+  EFFVIT_NO_UNROLL
+  for (int r = first; r < kTile; r += kStep) {
+    const int exist = r < rows ? n : 0, at = r * S::kStride + col;
+    if (from.vec) {
+      prim::cp_async16(to, at, p, exist);
+    } else {
+      to.store_vec(at, load_piece(p, exist, false));
+    }
+    p += kStep * from.stride_m;
+  }
+}
+
+template <class S>
+EFFVIT_DEVICE void load_block(const Plan& g, int64_t b, int64_t group, int64_t n, const Shared<int8_t>& to,
                               const Shared<int8_t>& scales) {
-  const int64_t b = pair / g.p.G, group = pair - b * g.p.G, scale_row = (b * g.p.N + n) * g.p.G + group;
-  const auto head = [&](const Integers8& x) {
-    return Matrix{x.base + b * x.stride_b + group * x.stride_h, g.p.M, x.stride_m, x.cols, x.vec};
-  };
-  load_tile<kTile, S::kDim, S::kStride, kThreads>(to, head(g.k), n * kTile, 0);
-  load_tile<kTile, S::kDim, S::kStride, kThreads>(to.from(S::kTileBytes), head(g.v), n * kTile, 0);
+  load_rows<S>(to, g.k, b, group, n * kTile, g.p.M);
+  load_rows<S>(to.from(S::kTileBytes), g.v, b, group, n * kTile, g.p.M);
+  const int64_t scale_row = (b * g.p.N + n) * g.p.G + group;
   const Matrix scale = {reinterpret_cast<const int8_t*>(g.v_scale + scale_row * g.v_scale_cols), 1, 0,
                         4 * g.v_scale_cols, g.v_scale_vec};
   load_tile<1, 4 * S::kDim, 0, kThreads>(scales, scale, 0, 0);
 }
 
+// What a CTA works on. Integers, which are kept in registers: none of these counts reaches 2^31 in memory that there
+// is.
+struct Unit {
+  int b, group, split, row_block;
+  EFFVIT_DEVICE Unit(const Plan& g, int64_t id) {
+    row_block = static_cast<int>(g.row_blocks - 1 - take_index(id, g.row_blocks));  // long rows of causal calls first
+    split = static_cast<int>(take_index(id, g.splits));
+    group = static_cast<int>(take_index(id, g.p.G));
+    b = static_cast<int>(id);
+  }
+  EFFVIT_DEVICE int64_t first() const { return static_cast<int64_t>(row_block) * kTile; }
+  EFFVIT_DEVICE int64_t pair(const Plan& g) const { return b * g.p.G + group; }
+};
+
 template <class S, bool kBias>
-EFFVIT_KERNEL(kThreads, (kBias ? S::kMinCtasBiased : S::kMinCtas))
+EFFVIT_KERNEL(kThreads, S::kMinCtas)
 int8_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
   const Shared<int8_t> q(0, S::kTileBytes);
   const Shared<float> row_scale(S::kRowFloats, kTile), row_part(S::kRowFloats + 4 * kTile, kTile);
@@ -307,34 +338,31 @@ int8_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
   const int depth = static_cast<int>(ceil_div(g.p.K, 32)) * 32, channels = static_cast<int>(g.p.V);
   EFFVIT_NO_UNROLL
   for (int64_t unit = prim::cta_id(); unit < g.units; unit += prim::cta_count()) {
-    int64_t pair = unit;
-    const int64_t row_block = g.row_blocks - 1 - take_index(pair, g.row_blocks);  // long rows of causal calls first
-    const int64_t split = take_index(pair, g.splits), first = row_block * kTile;
-    const int64_t b = pair / g.p.G, group = pair - b * g.p.G;
-    // Blocks [start, whole) are seen by all rows, [whole, stop) by some of them or in part. As integers: 2^31 blocks
-    // are more than memory holds.
-    const int64_t last_row = least(first + kTile, g.rows) - 1, end = least((split + 1) * g.walk, g.p.N);
-    const int start = static_cast<int>(split * g.walk);
+    const Unit u(g, unit);
+    // Blocks [start, whole) are seen by all rows, [whole, stop) by some of them or in part.
+    const int64_t last_row = least(u.first() + kTile, g.rows) - 1, end = least((u.split + 1) * g.walk, g.p.N);
+    const int start = static_cast<int>(u.split * g.walk);
     const int stop = static_cast<int>(least(end, ceil_div(visible_keys(g.p, last_row / g.E), kTile)));
-    const int whole = S::kDim == kMaxDim ? 0 : static_cast<int>(visible_keys(g.p, first / g.E) / kTile);  // registers
+    const int whole =
+        S::kDim == kMaxDim ? 0 : static_cast<int>(visible_keys(g.p, u.first() / g.E) / kTile);  // registers
     const auto load = [&](int n) {
       if (n < stop) {
         const Shared<int8_t> to = stage(n);
-        load_block<S>(g, pair, n, to, to.from(2 * S::kTileBytes));
+        load_block<S>(g, u.b, u.group, n, to, to.from(2 * S::kTileBytes));
       }
       prim::cp_async_commit();
     };
 
     prim::sync_threads();  // the previous unit's readers
     load(start);
-    load_queries<S>(g, q, row_scale, row_part, pair, first);
+    load_queries<S>(g, q, row_scale, row_part, u.pair(g), u.first());
     prim::sync_warp();  // a warp reads its own rows
-    const LaneRows r = lane_rows<kBias>(g, b, group, first, row_scale);
+    const LaneRows r = lane_rows<kBias>(g, u.b, u.group, u.first(), row_scale);
 
     float out[S::kChunks][2][4] = {}, top[2] = {-infinity(), -infinity()}, total[2] = {0.f, 0.f};
     EFFVIT_NO_UNROLL
     for (int n = start; n < stop; ++n) {
-      const float k_scale = prim::load_global(g.k_scale + (b * g.p.N + n) * g.p.G + group);
+      const float k_scale = prim::load_global(g.k_scale + (u.b * g.p.N + n) * g.p.G + u.group);
       prim::cp_async_wait<0>();
       prim::sync_threads();  // this block's tiles, and the last block's readers, over which it copies
       load(n + 1);
@@ -375,12 +403,12 @@ int8_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
     const bool merged = g.splits == 1;
     EFFVIT_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const int64_t row = first + acc_row() + 8 * i;
+      const int64_t row = u.first() + acc_row() + 8 * i;
       if (row >= g.rows) continue;
-      const RowPlace at = place_of(g, group, row);
-      const int64_t pairs = g.p.B * g.p.G, slot = (split * pairs + pair) * g.rows + row;
+      const RowPlace at = place_of(g, u.group, row);
+      const int64_t pairs = g.p.B * g.p.G, slot = (u.split * pairs + u.pair(g)) * g.rows + row;
       const float part = row_part.load(acc_row() + 8 * i), factor = merged ? inverse_of(total[i]) : 1.f;
-      const int64_t to = merged ? ((b * g.p.L + at.l) * g.p.H + at.head) * g.p.V : slot * g.p.V;
+      const int64_t to = merged ? ((u.b * g.p.L + at.l) * g.p.H + at.head) * g.p.V : slot * g.p.V;
       EFFVIT_UNROLL
       for (int c = 0; c < S::kChunks; ++c) {
         const int channel = 16 * c + prim::lane_id() % 4 * 4;
@@ -394,7 +422,7 @@ int8_attention_fwd_kernel(EFFVIT_GRID_CONSTANT Plan g) {
       }
       if (prim::lane_id() % 4 != 0) continue;
       if (merged) {
-        prim::store_global(g.p.lse + (b * g.p.H + at.head) * g.p.L + at.l, log_sum(top[i], total[i]) + part);
+        prim::store_global(g.p.lse + (u.b * g.p.H + at.head) * g.p.L + at.l, log_sum(top[i], total[i]) + part);
       } else {
         const int64_t kind = g.splits * pairs * g.rows;
         prim::store_global(g.partial_stats + slot, top[i]);
