@@ -497,7 +497,7 @@ def _plan_transpose(v):
 def _tile_of(rows, pairs, width, bias):
     """Rows of a program and warps: 128, fewer where there are fewer or registers are short, or to have more
     programs."""
-    m = max(16, min(tuned(128 if width <= 128 and not bias else 64, small=16), next_power_of_two(rows)))
+    m = max(16, min(tuned(128 if width <= 64 and not bias else 64, small=16), next_power_of_two(rows)))
     while m > 32 and cdiv(rows, m) * pairs < TARGET_PROGRAMS // 2:
         m //= 2
     return m, 8 if m * max(width, KEYS) > 64 * 64 or (bias and m == 64) else 4

@@ -13,8 +13,8 @@ NUMPY = (np.float32, np.uint16, np.float16, np.int32, np.int8)
 # B, L, H, K, M, G, V, W, elements between rows, dtype of q, of k and v, of the bias (None: there is none), causal,
 # shiftmax
 CASES = [
-    (1, 70, 2, 20, 200, 2, 36, 1, 0, FLOAT32, FLOAT32, None, 1, 0),  # two blocks of rows; masked blocks and whole ones
-    (1, 1, 3, 64, 330, 1, 64, 1, 0, BFLOAT16, INT8, None, 1, 0),  # a cache, aligned; split along its keys
+    (2, 70, 2, 20, 180, 2, 36, 1, 0, FLOAT32, FLOAT32, None, 1, 0),  # CTAs do several units; blocks masked and whole
+    (1, 1, 3, 64, 400, 1, 64, 1, 0, BFLOAT16, INT8, None, 1, 0),  # a cache, aligned; split along its keys
     (2, 9, 2, 33, 70, 1, 7, 1, 1, FLOAT16, INT8, None, 0, 1),  # a cache, nothing aligned; rows of a tile are missing
     (2, 5, 4, 24, 140, 2, 130, 2, 0, FLOAT32, BFLOAT16, FLOAT32, 0, 1),  # the largest tiles; a bias for each sample
 ]
