@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     settings = Settings(args.epochs, args.fine_tuning_epochs, seed=args.seed, bar=not args.no_progress)
     if args.quick:
-        settings = dataclasses.replace(settings, epochs=8, fine_tuning_epochs=1, repeats=3)
+        settings = dataclasses.replace(settings, epochs=8, fine_tuning_epochs=2, repeats=3)
     gpusq.torchvision_schemas()  # timm imports torchvision, whose binary may not match this torch
     try:
         result = run(load_digits(), settings)
