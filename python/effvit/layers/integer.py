@@ -17,7 +17,7 @@ import effvit.ops  # noqa: F401  defines torch.ops.effvit
 
 from ..integer import layer_norm_constants
 from ..ops import _checks
-from ..ops._integer import DTYPES, LARGEST, LEAST_N, MOST_N, fixed_point_of
+from ..ops._integer import DTYPES, LARGEST, LEAST_N, MOST_N, fixed_point, fixed_point_of
 from ..ops.shift_gelu import FACTOR
 
 IDENTITY = (2**30, 30)  # the multiplier and shift of 1
@@ -154,15 +154,14 @@ class QuantAct(nn.Module):
             for v in values:
                 self.histogram.add(v.transpose(0, 1).flatten(1).abs().float())
         if self.calibrating:
-            low, high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+            torch.minimum(self.low, low, out=self.low)
+            torch.maximum(self.high, high, out=self.high)
+        elif self.low[0] > self.high[0]:  # the first batch
+            self.low.copy_(low)
+            self.high.copy_(high)
         else:
-            first = self.low > self.high
-            low, high = (
-                torch.where(first, new, self.momentum * old + (1 - self.momentum) * new)
-                for old, new in ((self.low, low), (self.high, high))
-            )
-        self.low.copy_(low)
-        self.high.copy_(high)
+            self.low.lerp_(low, 1 - self.momentum)
+            self.high.lerp_(high, 1 - self.momentum)
 
     def calibrate(self, method: str = "max") -> None:
         """Begin to see ranges anew. Beyond 8 bits there is room for all that is seen: the method is "max"."""
@@ -183,10 +182,11 @@ class QuantAct(nn.Module):
     @property
     def scale(self) -> torch.Tensor:
         """[groups] in float64."""
-        if bool((self.low > self.high).any()):
+        most = [max(abs(a), abs(b)) for a, b in zip(self.low.tolist(), self.high.tolist(), strict=True) if a <= b]
+        if len(most) < self.groups:
             raise RuntimeError("effvit::QuantAct: has seen no data: train it, or calibrate the model first")
-        most = torch.maximum(self.low.abs(), self.high.abs()).double()
-        return torch.where(most > 0, most, 1.0) / ends(self.bits)[1]
+        steps = [(m if m > 0 else 1.0) / ends(self.bits)[1] for m in most]
+        return torch.tensor(steps, dtype=torch.float64, device=self.low.device)
 
     def channels(self, count: int) -> torch.Tensor:
         """The scale as a Quantised of so many channels has it: [], or [count] where there are groups."""
@@ -197,7 +197,12 @@ class QuantAct(nn.Module):
 
     def constants(self, scale: torch.Tensor, count: int, own: torch.Tensor | None = None):
         """(multiplier, shift) [count] int32 from steps of `scale` to this one's, which may be given as `own`."""
-        m, c = constants_of("QuantAct", scale / (self.channels(count) if own is None else own))
+        ratio = scale / (self.channels(count) if own is None else own)
+        if not ratio.dim() and 2.0**-31 <= float(ratio) < 2.0**30:
+            return tuple(
+                torch.full((count,), x, dtype=torch.int32, device=ratio.device) for x in fixed_point(float(ratio))
+            )
+        m, c = constants_of("QuantAct", ratio)
         return m.expand(count).contiguous(), c.expand(count).contiguous()
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
@@ -251,10 +256,11 @@ class QuantAct(nn.Module):
         q = saturated(int_layer_norm(x.integers, *norm.constants_for(scale), bits=self.bits), self.bits)
         return computed(lambda: torch.clamp(total, *self._bounds(scale, x.dtype)), q, scale, x)
 
-    def _bounds(self, scale: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    def _bounds(self, scale: torch.Tensor, dtype: torch.dtype) -> list:
         """What rounds to the ends of the range begins and ends there."""
         low, high = ends(self.bits)
-        return [(end * scale).to(dtype) for end in (low - 0.5, high + 0.5)]
+        scale = scale.to(dtype) if scale.dim() else float(scale)
+        return [end * scale for end in (low - 0.5, high + 0.5)]
 
     def extra_repr(self):
         return f"bits={self.bits}, groups={self.groups}"
