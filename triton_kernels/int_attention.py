@@ -7,6 +7,7 @@ again each time. Products are of int8: probabilities are digits of seven bits.
 import torch
 
 from ._common import Launch, _loop_bound, cdiv, device_function, next_power_of_two, run, tl, triton, tuned
+from ._gemm import depth_of
 from ._int_rows import (
     LARGEST,
     OUT_DTYPES,
@@ -145,8 +146,8 @@ def _plan_forward(
         "score_multiplier": score_multiplier, "score_shift": score_shift, "X": -x0, "n": n, "multiplier": multiplier,
         "shift": shift, "SCORE_LOW": -(2 ** (score_bits - 1)), "SCORE_HIGH": 2 ** (score_bits - 1) - 1,
         "PROB_SHIFT": 32 - bits, "HALF_BIT": half_bit, "DIGITS": (bits + 5) // 7, "RESCALED": multiplier != 0,
-        "LOW": low, "HIGH": high, "BLOCK_M": m, "BLOCK_N": tuned(64, small=32),
-        "BLOCK_K": max(32, min(tuned(128, small=32), next_power_of_two(K))), "BLOCK_V": wide,
+        "LOW": low, "HIGH": high, "BLOCK_M": m, "BLOCK_N": 32,
+        "BLOCK_K": max(32, min(depth_of(q.stride(1), k.stride(1)), next_power_of_two(K))), "BLOCK_V": wide,
     }  # fmt: skip
     programs = B * H * cdiv(L, m) * cdiv(V, wide)
     check_grid("int_attention", programs)
