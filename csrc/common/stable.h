@@ -110,8 +110,8 @@ inline const char* dtype_name(ScalarType t) {
 }
 
 inline const char* dtype_name(DType t) {
-  static const char* const names[] = {"torch.float32", "torch.bfloat16", "torch.float16",
-                                      "torch.int32",   "torch.int8",     "torch.uint8"};
+  static const char* const names[] = {"torch.float32", "torch.bfloat16", "torch.float16", "torch.int32",
+                                      "torch.int8",    "torch.uint8",    "torch.int16"};
   return names[static_cast<int>(t)];
 }
 

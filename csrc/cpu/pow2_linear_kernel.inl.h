@@ -10,7 +10,7 @@
 #pragma once
 
 #include "bytes.inl.h"
-#include "int8_gemm.inl.h"
+#include "int8_epilogue.inl.h"
 #include "int8_tiles.inl.h"
 
 namespace effvit::cpu::EFFVIT_ISA_NAME {
