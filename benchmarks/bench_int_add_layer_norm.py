@@ -34,11 +34,7 @@ def _call(step):
 def _float(x, residual, x_int, residual_int):
     weight, bias = torch.ones(x.shape[-1], dtype=x.dtype), torch.zeros(x.shape[-1], dtype=x.dtype)
 
-    def run():
-        total = x + residual
-        return F.layer_norm(total, x.shape[-1:], weight, bias), total
-
-    return run
+    return lambda: F.layer_norm(x + residual, x.shape[-1:], weight, bias)
 
 
 def _inputs(dtype, device, shape, kind, step):

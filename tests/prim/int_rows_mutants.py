@@ -49,7 +49,7 @@ MUTANTS = [
     Mutant("too_many_columns", KERNEL, "i < p.columns; i += prim::kWarpSize) {\n      const int32_t y",
            "i < p.columns + 1; i += prim::kWarpSize) {\n      const int32_t y", "outside"),
     Mutant("lost_sums", KERNEL, "i < p.columns; i += prim::kWarpSize) {\n      const int32_t m",
-           "i + 1 < p.columns; i += prim::kWarpSize) {\n      const int32_t m", ""),
+           "i + 1 < p.columns; i += prim::kWarpSize) {\n      const int32_t m", "written"),
     Mutant("signs_of_bytes", KERNEL, "type == DType::kInt8 ? 128 : 0", "type == DType::kUInt8 ? 128 : 0", ""),
     Mutant("ends_of_sums", KERNEL, "m2, c2, p.sum_low, p.sum_high)", "m2, c2, p.low, p.high)", ""),
     Mutant("offset", NORM, "y = saturating_sum(y, vectors[1]);", "y = saturating_sum(y, vectors[0]);", ""),
