@@ -49,5 +49,3 @@ WAIVERS |= {
     for op in ("binary_linear", "pam_matmul", "pow2_linear", "sign_bits", "table_lookup")
     for layer in _CUDA
 }
-_LUT = "bound by memory: the Triton kernel does"
-WAIVERS |= {(op, layer): _LUT for op in ("quantize_lut", "dequantize_lut", "fake_quantize_lut") for layer in _CUDA}
