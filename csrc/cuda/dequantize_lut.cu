@@ -4,4 +4,5 @@
 #include "../common/dequantize_lut.h"
 #include "binding.h"
 
-EFFVIT_CUDA_OP(dequantize_lut, 0, cuda::dequantize_lut_impl::launch_dequantize_lut_fwd(p, stream), 0, cudaSuccess)
+EFFVIT_CUDA_OP(dequantize_lut, 0, ::effvit::cuda::dequantize_lut_impl::launch_dequantize_lut_fwd(p, stream), 0,
+               cudaSuccess)

@@ -4,5 +4,5 @@
 #include "../common/fake_quantize_lut.h"
 #include "binding.h"
 
-EFFVIT_CUDA_OP(fake_quantize_lut, 0, cuda::fake_quantize_lut_impl::launch_fake_quantize_lut_fwd(p, stream), 0,
+EFFVIT_CUDA_OP(fake_quantize_lut, 0, ::effvit::cuda::fake_quantize_lut_impl::launch_fake_quantize_lut_fwd(p, stream), 0,
                cudaSuccess)

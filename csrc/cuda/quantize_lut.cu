@@ -4,4 +4,4 @@
 #include "../common/quantize_lut.h"
 #include "binding.h"
 
-EFFVIT_CUDA_OP(quantize_lut, 0, cuda::quantize_lut_impl::launch_quantize_lut_fwd(p, stream), 0, cudaSuccess)
+EFFVIT_CUDA_OP(quantize_lut, 0, ::effvit::cuda::quantize_lut_impl::launch_quantize_lut_fwd(p, stream), 0, cudaSuccess)
