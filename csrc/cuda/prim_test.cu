@@ -213,6 +213,19 @@ EFFVIT_KERNEL(kThreads, 1) round_kernel(const float* in, int32_t* out) {  // [th
   store_global(out + thread_id(), round_to_int(load_global(in + thread_id())));
 }
 
+// x, y [threads] as bits -> [2, threads]: x shifted by y, bytes of both by the digits of x.
+EFFVIT_KERNEL(kThreads, 1) bits_kernel(const uint32_t* x, const uint32_t* y, uint32_t* out) {
+  const uint32_t a = load_global(x + thread_id()), b = load_global(y + thread_id());
+  store_global(out + thread_id(), shift_right(a, b));
+  store_global(out + kThreads + thread_id(), permute_bytes(a, b, a & 0x7777u));
+}
+
+// x [2, threads], y [threads] -> [threads]: x0 x1 + y, rounded twice.
+EFFVIT_KERNEL(kThreads, 1) product_kernel(const float* x, const float* y, float* out) {
+  const float p = product(load_global(x + thread_id()), load_global(x + kThreads + thread_id()));
+  store_global(out + thread_id(), p + load_global(y + thread_id()));
+}
+
 #if defined(EFFVIT_EMU)
 enum Fault : int {
   kSharedOverrun,
@@ -292,6 +305,9 @@ cudaError_t run(const std::string& name, const void* a, const void* b, void* out
   EFFVIT_CASE(cp_async, 1, 2 * kThreads * 16, static_cast<const uint8_t*>(a), static_cast<uint8_t*>(out));
   EFFVIT_CASE(convert, 1, 0, fa, static_cast<uint32_t*>(out));
   EFFVIT_CASE(math, 1, 0, fa, fo);
+  const auto *ua = static_cast<const uint32_t*>(a), *ub = static_cast<const uint32_t*>(b);
+  EFFVIT_CASE(bits, 1, 0, ua, ub, static_cast<uint32_t*>(out));
+  EFFVIT_CASE(product, 1, 0, fa, static_cast<const float*>(b), fo);
   EFFVIT_CASE(round, 1, 0, fa, static_cast<int32_t*>(out));
   const auto *ha = static_cast<const float16*>(a), *hb = static_cast<const float16*>(b);
   const auto *ia = static_cast<const int8_t*>(a), *ib = static_cast<const int8_t*>(b);

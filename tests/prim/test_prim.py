@@ -240,6 +240,24 @@ def test_math(device, seed):
         assert (np.abs(got - expected) <= ulps * np.finfo(np.float32).eps * np.abs(expected)).all()
 
 
+def test_bits(device, seed):
+    x, y = rng().integers(0, 2**32, (2, THREADS), dtype=np.uint32)
+    y[:4] = [0, 31, 32, 33]
+    out = device("bits", [x, y], (2, THREADS), np.uint32)
+    assert (out[0] == x >> (y & 31)).all()
+    both = np.stack((x, y), -1).view(np.uint8)  # the bytes of x, then those of y, the lowest first
+    digits = x[:, None] >> np.array([0, 4, 8, 12], np.uint32) & 7
+    assert (out[1] == np.take_along_axis(both, digits.astype(np.int64), 1).copy().view(np.uint32)[:, 0]).all()
+
+
+def test_product_is_rounded_before_it_is_added_to(device, seed):
+    x = rng().standard_normal((2, THREADS)).astype(np.float32)
+    exact = x[0].astype(np.float64) * x[1]
+    assert (exact.astype(np.float32) != exact).mean() > 0.9  # a multiply-add would leave what rounding took
+    out = device("product", [x, -exact.astype(np.float32)], (THREADS,), np.float32)
+    assert (out == 0).all()
+
+
 def test_rounding_to_integers(device, seed):
     x = rng().uniform(-200, 200, THREADS).astype(np.float32)
     x[:9] = [0.5, 1.5, -0.5, -2.5, 126.5, 1e30, -1e30, np.inf, 8388609]
