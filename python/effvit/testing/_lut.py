@@ -46,6 +46,7 @@ def standard_samples(sample):
         sample("swin_hidden_8_bits", (1, 784, 96), count=255, tags="vit"),
         sample("small", (2, 3, 20), tags="small framework"),
         sample("small_8_bits", (2, 3, 37), count=255, tags="small framework"),
+        sample("small_log", (2, 3, 24), kind="log", tags="small"),
         *(sample(f"count_{n}", (3, 70), count=n, tags="small" if n in (1, 2, 8, 31) else "")
           for n in (1, 2, 3, 4, 7, 8, 14, 16, 31, 33, 63, 64, 100, 127, 128, 200, 254)),
         *(sample(f"kind_{k}", (3, 70), count=16, kind=k, tags="nasty small") for k in KINDS[1:]),
