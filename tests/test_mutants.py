@@ -92,7 +92,8 @@ def error(got, expected):
 def test_every_op_has_mutants():
     row_wise = {path.stem for path in (ROOT / "csrc" / "rows").glob("*.h")}
     names = {name for name, op in OPS.items() if op.backward_of is None and (name, "cuda kernel") not in WAIVERS}
-    assert PROGRAMS.keys() == (names - row_wise) | {"prim", "rows", "int_rows"}
+    served = {op for program, module in PROGRAMS.items() for op in getattr(module, "OPS", (program,))}
+    assert served == (names - row_wise) | {"prim", "rows", "int_rows"}
     for program, module in PROGRAMS.items():
         assert len(module.MUTANTS) >= 5, program
         assert len({m.name for m in module.MUTANTS}) == len(module.MUTANTS), program

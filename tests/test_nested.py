@@ -17,12 +17,17 @@ def nested(layout, like, requires_grad=False):
         return torch.nested.nested_tensor([*torch.atleast_2d(like)], layout=layout, requires_grad=requires_grad)
 
 
+def spec_of(op):
+    return importlib.import_module(f"effvit.testing.{OPS[op].backward_of or op}").SPEC
+
+
 def call(op):
     """Tensors of a good call, by name, and the options without a default."""
-    spec = importlib.import_module(f"effvit.testing.{OPS[op].backward_of or op}").SPEC
+    spec = spec_of(op)
     args, options = spec.good_input()
     needed = {o.name: options[o.name] for o in OPS[op].declaration.options if o.default is None}
-    return {name: t for name, t in zip(spec.tensors, args, strict=True) if t is not None}, needed
+    tensors = {name: t for name, t in zip(spec.tensors, args, strict=True) if t is not None}
+    return tensors, needed
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -30,6 +35,7 @@ def call(op):
 @pytest.mark.parametrize("op, name", [(op, name) for op in effvit.ops.__all__ for name in call(op)[0]])
 def test_functions_refuse(op, name, layout, requires_grad):
     args, options = call(op)
+    options = spec_of(op).public_kwargs(options)
     args[name] = nested(layout, args[name], requires_grad)
     with pytest.raises(TypeError, match=rf"effvit::{op}: {name} must be a dense \(strided\) tensor, got nested"):
         getattr(effvit, op)(**args, **options)

@@ -287,6 +287,23 @@ def test_exported(photograph):
 
 
 @pytest.mark.parametrize("which", ["class token", "Swin"])
+def test_traced(which, photograph):
+    """By torch.jit, for other batches as well; torch.jit.script is refused in one sentence, whatever the layer."""
+    model = made(which)
+    images = crops(photograph, model, 3)
+    prepared = effvit.prepare_integer(model, [images], progress=False)
+    integer, _ = effvit.to_integer(model, [images], progress=False)
+    x = integer.quantize_input(images)
+    traced = torch.jit.trace(integer, x, check_trace=False)
+    for given in (x, x[:1], torch.cat((x, x.flip(-1)))):
+        assert torch.equal(traced(given), integer(given))
+    for module in (prepared, integer, integer.head, prepared.input_act):
+        name = type(module).__name__
+        with pytest.raises(RuntimeError, match=rf"^effvit::{name}: torch\.jit\.script cannot .* use torch"):
+            torch.jit.script(module)
+
+
+@pytest.mark.parametrize("which", ["class token", "Swin"])
 def test_batches_of_any_size(which, photograph):
     model = made(which)
     integer, _ = effvit.to_integer(model, [crops(photograph, model, 2)], progress=False)

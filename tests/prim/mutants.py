@@ -6,6 +6,7 @@ A program is a harness, compiled for the emulator without torch, that runs a few
     MUTANTS   plausible mistakes, each of which must be caught
     run       (library) -> pairs (name, result) of every case; without torch
     check     (results of the unmutated sources) -> None, or an AssertionError
+    OPS       the operators whose kernels these are, where it is not the one of the program's name
 
 and the `run` of every one is called by run_mutant.py in a process of its own.
 """

@@ -1,5 +1,7 @@
 """Drop-in modules built on effvit's operators: constructors and state_dict keys of timm or of the original code."""
 
+from torch import nn
+
 from .._when_imported import when_imported
 from .binary import BinaryAttention, BinaryLinear
 from .block_sparse import BlockSparseInt8Linear, BlockSparseLinear
@@ -152,7 +154,9 @@ def _register(timm_models):
         timm_models.register_notrace_module(layer)
 
 
-_LAYERS = [x for x in map(globals().get, __all__) if isinstance(x, type) and x not in (Int8KVCache, RepBN)]
+_LAYERS = [
+    x for x in map(globals().get, __all__) if isinstance(x, type) and issubclass(x, nn.Module) and x is not RepBN
+]
 for _layer in _LAYERS:
     _layer.__prepare_scriptable__ = _refuse_script
 when_imported("timm.models", _register)
