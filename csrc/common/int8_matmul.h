@@ -1,10 +1,9 @@
 // int8_matmul: declaration, limits, and the filling of its parameters.
 #pragma once
 
-#include <limits>
-
 #include "declaration.h"
 #include "int8_matmul_params.h"
+#include "int_rescale.h"
 
 namespace effvit {
 
@@ -15,11 +14,8 @@ inline void check_rescale(const Call& c) {
 
 // Ends of what `bits` hold in a dtype.
 inline void set_ends(Rescale& r, int bits, DType dtype) {
-  const int most = static_cast<int>(8 * element_bytes(dtype));
-  bits = std::min(bits, most);
-  const bool is_unsigned = dtype == DType::kUInt8;
-  r.low = is_unsigned ? 0 : static_cast<int32_t>(-(int64_t{1} << (bits - 1)));
-  r.high = static_cast<int32_t>((int64_t{1} << (is_unsigned ? bits : bits - 1)) - 1);
+  const Ends ends = ends_of(dtype, bits);
+  r.low = ends.low, r.high = ends.high;
 }
 
 inline Rescale rescale_of(const Call& c, Name bits) {

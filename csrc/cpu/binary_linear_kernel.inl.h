@@ -87,7 +87,7 @@ void count(const uint8_t* tables, const uint8_t* at, int64_t V, const uint8_t* w
     for (int r = 0; r < kN; ++r) {
       for (int j = 0; j < kVectors; ++j) store_vb(bytes + j * kBytes, sum[r][j]);
       int32_t* const to = acc + r * kBlock;
-      for (int i = 0; i < kBlock; i += kLanes) store(to + i, load(to + i) + load_as_ints(bytes + i));
+      for (int i = 0; i < kBlock; i += kLanes) store(to + i, load(to + i) + load_integers(bytes + i));
     }
   }
 }

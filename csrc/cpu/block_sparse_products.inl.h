@@ -324,6 +324,7 @@ inline void emulated_dot_signed(int c, int a, int b) {
 // acc[kM * 16][kSize]. x: [blocks along K][rows][64 bytes], `rows` of them to a block.
 template <class T, int kSize, int kM>
 void multiply_tiles_of(const char* x, int64_t rows, const float* w, const BlockList& list, float* acc) {
+  before_tile_loads();
   EFFVIT_TILE_ZERO(0);
   EFFVIT_TILE_ZERO(1);
   EFFVIT_TILE_ZERO(2);

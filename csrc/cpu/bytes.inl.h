@@ -62,19 +62,6 @@ EFFVIT_INLINE vb high_nibbles(vb x) {
 #endif
 }
 
-// kLanes unsigned bytes as integers.
-EFFVIT_INLINE vi load_as_ints(const uint8_t* p) {
-#if defined(EFFVIT_HAS_AVX512)
-  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#elif defined(EFFVIT_HAS_AVX2)
-  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-#else
-  vi v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-
 // 16 vectors of 16 bytes, transposed: four perfect shuffles.
 EFFVIT_INLINE void transpose_16(v16 (&x)[16]) {
   v16 y[16];

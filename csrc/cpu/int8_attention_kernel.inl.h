@@ -42,6 +42,9 @@ void fetch_queries(const Params& p, int64_t b, int64_t g, int64_t first, int row
 
 void run(const Params& p, float* workspace, int64_t begin, int64_t end) {
   const Plan plan(p);
+#if defined(EFFVIT_HAS_INT8_DOT) && defined(EFFVIT_HAS_TILES)
+  const TileScope scope;
+#endif
   const int64_t unit_rows = rows_of_unit(plan), blocks = ceil_div(plan.rows, unit_rows);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = unit % blocks * unit_rows, g = unit / blocks % p.G, b = unit / blocks / p.G;

@@ -198,13 +198,15 @@ class LanePass {
         auto* const sums = reinterpret_cast<float*>(scores_) + v * kLanes;
         const vf lowest = set1(-__builtin_inff());
         vf top = lowest;
+        vi wrong{};  // where a score is NaN, which max() loses
         for (int j = 0; j < n; ++j) {
           vf s = rounded(to_floats(load(scores + j * kQueries)) * c) + load(bias + j * kQueries);
           if constexpr (kMasked) s = seen > j ? s : lowest;
           store(sums + j * kQueries, s);
-          top = max(top, s);
+          top = max(top, s), wrong |= s != s;
         }
         for (int j = n; j < 4 * groups; ++j) store(sums + j * kQueries, lowest);
+        top = wrong ? set1(__builtin_nanf("")) : top;
         of_block = top, step = set1(p_.step);
         for (int g = 0; g < groups; ++g) {
           vf y[4];
@@ -283,6 +285,7 @@ class LanePass {
   template <int kM>
   static void tiles(int32_t* c, const int8_t* a, int64_t a_stride, const int32_t* b, int steps) {
     constexpr int kBytes = 4 * kQueries;
+    before_tile_loads();
     EFFVIT_TILE_ZERO(0);
     EFFVIT_TILE_ZERO(1);
     EFFVIT_TILE_ZERO(2);
@@ -302,7 +305,6 @@ class LanePass {
     if constexpr (kM == 2) EFFVIT_TILE_STORE(2, c + 16 * kQueries, kBytes);
     if constexpr (kM * kVectors == 4) EFFVIT_TILE_STORE(3, c + 16 * kQueries + 16, kBytes);
   }
-  TileScope scope_;
 #endif
 
   void finish() {

@@ -174,16 +174,17 @@ class RowPass {
       });
       const vf lowest = set1(-__builtin_inff());
       vf highest = lowest;
+      vi wrong{};  // where a score is NaN, which max() loses
       for (int j = 0; j < n; j += kLanes) {
-        const vf y = rounded(to_floats(load(scores_ + j)) * c) + load(bias_ + j);
-        store(sums + j, y);
-        highest = max(highest, lanes_below(std::min(kLanes, n - j)) ? y : lowest);
+        const vf sum = rounded(to_floats(load(scores_ + j)) * c) + load(bias_ + j);
+        store(sums + j, sum);
+        const vf y = lanes_below(std::min(kLanes, n - j)) ? sum : lowest;
+        highest = max(highest, y), wrong |= y != y;
       }
-      // A NaN anywhere is one of the row's.
       float most_of_row = highest[0];
-      for (int i = 1; i < kLanes; ++i) {
-        most_of_row = most_of_row > highest[i] || most_of_row != most_of_row ? most_of_row : highest[i];
-      }
+      int32_t any_wrong = wrong[0];
+      for (int i = 1; i < kLanes; ++i) most_of_row = std::max(most_of_row, highest[i]), any_wrong |= wrong[i];
+      if (any_wrong) most_of_row = __builtin_nanf("");
       of_block = set1(most_of_row);
     } else {
       for (int j = 0; j < n; j += kLanes) {

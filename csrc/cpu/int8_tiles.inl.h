@@ -217,6 +217,7 @@ class AmxTiles {
  private:
   template <int kM, int kN>
   void tiles(int row, int32_t* acc) const {
+    before_tile_loads();
     EFFVIT_TILE_ZERO(0);
     EFFVIT_TILE_ZERO(1);
     EFFVIT_TILE_ZERO(2);

@@ -57,6 +57,7 @@ struct Geometry {
     p_words = ceil_div(p.M, bytes ? 4 : 2);
     v_words = p_words = ceil_div(p_words, kWordsTogether) * kWordsTogether;
     rows = static_cast<int>(std::clamp<int64_t>(kScoresOfBlock / keys, 1, kBlockRows));
+    rows = std::min<int>(kBlockRows, round_up(rows, kRowsTogether));  // products have as many
     units = ceil_div(p.L, small ? rows : kUnitRows);
     unit_rows = ceil_div(ceil_div(p.L, units), kTileRows) * kTileRows;
     units = ceil_div(p.L, unit_rows);
@@ -217,12 +218,13 @@ class Pass {
     vu sum{};
     int64_t i = 0;
     for (; i + kLanes <= M; i += kLanes) {
-      const vi y = shift_exp<kWide>(e, most(load(s + i), low) - high);
+      const vi y = shift_exp<kWide>(e, (vi)((vu)most(load(s + i), low) - (vu)high));
       store(s + i, y);
       sum = least(sum + (vu)y, limit);
     }
     for (; i < keys; i += kLanes) {
-      const vi y = i < M ? only(shift_exp<kWide>(e, most(load(s + i), low) - high), M - i, 0) : vi{};
+      const vi d = (vi)((vu)most(load(s + i), low) - (vu)high);  // lanes beyond the row wrap
+      const vi y = i < M ? only(shift_exp<kWide>(e, d), M - i, 0) : vi{};
       store(s + i, y);
       sum = least(sum + (vu)y, limit);
     }

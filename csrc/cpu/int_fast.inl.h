@@ -291,11 +291,40 @@ EFFVIT_INLINE bool norm_row(const IntRowsData& p, const NormTable& table, RowOf1
 
 // ---- tables of bytes ------------------------------------------------------------------------------------------------
 
-// Results at[x + shift], modulo 256, of bytes x.
+#if defined(EFFVIT_HAS_AVX512)
+// A table of 256 bytes in four registers, as 128 words of two.
+struct TableOfBytes {
+  __m512i w0, w1, w2, w3;
+
+  explicit TableOfBytes(const void* at) {
+    const __m512i* const words = static_cast<const __m512i*>(at);
+    w0 = words[0], w1 = words[1], w2 = words[2], w3 = words[3];
+  }
+  // Of 32 indices of 0 to 255 in words.
+  EFFVIT_INLINE __m256i operator()(__m512i k) const {
+    const __m512i word = _mm512_srli_epi16(k, 1), one = _mm512_set1_epi16(1);
+    const __m512i low = _mm512_permutex2var_epi16(w0, word, w1), high = _mm512_permutex2var_epi16(w2, word, w3);
+    __m512i y = _mm512_mask_mov_epi16(low, _mm512_movepi16_mask(_mm512_slli_epi16(k, 8)), high);
+    y = _mm512_mask_srli_epi16(y, _mm512_test_epi16_mask(k, one), y, 8);
+    return _mm512_cvtepi16_epi8(y);
+  }
+};
+#endif
+
+// Results at[x + shift], modulo 256, of bytes x; `at` lies at a multiple of 64.
 template <class T>
 EFFVIT_INLINE void look_up_bytes(const T* at, const uint8_t* x, int64_t n, uint8_t shift, T* out) {
   int64_t i = 0;
-#if defined(EFFVIT_HAS_AVX2) && EFFVIT_LANES == 8
+#if defined(EFFVIT_HAS_AVX512)
+  if constexpr (sizeof(T) == 1) {
+    const TableOfBytes of(at);
+    const __m256i offset = _mm256_set1_epi8(static_cast<char>(shift));
+    for (; i + 32 <= n; i += 32) {
+      const __m256i k = _mm256_add_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)), offset);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), of(_mm512_cvtepu8_epi16(k)));
+    }
+  }
+#elif defined(EFFVIT_HAS_AVX2) && EFFVIT_LANES == 8
   if constexpr (sizeof(T) == 1) {
     // 16 shuffles of tables of 16 by the low bits; of their results the high bits choose, one by one.
     const __m256i offset = _mm256_set1_epi8(static_cast<char>(shift)), low = _mm256_set1_epi8(15);

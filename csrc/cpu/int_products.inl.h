@@ -260,6 +260,7 @@ inline void emulated_unsigned_dot(int c, int a, int b) {
 
 template <class Dot, int kM, int kN>
 void multiply_tiles(Left a, Right b, int64_t words, int32_t* out, int64_t out_row) {
+  before_tile_loads();
   EFFVIT_TILE_ZERO(0);
   EFFVIT_TILE_ZERO(1);
   EFFVIT_TILE_ZERO(2);
@@ -382,7 +383,7 @@ EFFVIT_INLINE void words_of_columns(const T* from, int64_t row, int64_t rows, in
   }
 }
 
-// n numbers as int16 or as bytes xor `flip`, zeros up to `width`.
+// n numbers as int16, zeros up to `width`.
 template <class T>
 EFFVIT_INLINE void widen(const T* from, int64_t n, int16_t* to, int64_t width) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<int16_t>(from[i]);

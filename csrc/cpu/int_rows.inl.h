@@ -122,7 +122,7 @@ EFFVIT_INLINE int32_t fold(vi x, const F& f) {
 #endif
   return x[0];
 }
-// Reduces the terms of one pass; the smallest one as well for kMax.
+// Reduces the terms of one pass; the smallest one as well for kRange.
 template <class F, int kPass, class Row>
 EFFVIT_INLINE void reduce(const IntRowsData& p, const Source& s, Row& row) {
   constexpr bool kKeep = F::kKeeps && kPass == F::kPasses - 1;
@@ -230,20 +230,15 @@ EFFVIT_INLINE void look_up(const Table<T>& table, const int32_t* x, int64_t colu
   const T* const at = table.at;
   int64_t i = 0;
 #if defined(EFFVIT_HAS_AVX512)
-  if constexpr (sizeof(T) == 1) {  // words of two results: 128 of them are in four registers
-    const __m512i* const words = reinterpret_cast<const __m512i*>(at);
-    const __m512i w0 = words[0], w1 = words[1], w2 = words[2], w3 = words[3];
-    const __m512i offset = _mm512_set1_epi32(static_cast<int32_t>(shift)), one = _mm512_set1_epi16(1);
+  if constexpr (sizeof(T) == 1) {
+    const TableOfBytes of(at);
+    const __m512i offset = _mm512_set1_epi32(static_cast<int32_t>(shift));
     const auto index = [&](int64_t k) __attribute__((always_inline)) {
       return _mm512_cvtepi32_epi16(_mm512_add_epi32(_mm512_loadu_si512(x + k), offset));
     };
     for (; i + 32 <= columns; i += 32) {
       const __m512i k = _mm512_inserti64x4(_mm512_castsi256_si512(index(i)), index(i + 16), 1);
-      const __m512i word = _mm512_srli_epi16(k, 1);
-      const __m512i low = _mm512_permutex2var_epi16(w0, word, w1), high = _mm512_permutex2var_epi16(w2, word, w3);
-      __m512i y = _mm512_mask_mov_epi16(low, _mm512_movepi16_mask(_mm512_slli_epi16(k, 8)), high);
-      y = _mm512_mask_srli_epi16(y, _mm512_test_epi16_mask(k, one), y, 8);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtepi16_epi8(y));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), of(k));
     }
   }
 #endif

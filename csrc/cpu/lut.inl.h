@@ -75,18 +75,6 @@ EFFVIT_INLINE void search(const float* tree, const vf (&x)[n], vi (&code)[n]) {
   level(std::integral_constant<int, 7>{});
 }
 
-EFFVIT_INLINE vi load_codes(const uint8_t* p) {
-#if defined(EFFVIT_HAS_AVX512)
-  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#elif defined(EFFVIT_HAS_AVX2)
-  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-#else
-  vi v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-
 // Four vectors of codes as bytes.
 EFFVIT_INLINE void store_codes(uint8_t* p, const vi (&code)[kAhead]) {
 #if defined(EFFVIT_HAS_AVX2) && !defined(EFFVIT_HAS_AVX512)
@@ -151,7 +139,7 @@ struct Dequantize {
 EFFVIT_INLINE vf load_input(const float* p) { return load(p); }
 EFFVIT_INLINE vf load_input(const BFloat16* p) { return load(p); }
 EFFVIT_INLINE vf load_input(const Float16* p) { return load(p); }
-EFFVIT_INLINE vi load_input(const uint8_t* p) { return load_codes(p); }
+EFFVIT_INLINE vi load_input(const uint8_t* p) { return load_integers(p); }
 EFFVIT_INLINE void store_output(uint8_t* p, const vi (&y)[kAhead]) { store_codes(p, y); }
 EFFVIT_INLINE void store_output(uint8_t* p, const vi (&y)[1]) { store(reinterpret_cast<int8_t*>(p), y[0]); }
 template <class T, int n>

@@ -107,7 +107,7 @@ enum Mode { kPlain, kZeros, kBounds };
 // u = |x| + |w| - infinity, of bits, fits into int32: from 2 kLeast - kInfinity to 2 (kInfinity - 1) - kInfinity. The
 // product is u + 2 * 0x40000000 - kOne = u + 0x40000000, if that is at least kLeast; at most infinity.
 EFFVIT_INLINE vi bounded(vi x, vi w) {
-  const vi full = w + static_cast<int32_t>(kOne), clear = set1(0x7fffffff);
+  const vi full = (vi)((vu)w + static_cast<uint32_t>(kOne)), clear = set1(0x7fffffff);
   const vi a = x & clear, b = full & clear;
   vi u = (a - static_cast<int32_t>(kInfinity / 2)) + (b - static_cast<int32_t>(kInfinity / 2));
   const vi there = (u >= static_cast<int32_t>(kLeast) - 0x40000000) & (a != 0) & (b != 0);

@@ -84,9 +84,6 @@ void pack(const Params& p, float* workspace, int64_t begin, int64_t end) {
   }
 }
 
-// kLanes signed bytes as integers.
-EFFVIT_INLINE vi load_codes(const uint8_t* p) { return (load_as_ints(p) << 24) >> 24; }
-
 EFFVIT_INLINE vi shift_right(vi x, vi count) {
 #if defined(EFFVIT_HAS_AVX512)
   return (vi)_mm512_srav_epi32((__m512i)x, (__m512i)count);
@@ -103,7 +100,7 @@ void shift_and_add(const int32_t* x, int64_t K, const uint8_t* w, int left, int 
   vi sum[kN] = {}, negative{};
   const vi offset = set1(left + right + 1), most = set1(31);  // left - p = left + right + 1 - |code|
   for (int64_t k = 0; k < K; ++k) {
-    const vi code = load_codes(w + k * kBlock);
+    const vi code = load_integers(reinterpret_cast<const int8_t*>(w) + k * kBlock);
     const vi sign = code >> 31, there = code != 0, size = (code ^ sign) - sign;
     vi count = offset - size;
     count = count > most ? most : count;  // beyond 31 nothing changes

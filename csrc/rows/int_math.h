@@ -89,11 +89,11 @@ EFFVIT_FN int32_t lowest_of(const ShiftExp& e, int32_t top) {
 }
 // The shift exponential of -n x <= d <= 0: with p = d + d / 2 - d / 16, at least -n x, and -p = q x + r it is
 // (2x - r) 2^(n - q) / 2. p <= d, so that whoever cuts d off at -n x changes nothing. ShiftExp has x << n < 2^31, so
-// nothing here exceeds 32 bits without a sign.
+// nothing here exceeds 32 bits without a sign; lanes beyond a row may wrap.
 template <int kWide, class V>
 EFFVIT_FN V shift_exp(const ShiftExp& e, V d) {
   using U = Unsigned<V>;
-  const V p = most(d + (d >> 1) - (d >> 4), splat<V>(0u - e.limit));
+  const V p = most((V)((U)d + (U)(d >> 1) - (U)(d >> 4)), splat<V>(0u - e.limit));
   U q;
   if constexpr (kWide != 0) {
     q = mul_high(0u - (U)p, e.magic) >> e.shift;

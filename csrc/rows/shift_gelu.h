@@ -68,7 +68,7 @@ struct Forward {
   EFFVIT_FN static V map(const IntRowsData& p, const Row& row, V x, V, V, const V (&)[1]) {
     using U = Unsigned<V>;
     const auto of = [](int32_t y) { return splat<V>(static_cast<uint32_t>(y)); };
-    const U e = (U)shift_exp<kWide>(p.exp, most(x, of(row.low)) - of(row.top));
+    const U e = (U)shift_exp<kWide>(p.exp, (V)((U)most(x, of(row.low)) - (U)of(row.top)));  // lanes beyond a row wrap
     const U f = reciprocal(least(e + row.of_top, splat<U>(0x7fffffff)));
     const U sigmoid = (e * f) >> static_cast<uint32_t>(32 - p.bits);
     const V y = row.fits ? (V)((U)x * sigmoid) : product(x, (V)sigmoid, -0x7fffffff - 1, 0x7fffffff);

@@ -46,8 +46,9 @@ struct Forward {
     if constexpr (kPass == 0) {
       return x;
     } else {
-      return shift_exp<kWide>(
-          p.exp, most(x, splat<V>(static_cast<uint32_t>(row.low))) - splat<V>(static_cast<uint32_t>(row.top)));
+      using U = Unsigned<V>;  // as lanes beyond a row may wrap
+      const V low = splat<V>(static_cast<uint32_t>(row.low));
+      return shift_exp<kWide>(p.exp, (V)((U)most(x, low) - splat<U>(static_cast<uint32_t>(row.top))));
     }
   }
   template <int kPass>

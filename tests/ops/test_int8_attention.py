@@ -14,6 +14,7 @@ from effvit.testing.int8_attention import NAMES, SHIFTMAX, SPEC, quantised
 from op_suite import ForwardSuite
 
 COMPILED = [b for b in backends("int8_attention") if not b.slow]
+REAL = [b for b in COMPILED[1:] if "emulated" not in b.name]
 
 
 def numpy(t):
@@ -44,7 +45,7 @@ class TestInt8Attention(ForwardSuite):
             for x, e in zip(found, torch.autograd.grad(exact, inputs, g, materialize_grads=True), strict=True):
                 torch.testing.assert_close(x, e)
 
-    @pytest.mark.parametrize("backend", COMPILED, ids=str)
+    @pytest.mark.parametrize("backend", [COMPILED[0], *REAL[-1:]], ids=str)
     def test_every_sample_is_the_oracles(self, backend):
         """The oracle shares no code with the definition: its integers are those of every backend."""
         for sample in self.spec.samples:
@@ -138,7 +139,7 @@ def float64(q, k, v):
 # The relative L1 measured is 0.016 to 0.031 with exp2, most of it from weights of 7 bits; on normal numbers 0.032 with
 # shiftmax.
 @pytest.mark.parametrize("kind", ["random", "outlier channel", "offset channels", "outlier values", "image"])
-@pytest.mark.parametrize("backend", COMPILED, ids=str)
+@pytest.mark.parametrize("backend", REAL[-1:] or COMPILED[:1], ids=str)
 def test_close_to_attention(kind, backend):
     q, k, v = inputs(kind)
     for exponential, cosine, l1 in ((0, 0.999, 0.04), (SHIFTMAX, 0.999, 0.05)):
@@ -220,6 +221,12 @@ def test_what_is_not_finite_stays_visible(backend, queries):
             out, lse = backend.forward(q, k, x, None, None, None, bias)
             assert not torch.isfinite(out[:, :, 0, 2]).any() and torch.isfinite(out).sum() == out.numel() - queries
             assert torch.isfinite(lse).all()
+    for key in (3, 40, 66, 69):  # in a bias a NaN is a masked key's, maybe
+        bias = torch.zeros(1, 2, queries, 70)
+        bias[0, 1, 1, key] = math.nan
+        out, lse = backend.forward(q, k, v, None, None, None, bias)
+        wrong = ~torch.isfinite(out).any(-1)[0]
+        assert wrong[1, 1] and wrong.sum() == 1 and torch.isnan(lse[0, 1, 1])
 
 
 @pytest.mark.parametrize("backend", COMPILED, ids=str)

@@ -95,3 +95,13 @@ def test_compiled_with_a_bias():
     for b in (4, 2):
         expected = effvit.int_attention(q[:b], k[:b], v[:b], bias, scale=2e-4, score_scale=0.06)
         assert torch.equal(compiled(q[:b], k[:b], v[:b], bias), expected)
+
+
+@pytest.mark.parametrize("options, match", [
+    ({"scale": 0.1, "score_scale": 0.1, "score_shift": 5}, "score_shift must be None where scale is given, got 5"),
+    ({"score_multiplier": 2**30, "score_shift": 40, "x0": -3, "score_scale": 0.1},
+     "score_scale must be None where score_multiplier and x0 are given, got 0.1"),
+])  # fmt: skip
+def test_nothing_given_is_ignored(options, match):
+    with pytest.raises(ValueError, match=f"effvit::int_attention: {match}"):
+        effvit.int_attention(*_call(), **options)

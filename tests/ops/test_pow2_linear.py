@@ -29,7 +29,7 @@ class TestPow2Linear(OpSuite):
                 most = 2 ** (bits - 1) - 1
                 left = max(0, most - 1 - right)
                 bound = min(info.max, ((2**31 - 1) // k >> left) + 1)
-                for size in (info.max, bound, max(bound - 2, 1)):
+                for size in (bound,) if backend.slow else (info.max, bound, max(bound - 2, 1)):
                     x = rng.integers(-size if info.min else 0, size, (m, k), dtype=np.int64, endpoint=True)
                     x[0] = size if bits == 2 else x[0]
                     x = x.astype(dtype)

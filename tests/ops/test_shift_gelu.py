@@ -31,6 +31,13 @@ def test_public_function():
     assert torch.equal(q, (y.double() * scale / 128 / 0.04).round().clamp(-128, 127).to(torch.int8))
 
 
+@pytest.mark.parametrize("bits, error", [("8", TypeError), (-2000, ValueError), (50, ValueError)])
+def test_bits_are_checked_before_they_are_used(bits, error):
+    x = torch.zeros(2, 3, dtype=torch.int32)
+    with pytest.raises(error, match="effvit::shift_gelu: bits must be "):
+        effvit.ops.shift_gelu(x, 0.05, out_scale=0.1, bits=bits)
+
+
 def test_rows_below_0():
     """The authors' formula shifts by more than n where all of a row is far below 0, where gelu is 0."""
     x = torch.full((1, 4), -200, dtype=torch.int32)

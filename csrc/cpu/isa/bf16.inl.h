@@ -91,6 +91,8 @@ inline void emulated_dot(int c, int a, int b) {
 #define EFFVIT_TILE_STORE(t, p, bytes) _tile_stored(t, p, bytes)
 #define EFFVIT_TILE_DOT(c, a, b) _tile_dpbf16ps(c, a, b)
 #endif
+// Before tiles are loaded: to the compiler a load of a tile touches no memory, so that it might put stores after it.
+EFFVIT_INLINE void before_tile_loads() { asm volatile("" ::: "memory"); }
 
 // Configures the eight tiles of this thread as full 16 x 64 byte tiles while it lives.
 class TileScope {
@@ -102,6 +104,7 @@ class TileScope {
       uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
+    asm volatile("" : : "m"(config) : "memory");  // the intrinsic reads its first 8 bytes, it says
     _tile_loadconfig(&config);
 #endif
   }
@@ -138,6 +141,7 @@ inline void multiply_tiles(int k, RowMajorTiles a, const BFloat16* b, int64_t ld
                            bool accumulate) {
   const int64_t a_bytes = a.ld * 2, b_bytes = ldb * 2, c_bytes = ldc * 4;
   float* const c1 = c + 16 * ldc;
+  before_tile_loads();
   if (accumulate) {
     EFFVIT_TILE_LOAD(0, c, c_bytes);
     if constexpr (kN == 2) EFFVIT_TILE_LOAD(1, c + 16, c_bytes);

@@ -111,6 +111,10 @@ def int_attention(
         raise _checks.value_error(
             name, "scale", "given, or score_multiplier in its place", f"{scale} and score_multiplier {score_multiplier}"
         )
+    if scale is not None and score_shift is not None:
+        raise _checks.value_error(name, "score_shift", "None where scale is given", score_shift)
+    if scale is None and x0 is not None and score_scale is not None:
+        raise _checks.value_error(name, "score_scale", "None where score_multiplier and x0 are given", score_scale)
     if (score_multiplier is None) != (score_shift is None):
         raise _checks.value_error(name, "score_shift", "given together with score_multiplier", score_shift)
     if scale is not None:

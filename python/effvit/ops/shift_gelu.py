@@ -81,7 +81,7 @@ def shift_gelu(
     x0 = _integer.as_x0(name, scale, x0, n, deployed, FACTOR)
     options = {"x0": x0, "n": n, "bits": bits, "half_bit": not deployed, "safe_max": safe_max}
     if out_scale is not None:
-        step = _integer.as_scale(name, "scale", scale) * 2.0 ** (1 - bits)
+        step = _integer.as_scale(name, "scale", scale) * 2.0 ** (1 - _checks.as_int(name, "bits", bits, (2, 16)))
         options |= _integer.fixed_point_option(name, step / _integer.as_scale(name, "out_scale", out_scale))
     if out_dtype is None:
         out_dtype = torch.int32 if out_scale is None else torch.int8

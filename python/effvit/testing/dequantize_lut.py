@@ -67,6 +67,7 @@ def memory_calls(dtype):
 
 SPEC = OpSpec(
     name="dequantize_lut",
+    random_calls=100,
     samples=SAMPLES,
     random_sample=random_sample,
     bad_inputs=[

@@ -101,6 +101,7 @@ def memory_calls(dtype):
 
 SPEC = OpSpec(
     name="fake_quantize_int8",
+    random_calls=160,
     samples=SAMPLES,
     random_sample=random_sample,
     bad_inputs=[

@@ -59,6 +59,7 @@ def memory_calls(dtype):
 
 SPEC = OpSpec(
     name="fake_quantize_lut",
+    random_calls=100,
     samples=SAMPLES,
     random_sample=random_sample,
     bad_inputs=[

@@ -135,7 +135,7 @@ SPEC = OpSpec(
     name="int8_matmul",
     samples=SAMPLES,
     random_sample=random_sample,
-    random_calls=240,
+    random_calls=64,
     bad_inputs=[
         *declared_bad_inputs("int8_matmul", good_call),
         *(_bad(f"{name}_int32", name, "int16, int8 or uint8", TypeError,

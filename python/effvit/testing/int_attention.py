@@ -160,7 +160,7 @@ SPEC = OpSpec(
     name="int_attention",
     samples=SAMPLES,
     random_sample=random_sample,
-    random_calls=240,
+    random_calls=64,
     bad_inputs=[
         *_integer.without_half_bit(declared_bad_inputs("int_attention", good_call)),
         *_integer.bad_shift_exp("int_attention", good_call),

@@ -104,6 +104,7 @@ def memory_calls(dtype):
 
 SPEC = OpSpec(
     name="int_layer_norm",
+    random_calls=64,
     samples=SAMPLES,
     random_sample=random_sample,
     bad_inputs=[

@@ -110,6 +110,7 @@ def memory_calls(dtype):
 
 SPEC = OpSpec(
     name="quantize_int8",
+    random_calls=160,
     samples=SAMPLES,
     definition=_unrounded,
     random_sample=random_sample,

@@ -56,6 +56,7 @@ def memory_calls(dtype):
 
 SPEC = OpSpec(
     name="quantize_lut",
+    random_calls=100,
     samples=SAMPLES,
     definition=_definition,
     random_sample=random_sample,

@@ -105,6 +105,7 @@ def memory_calls(dtype):
 
 SPEC = OpSpec(
     name="requantize",
+    random_calls=64,
     samples=SAMPLES,
     random_sample=random_sample,
     bad_inputs=[

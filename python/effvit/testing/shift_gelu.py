@@ -90,6 +90,7 @@ def memory_calls(dtype):
 
 SPEC = OpSpec(
     name="shift_gelu",
+    random_calls=64,
     samples=SAMPLES,
     random_sample=random_sample,
     bad_inputs=[

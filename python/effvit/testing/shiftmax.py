@@ -73,6 +73,7 @@ def memory_calls(dtype):
 
 SPEC = OpSpec(
     name="shiftmax",
+    random_calls=64,
     samples=SAMPLES,
     random_sample=random_sample,
     bad_inputs=[

@@ -73,6 +73,7 @@ def good_call():
 
 SPEC = OpSpec(
     name="sign_bits",
+    random_calls=100,
     samples=SAMPLES,
     definition=_definition,
     random_sample=random_sample,

@@ -77,6 +77,7 @@ def _bad(name, argument, match, error=ValueError, public=True, **change):
 
 SPEC = OpSpec(
     name="table_lookup",
+    random_calls=100,
     samples=SAMPLES,
     random_sample=random_sample,
     bad_inputs=[
