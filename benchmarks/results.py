@@ -52,15 +52,18 @@ def measured_ops(results="cpu"):
 def latest(op, results="cpu", run=None, isa=None):
     """The newest rows of `op` in results/<results>.csv; LookupError if there are none.
 
-    They are of one machine: the last one that measured it, or the last with instruction set `isa`. Each dtype and
-    direction comes from the newest run that has it, or all from the run named.
+    They are of one machine, with as many threads as were measured there: the last one that measured it, or the last
+    with instruction set `isa`. Each dtype and direction comes from the newest run that has it, or all from the run
+    named.
     """
     rows = [r for r in _rows(results) if r["op"] == op and run in (None, r["run"]) and isa in (None, r["isa"])]
     if not rows:
         what = " ".join([op, *(f"{name}={value}" for name, value in (("run", run), ("isa", isa)) if value)])
         raise LookupError(f"no run of {what} in results {results}: run benchmarks/bench_{op}.py first")
     last = max(rows, key=lambda r: r["run"])
-    rows = [r for r in rows if all(r[key] == last[key] for key in MACHINE)]
+    rows = [r for r in rows if all(r[key] == last[key] for key in MACHINE if key != "threads")]
+    most = max((r["threads"] for r in rows), key=lambda n: int(n or 0))
+    rows = [r for r in rows if r["threads"] == most]
     newest = {}
     for r in rows:
         column = r["dtype"], r["direction"]
