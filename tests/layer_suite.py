@@ -101,6 +101,8 @@ def absolute_terms(module, found):
                 x = ((y.detach() - shift) / m.weight.detach().view(along)).abs()
 
             def backward(g):
+                if g.shape[channels] == 0:
+                    return
                 g = g.abs().amax(channels, keepdim=True).expand_as(g)
                 if isinstance(m, nn.Conv2d):
                     weight = nn.grad.conv2d_weight(x, m.weight.shape, g, m.stride, m.padding, m.dilation, m.groups)

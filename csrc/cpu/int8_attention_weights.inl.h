@@ -110,7 +110,8 @@ struct Merge {
   vf maximum, before, block;
 };
 EFFVIT_INLINE Merge merge(vf maximum, vf of_block) {
-  const vf top = max(maximum, of_block);  // the latter where it is NaN
+  const vf largest = max(maximum, of_block);  // the latter where it is NaN
+  const vf top = maximum == maximum ? largest : maximum;
   return {top, exp2(maximum - top), exp2(of_block - top)};
 }
 

@@ -27,6 +27,16 @@ def plain(m, x):
     return m.proj((v @ scores.transpose(-1, -2)).reshape(B, -1, H, W))
 
 
+def by_states(m, x):
+    """The same in the published order, a state of keys and values first, the denominator a row of it."""
+    B, _, H, W = x.shape
+    qkv = m.qkv(x)
+    maps = torch.cat([qkv, *(aggregate(qkv) for aggregate in m.aggreg)], dim=1)
+    q, k, v = maps.reshape(B, -1, 3, m.dim, H * W).unbind(2)
+    y = nn.functional.pad(v, (0, 0, 0, 1), value=1.0) @ m.kernel_func(k).mT @ m.kernel_func(q)
+    return m.proj((y[:, :, :-1] / (y[:, :, -1:] + m.eps)).reshape(B, -1, H, W))
+
+
 def pair_of_modules(dtype=torch.float32, **kwargs):
     kwargs = {"in_channels": 24, "out_channels": 20, **kwargs}
     theirs, ours = randomise(timm_efficientvit.LiteMLA(**kwargs)).to(dtype), LiteMLA(**kwargs).to(dtype)
@@ -208,7 +218,8 @@ MITS = {
 def test_like_mit(kwargs, dtype):
     m = randomise(LiteMLA(24, 20, **kwargs)).to(dtype)
     assert m.eps == kwargs.get("eps", 1e-15)
-    check(m.eval(), plain, tokens(3, 24, 5, 7, dtype=dtype), is_map=True)
+    # Denominators of silu come near 0, which makes much of every rounding.
+    check(m.eval(), plain, tokens(3, 24, 5, 7, dtype=dtype), also=[by_states], is_map=True)
 
 
 def test_names_of_mit_are_the_classes_of_timm():

@@ -8,6 +8,8 @@ import effvit.ops
 import effvit.reference
 
 from ..ops import _dispatcher
+from ..ops.int8_attention import NAMES as _EXPONENTIALS
+from ..reference import int8_attention as _int8_attention
 from ..reference.block_sparse_linear import block_sparse_linear as _block_sparse_definition
 from ..reference.sparse24_compress import sparse24_decompress
 from ..reference.sparse24_mask import sparse24_mask as _mask_definition
@@ -71,6 +73,17 @@ def apply_state(q, state):
         q, q[:, :0], q.new_empty(B, 0, H, V), initial_state=state, initial_z=state.new_zeros(B, H, K),
         feature_map="none", normalize="none",
     )  # fmt: skip
+
+
+def int8_attention(q, k, v, *, exponential="exp2", **options):
+    """effvit.int8_attention; where it does not apply its definition, whose derivative is that of float attention."""
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    if _covered(q.dtype, q.shape[-1], v.shape[-1]):
+        return effvit.ops.int8_attention(q, k, v, exponential=exponential, **options)
+    options["exponential"] = _EXPONENTIALS.index(exponential)
+    exact = _int8_attention.int8_attention(q, k, v, **options)[0]
+    smooth = _int8_attention.float_attention(q, k, v, **options)[0]
+    return smooth + (exact - smooth).detach()
 
 
 def rbf_gram(q, k):

@@ -8,6 +8,7 @@ import effvit.ops
 from .._when_imported import when_imported
 from ..ops import _checks
 from ..reference.int8_attention import BLOCK, blocks_of, mean_of_keys, quantise_keys, quantise_values
+from . import _ops
 
 
 class Int8Attention(nn.Module):
@@ -59,7 +60,7 @@ class Int8Attention(nn.Module):
             y = cache.attend(q, bias=as_bias(attn_mask, q, cache.length), **options)
         else:
             bias = as_bias(attn_mask, q, N)
-            y = effvit.ops.int8_attention(q, k, v, bias=bias, smooth_k=self.smooth_k, **options)
+            y = _ops.int8_attention(q, k, v, bias=bias, smooth_k=self.smooth_k, **options)
         return self.proj_drop(self.proj(y.flatten(2)))
 
     def extra_repr(self):
