@@ -34,6 +34,7 @@ FAMILIES = {
     "binary_linear": ("binary_linear", "sign_bits", "pow2_linear", "table_lookup", "pam_matmul"),
     "gated_linear_attention": ("gated_linear_attention", "gated_linear_attention_step"),
     "linear_attention": ("linear_attention", "soft", "rbf_gram", "newton_pinv"),
+    "gated_linear_attention": ("gated_linear_attention", "selective_scan2d"),
 }
 
 
