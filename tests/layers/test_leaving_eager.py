@@ -44,6 +44,7 @@ LAYERS = {
     "BlockSparseInt8Linear": (lambda: blocks(layers.BlockSparseInt8Linear, activation="silu"), BLOCKS, None),
     "BlockSparseLinear": (lambda: layers.BlockSparseLinear(32, 48, blocks=4, activation="gelu"), BLOCKS, None),
     "ConvFFN": (lambda: layers.ConvFFN(C, 2 * C), TOKENS, lambda m, x: m(x, (H, W))),
+    "ConvGLU": (lambda: layers.ConvGLU(C, 12), TOKENS, lambda m, x: m(x, H, W)),
     "ConvHierarchicalTransformerBlock": (
         lambda: layers.ConvHierarchicalTransformerBlock(C, (H, W), 2, (2, 2), (2, 2)), TOKENS, lambda m, x: m(x, (H, W))
     ),
@@ -63,6 +64,7 @@ LAYERS = {
         lambda: layers.FocusedLinearAttentionPVT(C, H * W, 2, sr_ratio=2, kernel_size=3), TOKENS,
         lambda m, x: m(x, H, W),
     ),
+    "GnConv": (lambda: layers.GnConv(C, order=3, s=0.5), (2, C, H, W), None),
     "HierarchicalTransformerBlock": (
         lambda: layers.HierarchicalTransformerBlock(C, (H, W), 2, (2, 2), (2, 2)), TOKENS, lambda m, x: m(x, (H, W))
     ),

@@ -17,6 +17,7 @@ from .hit_sr import (
     NGramSCC,
     NGramWindowPartition,
 )
+from .hornet import GnConv
 from .int8 import Int8Linear, OutlierLinear, QATLinear
 from .int8_attention import Int8Attention, Int8KVCache
 from .integer import IntGELU, IntLayerNorm, IntSoftmax, QuantAct, QuantConv2d, Quantised, QuantLinear, QuantMatMul
@@ -50,6 +51,7 @@ from .soft import SoftmaxFreeAttention, SoftmaxFreeNormAttention
 from .sparse24 import Sparse24Int8Linear, Sparse24Linear
 from .swin_block import SwinTransformerBlock
 from .table import TableFunction, TableGELU, TableSoftmax
+from .transnext import ConvGLU
 from .vssd import NonCausalSSD, VMAMBA2Block
 from .window_attention import WindowAttention
 
@@ -59,6 +61,7 @@ __all__ = [
     "BlockSparseInt8Linear",
     "BlockSparseLinear",
     "ConvFFN",
+    "ConvGLU",
     "ConvHierarchicalTransformerBlock",
     "DualTokenAttention",
     "EcoFormerAttention",
@@ -67,6 +70,7 @@ __all__ = [
     "FocusedLinearAttentionPVT",
     "fold_affine",
     "fuse_prepbn",
+    "GnConv",
     "HierarchicalTransformerBlock",
     "Int8Attention",
     "Int8KVCache",

@@ -89,6 +89,14 @@ def newton_pinv(a, *, iterations):
     return _reference("newton_pinv", a, iterations=iterations).to(a.dtype)
 
 
+def dwconv_glu(x, v, weight, bias=None, **options):
+    """effvit.dwconv_glu; float64 in plain PyTorch."""
+    x, v = _dense(x), None if v is None else _dense(v)
+    if _covered(x.dtype, 0):
+        return effvit.ops.dwconv_glu(x, v, weight, bias, **options)
+    return _reference("dwconv_glu", x, v, weight.squeeze(1), bias, **options).to(x.dtype)
+
+
 def block_sparse_linear(x, values, crow, columns, bias=None, activation="none"):
     """effvit.block_sparse_linear; float64 in plain PyTorch."""
     x = _dense(x)
