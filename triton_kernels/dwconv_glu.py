@@ -1,9 +1,9 @@
 """dwconv_glu in Triton: forward and backward.
 
-A program computes a block of pixels x channels; neighbours come from the cache, k x k loads of which most hit. Backward
-is three kernels: the convolution again, for dv and the gradient dz of the convolution, which is kept in float32; dx, the
-same stencil on dz with the flipped weights; and dweight, a program per tap, block of channels and share of the pixels.
-How many shares follows from the shape alone; `sum_partials` adds them in a fixed order.
+A program computes a block of pixels x channels; neighbours come from the cache, k x k loads of which most hit.
+Backward is three kernels: the convolution again, for dv and the gradient dz of the convolution, which is kept in
+float32; dx, the same stencil on dz with the flipped weights; and dweight, a program per tap, block of channels and
+share of the pixels. How many shares follows from the shape alone; `sum_partials` adds them in a fixed order.
 """
 
 from typing import Any, NamedTuple

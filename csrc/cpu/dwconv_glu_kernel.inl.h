@@ -355,7 +355,10 @@ struct Pass {
   int first_row = 0, last_row = 0;
 
   Pass(const Params& params, const Plan& plan, Scratch& scratch)
-      : p(params), g(plan), stencils(stencils_of(plan)), ring(plan, scratch),
+      : p(params),
+        g(plan),
+        stencils(stencils_of(plan)),
+        ring(plan, scratch),
         z(scratch.take<float>(int64_t{plan.tiles} * plan.columns * plan.width)) {}
 
   static RowOf<const T> row(const void* map, int64_t stride_b, int64_t stride_y, int64_t stride_x, int64_t b, int64_t y,
@@ -384,8 +387,8 @@ struct Pass {
 template <class T>
 struct Forward : Pass<T> {
   using Base = Pass<T>;
-  using Base::g, Base::p, Base::ring, Base::z;
   using Base::Base;
+  using Base::g, Base::p, Base::ring, Base::z;
 
   void run(const float* packed, int64_t begin, int64_t end) {
     const auto gate = gate_row_of<T>(p.act, std::make_integer_sequence<int, kActivations>());

@@ -37,8 +37,12 @@ def fitted(layer):
 
 
 BLOCKS = (2, 5, 32)
+POSITIONS = layers.get_relative_position_cpb((H, W), (H // 2, W // 2))
 # name: (module, shape of its input, call). Every exported module is here: see test_every_layer_is_here.
 LAYERS = {
+    "AggregatedAttention": (
+        lambda: layers.AggregatedAttention(C, (H, W), 2, sr_ratio=2), TOKENS, lambda m, x: m(x, H, W, *POSITIONS)
+    ),
     "BinaryAttention": (lambda: layers.BinaryAttention(C, 2, binary_projections=False), TOKENS, None),
     "BinaryLinear": (lambda: layers.BinaryLinear(C, 12, activation="gelu"), TOKENS, None),
     "BlockSparseInt8Linear": (lambda: blocks(layers.BlockSparseInt8Linear, activation="silu"), BLOCKS, None),

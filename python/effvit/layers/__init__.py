@@ -51,11 +51,12 @@ from .soft import SoftmaxFreeAttention, SoftmaxFreeNormAttention
 from .sparse24 import Sparse24Int8Linear, Sparse24Linear
 from .swin_block import SwinTransformerBlock
 from .table import TableFunction, TableGELU, TableSoftmax
-from .transnext import ConvGLU
+from .transnext import AggregatedAttention, ConvGLU, get_relative_position_cpb
 from .vssd import NonCausalSSD, VMAMBA2Block
 from .window_attention import WindowAttention
 
 __all__ = [
+    "AggregatedAttention",
     "BinaryAttention",
     "BinaryLinear",
     "BlockSparseInt8Linear",
@@ -70,6 +71,7 @@ __all__ = [
     "FocusedLinearAttentionPVT",
     "fold_affine",
     "fuse_prepbn",
+    "get_relative_position_cpb",
     "GnConv",
     "HierarchicalTransformerBlock",
     "Int8Attention",

@@ -10,13 +10,13 @@ from ._tokens import convolve, is_hooked
 class GnConv(nn.Module):
     """HorNet's recursive gated convolution (arXiv:2207.14284), a drop-in for `gnconv` of its code.
 
-    Same arguments, same state_dict, same `forward(x[B, dim, H, W])`. With dims = dim / 2^(order - 1), .., dim / 2, dim::
+    Same arguments, same state_dict, same `forward(x[B, dim, H, W])`. dims are dim / 2^(order - 1), .., dim / 2, dim::
 
         p, a_0, .., a_(order - 1) = split(proj_in(x))      (p of dims[0] channels, a_i of dims[i])
         a = s * dwconv(a);    x = p * a_0;    x = pws_i(x) * a_(i + 1);    out = proj_out(x)
 
-    The map is made channels last where it is not, and so is the result. `gflayer(sum(dims), h=h, w=w)` stands in for the
-    7 x 7 convolution, as in the original, and runs as it is. `mask` and `dummy` are accepted and do nothing.
+    The map is made channels last where it is not, and so is the result. `gflayer(sum(dims), h=h, w=w)` stands in for
+    the 7 x 7 convolution, as in the original, and runs as it is. `mask` and `dummy` are accepted and do nothing.
 
     Compared with raoyongming/HorNet, hornet.py at 5e55273. Difference: nothing is printed.
     """
@@ -35,7 +35,9 @@ class GnConv(nn.Module):
         else:
             self.dwconv = gflayer(total, h=h, w=w)
         self.proj_out = nn.Conv2d(dim, dim, 1, **factory)
-        self.pws = nn.ModuleList([nn.Conv2d(a, b, 1, **factory) for a, b in zip(self.dims, self.dims[1:], strict=False)])
+        self.pws = nn.ModuleList(
+            [nn.Conv2d(a, b, 1, **factory) for a, b in zip(self.dims, self.dims[1:], strict=False)]
+        )
         self.scale = s
 
     def _convolve_and_gate(self, x):

@@ -64,24 +64,24 @@ def dwconv_glu(
     """Gated depthwise convolution, ``act(conv(x) + bias) * v``, channels last, in one pass.
 
     TransNeXt's ConvGLU (arXiv:2311.17132) with act="gelu"; HorNet's recursive gated convolution (arXiv:2207.14284) with
-    act="none". The backward reads x, v and the weights again, computes the convolution a second time, and keeps nothing.
+    act="none". The backward reads x, v and the weights, computes the convolution a second time, and keeps nothing.
 
     Args:
         x: [B, H, W, C], what is convolved; k x k, stride 1, zeros around the map, which keeps its size.
         v: [B, H, W, G], G <= C: what the first G channels are multiplied with; the others are not. None: x is
-            [B, H, W, C + G] and holds both, as one projection writes them: x first, or v with `gate_first`. With G = 0 it
-            is a depthwise convolution with an activation.
+            [B, H, W, C + G] and holds both, as one projection writes them: x first, or v with `gate_first`. With G = 0
+            it is a depthwise convolution with an activation.
             Both float32, bfloat16 or float16 (one dtype), any strides with a last stride of 1.
-        weight: [C, 1, k, k], as ``torch.nn.Conv2d`` has it, or [C, k, k], k odd, from 3 to 11; one of these dtypes, any
-            strides.
+        weight: [C, 1, k, k], as ``torch.nn.Conv2d`` has it, or [C, k, k], k odd, from 3 to 11; one of these dtypes,
+            any strides.
         bias: [C] in one of these dtypes, or None.
         act: "gelu" (the exact one), "sigmoid", "silu", "relu", "tanh" or "none".
         gate_first: without v, its channels come before those of x.
 
     Returns:
-        [B, H, W, C] in the dtype of x, contiguous; differentiable in x, v, weight and bias. Gradients of weight and bias
-        have their dtypes. Computed in float32. Deterministic; results do not depend on the number of threads. Under
-        autocast x and v are cast, the weights are read in their own dtype.
+        [B, H, W, C] in the dtype of x, contiguous; differentiable in x, v, weight and bias. Gradients of weight and
+        bias have their dtypes. Computed in float32. Deterministic; results do not depend on the number of threads.
+        Under autocast x and v are cast, the weights are read in their own dtype.
 
     Raises:
         TypeError: a tensor argument is not a dense tensor or has the wrong dtype; act is not a string.
