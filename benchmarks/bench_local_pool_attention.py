@@ -1,4 +1,4 @@
-"""local_pool_attention against its formula in eager PyTorch and torch.compile, and with nn.Unfold as TransNeXt has it."""
+"""local_pool_attention against its formula, eager and compiled, and the order of TransNeXt's own code, by unfold."""
 
 import functools
 
