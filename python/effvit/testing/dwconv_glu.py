@@ -72,7 +72,6 @@ SAMPLES = [
     _sample("sliced_columns", 2, 5, 6, 16, act=SILU, layout=lambda t: sliced(t, 2), tags="strided"),
     _sample("expanded", 3, 4, 6, 16, act=RELU, layout=lambda t: t[:1].expand_as(t), tags="strided"),
     _sample("empty_batch", 0, 4, 5, 8, tags="empty"),
-    _sample("empty_channels", 2, 4, 5, 0, packed=True, tags="empty"),
     _sample("huge_batch", 70_001, 1, 2, 3, tags="huge", dtypes=(torch.float32,)),
 ]
 # fmt: on
