@@ -37,6 +37,9 @@ WAIVERS |= {
     for op, reason in (("sparse24_mask", _TRAINED), ("sparse24_prune", _TRAINED))
     for layer in (*_NATIVE, "benchmark")
 }
+WAIVERS |= {
+    (op, layer): "the Triton kernels serve GPUs" for op in ("dwconv_glu", "local_pool_attention") for layer in _CUDA
+}
 WAIVERS |= {("sparse24_linear", layer): "the Triton kernels serve GPUs" for layer in _CUDA}
 _BLOCKS = "not written: the Triton kernels serve GPUs"
 WAIVERS |= {(op, layer): _BLOCKS for op in ("block_sparse_linear", "block_sparse_int8_linear") for layer in _CUDA}

@@ -13,6 +13,8 @@ CASES = {
     "rbf_gram": ["small", "small_tails"],
     "newton_pinv": ["small_gram_17"],
     "selective_scan2d": ["small"],
+    "dwconv_glu": ["small", "small_some_gates"],
+    "local_pool_attention": ["small"],
     "sparse24_linear": ["small", "transposed"],
     "int8_matmul": ["small_unsigned", "int16_int8_3x9x21"],
     "int_attention": ["small_16_bits", "small_bias"],

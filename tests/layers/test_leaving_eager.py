@@ -39,12 +39,17 @@ def fitted(layer):
 BLOCKS = (2, 5, 32)
 # name: (module, shape of its input, call). Every exported module but those of integers is here: see
 # test_every_layer_is_here.
+POSITIONS = layers.get_relative_position_cpb((H, W), (H // 2, W // 2))
 LAYERS = {
+    "AggregatedAttention": (
+        lambda: layers.AggregatedAttention(C, (H, W), 2, sr_ratio=2), TOKENS, lambda m, x: m(x, H, W, *POSITIONS)
+    ),
     "BinaryAttention": (lambda: layers.BinaryAttention(C, 2, binary_projections=False), TOKENS, None),
     "BinaryLinear": (lambda: layers.BinaryLinear(C, 12, activation="gelu"), TOKENS, None),
     "BlockSparseInt8Linear": (lambda: blocks(layers.BlockSparseInt8Linear, activation="silu"), BLOCKS, None),
     "BlockSparseLinear": (lambda: layers.BlockSparseLinear(32, 48, blocks=4, activation="gelu"), BLOCKS, None),
     "ConvFFN": (lambda: layers.ConvFFN(C, 2 * C), TOKENS, lambda m, x: m(x, (H, W))),
+    "ConvGLU": (lambda: layers.ConvGLU(C, 12), TOKENS, lambda m, x: m(x, H, W)),
     "ConvHierarchicalTransformerBlock": (
         lambda: layers.ConvHierarchicalTransformerBlock(C, (H, W), 2, (2, 2), (2, 2)), TOKENS, lambda m, x: m(x, (H, W))
     ),
@@ -64,6 +69,7 @@ LAYERS = {
         lambda: layers.FocusedLinearAttentionPVT(C, H * W, 2, sr_ratio=2, kernel_size=3), TOKENS,
         lambda m, x: m(x, H, W),
     ),
+    "GnConv": (lambda: layers.GnConv(C, order=3, s=0.5), (2, C, H, W), None),
     "HierarchicalTransformerBlock": (
         lambda: layers.HierarchicalTransformerBlock(C, (H, W), 2, (2, 2), (2, 2)), TOKENS, lambda m, x: m(x, (H, W))
     ),

@@ -19,6 +19,7 @@ from .hit_sr import (
     NGramSCC,
     NGramWindowPartition,
 )
+from .hornet import GnConv
 from .int8 import Int8Linear, OutlierLinear, QATLinear
 from .int8_attention import Int8Attention, Int8KVCache
 from .integer import IntGELU, IntLayerNorm, IntSoftmax, QuantAct, QuantConv2d, Quantised, QuantLinear, QuantMatMul
@@ -52,16 +53,19 @@ from .soft import SoftmaxFreeAttention, SoftmaxFreeNormAttention
 from .sparse24 import Sparse24Int8Linear, Sparse24Linear
 from .swin_block import SwinTransformerBlock
 from .table import TableFunction, TableGELU, TableSoftmax
+from .transnext import AggregatedAttention, ConvGLU, get_relative_position_cpb
 from .vmamba import SS2D, VSSBlock
 from .vssd import NonCausalSSD, VMAMBA2Block
 from .window_attention import WindowAttention
 
 __all__ = [
+    "AggregatedAttention",
     "BinaryAttention",
     "BinaryLinear",
     "BlockSparseInt8Linear",
     "BlockSparseLinear",
     "ConvFFN",
+    "ConvGLU",
     "ConvHierarchicalTransformerBlock",
     "DualTokenAttention",
     "EcoFormerAttention",
@@ -70,6 +74,8 @@ __all__ = [
     "FocusedLinearAttentionPVT",
     "fold_affine",
     "fuse_prepbn",
+    "get_relative_position_cpb",
+    "GnConv",
     "HierarchicalTransformerBlock",
     "Int8Attention",
     "Int8KVCache",

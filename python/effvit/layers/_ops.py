@@ -110,6 +110,22 @@ def selective_scan2d(x, dt, b, c, a, d=None, dt_bias=None):
     return _reference("selective_scan2d", x, dt, b, c, a, d, dt_bias)
 
 
+def dwconv_glu(x, v, weight, bias=None, **options):
+    """effvit.dwconv_glu; float64 in plain PyTorch."""
+    x, v = _dense(x), None if v is None else _dense(v)
+    if _covered(x.dtype, 0):
+        return effvit.ops.dwconv_glu(x, v, weight, bias, **options)
+    return _reference("dwconv_glu", x, v, weight.squeeze(1), bias, **options).to(x.dtype)
+
+
+def local_pool_attention(q, k, v, k_pool, v_pool, *, window, drop=None, **optional):
+    """effvit.local_pool_attention; with dropout and in float64 in plain PyTorch."""
+    maps, optional = [_dense(t) for t in (q, k, v, k_pool, v_pool)], {n: _wide(t) for n, t in optional.items()}
+    if _covered(q.dtype, q.shape[-1]) and drop is None:
+        return effvit.ops.local_pool_attention(*maps, **optional, window=window)
+    return _reference("local_pool_attention", *maps, **optional, window=window, drop=drop).to(q.dtype)
+
+
 def block_sparse_linear(x, values, crow, columns, bias=None, activation="none"):
     """effvit.block_sparse_linear; float64 in plain PyTorch."""
     x = _dense(x)

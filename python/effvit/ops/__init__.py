@@ -4,6 +4,7 @@ from .binary_linear import binary_linear
 from .block_sparse_int8_linear import block_sparse_int8_linear
 from .block_sparse_linear import block_sparse_linear
 from .dequantize_lut import dequantize_lut
+from .dwconv_glu import dwconv_glu
 from .fake_quantize_int8 import fake_quantize_int8
 from .fake_quantize_lut import fake_quantize_lut
 from .gated_linear_attention import gated_linear_attention
@@ -19,6 +20,7 @@ from .int_layer_norm import int_layer_norm
 from .int_linear import int_linear
 from .kernel_hash import kernel_hash
 from .linear_attention import linear_attention
+from .local_pool_attention import local_pool_attention
 from .newton_pinv import newton_pinv
 from .pam_matmul import pam_matmul
 from .pow2_linear import pow2_linear
@@ -41,11 +43,11 @@ from .table_lookup import table_lookup
 from .window_attention import window_attention
 
 __all__ = [
-    "binary_linear", "block_sparse_int8_linear", "block_sparse_linear", "dequantize_lut", "fake_quantize_int8",
-    "fake_quantize_lut", "gated_linear_attention", "gated_linear_attention_step", "glu", "int8_attention",
-    "int8_linear", "int8_matmul", "int8_prepack", "int_add_layer_norm", "int_attention", "int_layer_norm",
-    "int_linear", "kernel_hash", "linear_attention", "newton_pinv", "pam_matmul", "pow2_linear", "quantize_int8",
-    "quantize_lut", "rbf_gram", "requantize", "selective_scan2d", "shift_gelu", "shiftmax", "sign_bits",
-    "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear", "sparse24_linear", "sparse24_mask",
-    "sparse24_prepack", "sparse24_prune", "table_lookup", "window_attention",
+    "binary_linear", "block_sparse_int8_linear", "block_sparse_linear", "dequantize_lut", "dwconv_glu",
+    "fake_quantize_int8", "fake_quantize_lut", "gated_linear_attention", "gated_linear_attention_step", "glu",
+    "int8_attention", "int8_linear", "int8_matmul", "int8_prepack", "int_add_layer_norm", "int_attention",
+    "int_layer_norm", "int_linear", "kernel_hash", "linear_attention", "local_pool_attention", "newton_pinv",
+    "pam_matmul", "pow2_linear", "quantize_int8", "quantize_lut", "rbf_gram", "requantize", "selective_scan2d",
+    "shift_gelu", "shiftmax", "sign_bits", "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear",
+    "sparse24_linear", "sparse24_mask", "sparse24_prepack", "sparse24_prune", "table_lookup", "window_attention",
 ]  # fmt: skip
