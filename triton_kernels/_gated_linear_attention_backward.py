@@ -83,8 +83,8 @@ def gated_linear_attention_grad_kernel(
         do = _operand(_load_rows(grad_out, row, ok, column_v, V), DTYPE)
         v_tile = _operand(_load_rows(v, row, ok, column_v, V), DTYPE)
         pairs = _dot(do, tl.trans(v_tile), pairs, DTYPE)
-        s = _state_at(states, place, k, v, g, origin, before, count, 1.0, column_k, column_v, K, V, C, R, STEP, False,
-                      CHANNEL, DTYPE)  # fmt: skip
+        s = _state_at(states, place, k, v, g, origin, tl.minimum(before, count), count, 1.0, column_k, column_v, K, V,
+                      C, R, STEP, False, CHANNEL, DTYPE)  # fmt: skip
         ds = _state_at(dstates, place, q, grad_out, g, last, after, count, scale, column_k, column_v, K, V, C, R,
                        -STEP, True, CHANNEL, DTYPE)  # fmt: skip
         dq_state = _dot(do, tl.trans(_operand(s, DTYPE)), dq_state, DTYPE)

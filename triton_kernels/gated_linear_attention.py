@@ -369,18 +369,11 @@ def _plan_backward(
         priors = {"prior_dq": dq_to, "prior_dk": dk_to, "prior_dg": dg_to if p.channel else None}
     if partial is not None:
         to = dgates[0] if p.per_head else dg
-        launches.append(sum_partials(partial, to, partial.numel() // to.numel()) if partial.numel() else _Zero(to))
+        if partial.numel():
+            launches.append(sum_partials(partial, to, partial.numel() // to.numel()))
+        else:
+            to.zero_()
     return results, launches
-
-
-class _Zero:
-    """In place of a launch: a sum over nothing."""
-
-    def __init__(self, x):
-        self.x = x
-
-    def run(self):
-        self.x.zero_()
 
 
 def forward(q, *tensors, **options):
