@@ -10,7 +10,6 @@ CASES = {
     "window_attention": ["small_shift", "small_dilated", "small_halo", "small_tail", "small_pads"],
     "linear_attention": ["small_splits_causal", "small_splits_segments", "small_segments_everything", "small_wide",
                          "small_causal_wide", "small_quadratic_chunks", "small_tails", "small_splits"],
-    "gated_linear_attention": ["small_channel_both", "small_token_strong"],
     "rbf_gram": ["small", "small_tails"],
     "newton_pinv": ["small_gram_17"],
     "gated_linear_attention": ["small_channel_both", "small_segments", "small_token_strong", "small_head_both"],
