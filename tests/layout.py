@@ -50,4 +50,3 @@ WAIVERS |= {
     for layer in _CUDA
 }
 WAIVERS |= {("gated_linear_attention_step", layer): "bound by memory: the Triton kernel does" for layer in _CUDA}
-WAIVERS["gated_linear_attention_step", "benchmark"] = "timed with gated_linear_attention, whose decoding it is"
