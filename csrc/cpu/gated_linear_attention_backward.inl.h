@@ -186,8 +186,8 @@ struct Backward {
         for (int j = 0; j < columns; j += kLanes) {
           const int64_t at = i * kMaxChunk + j;
           const vf decay = load(d.table + at), x = load(dscores + at);
-          store(dscores + at, decay > set1(0.f) ? x * decay : vf{});
-          store(pairs + at, decay > set1(0.f) ? x * load(scores + at) : vf{});
+          store(dscores + at, decay == set1(0.f) ? vf{} : x * decay);
+          store(pairs + at, decay == set1(0.f) ? vf{} : x * load(scores + at));
         }
       }
     }

@@ -294,7 +294,7 @@ void scores_of_tokens(const Decays& d, int n, const float* q, const float* kt, f
     for (int i = r; i < last; ++i) {
       for (int j = 0; j < columns; j += kLanes) {
         const vf decay = load(d.table + i * kMaxChunk + j);  // 0: unseen, a NaN there stays out
-        store(to + i * ld + j, decay > set1(0.f) ? load(to + i * ld + j) * decay : vf{});
+        store(to + i * ld + j, decay == set1(0.f) ? vf{} : load(to + i * ld + j) * decay);
       }
     }
   }
