@@ -1,6 +1,6 @@
 """Gradients of q, k and the gates; gated_linear_attention.py says how a call goes through the kernels."""
 
-from ._common import tl, triton
+from ._common import _loop_bound, tl, triton
 from ._gated_linear_attention_tiles import (
     SIZES,
     _add_at,
@@ -108,17 +108,19 @@ def gated_linear_attention_grad_kernel(
         dg_tile += tl.cumsum(q_tile * dq_state, axis=0, reverse=True)
         dg_tile += (_whole(g, row, ok, column_k, K, CHANNEL, ACCURATE) * through)[None, :]
         sums = tl.zeros([R, BLOCK_K], tl.float32)
-        for step in range(0, R):
-            at = R - 1 - step
-            gate = _load_row(g, origin + (before + at + 1) * STEP, before + at + 1 < count, column_k, K)
-            sums += tl.where((r > at)[:, None], gate[None, :], 0.0)
+        rows = tl.minimum(count - before, R)
+        mask = column_k < K
+        for step in range(0, _loop_bound(rows)):
+            at = rows - 1 - step
+            gate = _load_row(g, origin + tl.minimum(before + at + 1, count - 1) * STEP, column_k, mask)
+            behind = (r > at)[:, None]
+            sums += tl.where(behind, gate[None, :], 0.0)
             pair = tl.sum(tl.where(j == at, pairs, 0.0), axis=1)
             term = pair[:, None] * _exp(sums, ACCURATE)
-            key = _load_row(k, origin + (before + at) * STEP, before + at < count, column_k, K)[None, :]
+            key = _load_row(k, origin + (before + at) * STEP, column_k, mask)[None, :]
             dq_state += term * key
             term = term * q_tile
             dk_state += tl.where((r == at)[:, None], tl.sum(term, axis=0)[None, :], 0.0)
-            behind = (r > at)[:, None]
             dg_tile += tl.where(behind, tl.cumsum(tl.where(behind, term * key, 0.0), axis=0, reverse=True), 0.0)
     else:
         if dg is not None:

@@ -90,10 +90,9 @@ def _chunk_of(slot, cu_seqlens, sequences, size, chunks, search, STEP: tl.conste
 
 
 @device_function
-def _load_row(x, row, ok, column, D: tl.constexpr):
-    """One row of Rows in float32, zeros where not `ok`."""
-    value = tl.load(x.pointer + row * x.stride + column, mask=(column < D) & ok, other=0.0)
-    return value.to(tl.float32)
+def _load_row(x, row, column, mask):
+    """One row of Rows in float32."""
+    return tl.load(x.pointer + (row * x.stride + column), mask=mask, other=0.0).to(tl.float32)
 
 
 @device_function
@@ -190,23 +189,24 @@ def _state_at(
 
 @device_function
 def _pair_scores(
-    q, k, g, origin, before, count, column,
+    q_tile, k, g, origin, before, count, column,
     K: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, OWN: tl.constexpr, ACCURATE: tl.constexpr,
 ):  # fmt: skip
     """[R, R] for gates of channels: sum over channels of q_i k_j e^G, G the gates after row j up to row i, or, if OWN,
     from row j to before row i. Not masked."""
     SHIFT: tl.constexpr = 0 if OWN else 1
     r = tl.arange(0, R)
-    row = origin + (before + r) * STEP
-    q_tile = _load_rows(q, row, before + r < count, column, K)
+    mask = column < K
+    last = tl.minimum(before + R, count) - 1
     scores = tl.zeros([R, R], tl.float32)
     sums = tl.zeros_like(q_tile)
-    for step in range(0, R):
-        j = R - 1 - step
-        at = before + j
-        gate = _load_row(g, origin + (at + SHIFT) * STEP, at + SHIFT < count, column, K)
+    for step in range(0, _loop_bound(last + 1 - before)):
+        at = last - step
+        j = at - before
+        # Behind the last row there is none that sees this gate: any will do.
+        gate = _load_row(g, origin + tl.minimum(at + SHIFT, last) * STEP, column, mask)
         sums += tl.where((r > j)[:, None], gate[None, :], 0.0)
-        key = _load_row(k, origin + at * STEP, at < count, column, K)
+        key = _load_row(k, origin + at * STEP, column, mask)
         score = tl.sum(q_tile * key[None, :] * _exp(sums, ACCURATE), axis=1)
         scores += tl.where((r == j)[None, :], score[:, None], 0.0)
     return scores

@@ -1,6 +1,6 @@
 """Gated linear attention in Triton: every kind of gate, both directions, forward and every gradient of the contract.
 
-Sequences are cut into chunks of CHUNK tokens. `state` computes what each chunk adds to the state, in parallel; `scan`
+Sequences are cut into chunks of up to CHUNK tokens. `state` computes what each chunk adds to the state, in parallel; `scan`
 walks over the chunks of a sequence, element by element of the state, and leaves in every chunk's slot the state that
 meets it; `out` adds to q times that state what the tokens of the chunk see of each other. A program of `out` owns R
 tokens, fewer where gates differ between channels: there pairs of tokens cannot be a matrix product, and the state that
@@ -188,7 +188,7 @@ def gated_linear_attention_out_kernel(
         column_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
         q_tile = _load_rows(q, row, ok, column_k, K)
         if CHANNEL:
-            scores += _pair_scores(q, k, g, origin, before, count, column_k, K, R, STEP, DUAL, ACCURATE)
+            scores += _pair_scores(q_tile, k, g, origin, before, count, column_k, K, R, STEP, DUAL, ACCURATE)
         else:
             k_operand = _operand(_load_rows(k, row, ok, column_k, K), DTYPE)
             scores = _dot(_operand(q_tile, DTYPE), tl.trans(k_operand), scores, DTYPE)
@@ -226,7 +226,7 @@ class _Problem:
         self.gates = next((x for x in (g_head, g_token, g_channel) if x is not None), None)
         self.per_head, self.channel = g_head is not None, g_channel is not None
         g = tokens(self.gates) if not self.per_head else Tokens(g_head, 0, 0, g_head.stride(0))
-        self.chunk = tuned(CHUNK, small=32)
+        self.chunk = tuned(min(CHUNK, max(16, next_power_of_two(self.L))), small=32)
         rows = CHANNEL_ROWS if self.channel else ROWS[q.element_size()]
         self.rows = min(tuned(rows, small=16), self.chunk)
         self.block_k, self.block_v = (

@@ -144,8 +144,8 @@ EFFVIT_DEVICE void load_column(const Tokens& from, const Work& work, int column,
   EFFVIT_UNROLL
   for (int r = 0; r < kSub; ++r) {
     const bool inside = first + r < work.count && column < from.dim;
-    x[r] = inside ? prim::to_float(prim::load_global(
-                        token_row<T>(from, work.batch, work.token(first + r), work.head) + column))
+    x[r] = inside ? prim::to_float(
+                        prim::load_global(token_row<T>(from, work.batch, work.token(first + r), work.head) + column))
                   : 0.f;
   }
 }

@@ -237,8 +237,7 @@ gated_linear_attention_grad_kernel(EFFVIT_GRID_CONSTANT Pass g) {
     const bool inside = lane < kSub && position < work.count;
     if (g.p.gate == GateKind::kToken) {
       const int64_t row = (work.batch * g.p.L + work.token(position)) * g.p.H + work.head;
-      if (inside)
-        prim::store_global(static_cast<float*>(g.to_dg) + block_k * (g.p.B * g.p.L * g.p.H) + row, of_row);
+      if (inside) prim::store_global(static_cast<float*>(g.to_dg) + block_k * (g.p.B * g.p.L * g.p.H) + row, of_row);
       continue;
     }
     of_row = prim::warp_sum(inside ? of_row : 0.f);
