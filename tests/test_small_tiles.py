@@ -15,6 +15,7 @@ CASES = {
     "selective_scan2d": ["small"],
     "dwconv_glu": ["small", "small_some_gates"],
     "local_pool_attention": ["small"],
+    "gated_linear_attention": ["small_channel_both", "small_segments", "small_token_strong", "small_head_both"],
     "sparse24_linear": ["small", "transposed"],
     "int8_matmul": ["small_unsigned", "int16_int8_3x9x21"],
     "int_attention": ["small_16_bits", "small_bias"],
