@@ -49,3 +49,5 @@ WAIVERS |= {
     for op in ("binary_linear", "pam_matmul", "pow2_linear", "sign_bits", "table_lookup")
     for layer in _CUDA
 }
+_SCANS = "not written: the Triton kernels serve GPUs"
+WAIVERS |= {(op, layer): _SCANS for op in ("block_relu2_attention", "aft", "rnn_scan") for layer in _CUDA}

@@ -13,6 +13,9 @@ CASES = {
     "rbf_gram": ["small", "small_tails"],
     "newton_pinv": ["small_gram_17"],
     "sparse24_linear": ["small", "transposed"],
+    "block_relu2_attention": ["small_causal"],
+    "aft": ["small_local", "strided"],
+    "rnn_scan": ["small_lstm"],
     "int8_matmul": ["small_unsigned", "int16_int8_3x9x21"],
     "int_attention": ["small_16_bits", "small_bias"],
 }  # fmt: skip

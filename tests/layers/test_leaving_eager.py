@@ -39,6 +39,10 @@ def fitted(layer):
 BLOCKS = (2, 5, 32)
 # name: (module, shape of its input, call). Every exported module is here: see test_every_layer_is_here.
 LAYERS = {
+    "AFTConv": (lambda: layers.AFTConv(C, 2, kernel_size=3), TOKENS, lambda m, x: m(x, (H, W))),
+    "AFTFull": (lambda: layers.AFTFull(C, H * W, factor_dim=3), TOKENS, None),
+    "AFTLocal": (lambda: layers.AFTLocal(C, 40, 4, factor_dim=None), TOKENS, None),
+    "AFTSimple": (lambda: layers.AFTSimple(C, 12), TOKENS, None),
     "BinaryAttention": (lambda: layers.BinaryAttention(C, 2, binary_projections=False), TOKENS, None),
     "BinaryLinear": (lambda: layers.BinaryLinear(C, 12, activation="gelu"), TOKENS, None),
     "BlockSparseInt8Linear": (lambda: blocks(layers.BlockSparseInt8Linear, activation="silu"), BLOCKS, None),
@@ -54,6 +58,9 @@ LAYERS = {
     "EcoFormerAttention": (
         lambda: fitted(layers.EcoFormerAttention(C, 2, bits=4, anchors=5, top=3, steps=5)), TOKENS, None
     ),
+    "FlashGRU": (lambda: layers.FlashGRU(C, 12, 2), (2, 5, C), lambda m, x: m(x)[0]),
+    "FlashLSTM": (lambda: layers.FlashLSTM(C, 12, 2), (2, 5, C), lambda m, x: m(x)[0]),
+    "FlashSLSTM": (lambda: layers.FlashSLSTM(C, 12, 2), (2, 5, C), lambda m, x: m(x)[0]),
     "FocusedLinearAttention": (lambda: layers.FocusedLinearAttention(C, (H, W), 2, kernel_size=3), TOKENS, None),
     "FocusedLinearAttentionCSWin": (
         lambda: layers.FocusedLinearAttentionCSWin(C, 4, -1, num_heads=2, kernel_size=3), (2, 16, C),
@@ -63,6 +70,7 @@ LAYERS = {
         lambda: layers.FocusedLinearAttentionPVT(C, H * W, 2, sr_ratio=2, kernel_size=3), TOKENS,
         lambda m, x: m(x, H, W),
     ),
+    "GatedJointAttention": (lambda: layers.GatedJointAttention(C, 7, 6, 2.0, kernel_size=3), TOKENS, None),
     "HierarchicalTransformerBlock": (
         lambda: layers.HierarchicalTransformerBlock(C, (H, W), 2, (2, 2), (2, 2)), TOKENS, lambda m, x: m(x, (H, W))
     ),

@@ -1,11 +1,13 @@
 """Drop-in modules built on effvit's operators: constructors and state_dict keys of timm or of the original code."""
 
 from .._when_imported import when_imported
+from .aft import AFTConv, AFTFull, AFTLocal, AFTSimple
 from .binary import BinaryAttention, BinaryLinear
 from .block_sparse import BlockSparseInt8Linear, BlockSparseLinear
 from .dualtoken import DualTokenAttention, PositionAwareTokenModule, TokenToMapAttention
 from .ecoformer import EcoFormerAttention
 from .efficientvit import LiteMLA
+from .flashrnn import FlashGRU, FlashLSTM, FlashSLSTM
 from .flatten import FocusedLinearAttention, FocusedLinearAttentionCSWin, FocusedLinearAttentionPVT
 from .hit_sr import (
     SCC,
@@ -33,6 +35,7 @@ from .integer_inference import (
 from .integer_training import IntegerBits, QuantAttention, QuantBlock, QuantMLP, QuantPatchMerging, QuantSwin, QuantViT
 from .l2vit import LCM, LGABlock, LinearGlobalAttention
 from .mlla import MLLABlock, MLLAttention
+from .mossformer import GatedJointAttention
 from .mpcvit import MPCViTAttention, XNormAttention
 from .pam import PAMLinear
 from .sana import (
@@ -54,6 +57,10 @@ from .vssd import NonCausalSSD, VMAMBA2Block
 from .window_attention import WindowAttention
 
 __all__ = [
+    "AFTConv",
+    "AFTFull",
+    "AFTLocal",
+    "AFTSimple",
     "BinaryAttention",
     "BinaryLinear",
     "BlockSparseInt8Linear",
@@ -62,11 +69,15 @@ __all__ = [
     "ConvHierarchicalTransformerBlock",
     "DualTokenAttention",
     "EcoFormerAttention",
+    "FlashGRU",
+    "FlashLSTM",
+    "FlashSLSTM",
     "FocusedLinearAttention",
     "FocusedLinearAttentionCSWin",
     "FocusedLinearAttentionPVT",
     "fold_affine",
     "fuse_prepbn",
+    "GatedJointAttention",
     "HierarchicalTransformerBlock",
     "Int8Attention",
     "Int8KVCache",
