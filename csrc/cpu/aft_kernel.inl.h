@@ -19,11 +19,14 @@ constexpr float kLow = -1e30f;  // stands in for -infinity where two are subtrac
 constexpr float kLeast = 0x1p-60f, kMostExponent = 41.f;  // e^41 < 2^60
 
 struct Plan {
-  int rows = 48, keys = 128, channels = 128;  // of a block, a tile and a chunk; rows and channels are whole vectors
+  int rows, keys = 128, channels = 128;  // of a block, a tile and a chunk; rows and channels are whole vectors
   int ldw, ldx;  // row strides of weights, and of pairs of channels
   int C;
 
   explicit Plan(const Params& p) : C(static_cast<int>(p.C)) {
+    // Large blocks, as each computes the exponentials of all keys; small ones where there are few.
+    const int64_t blocks = std::max(ceil_div(p.L, 192), std::min(ceil_div(8, p.B), ceil_div(p.L, 48)));
+    rows = round_up(static_cast<int>(ceil_div(p.L, blocks)), 16);
     if (small_tiles()) rows = 16, keys = 16, channels = 16;
     channels = std::min(channels, round_up(C, kLanes));
     keys = static_cast<int>(std::min<int64_t>(keys, p.M));

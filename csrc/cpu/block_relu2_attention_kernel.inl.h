@@ -12,6 +12,9 @@ namespace block_relu2_attention_impl {
 
 using Params = BlockRelu2AttentionParams;
 
+// Whether products are of bfloat16: block_relu2_attention_bf16.inl.h.
+bool in_pairs(const Params& p) { return kBf16Products<BFloat16> && p.dtype == DType::kBFloat16; }
+
 struct Plan {
   int K, V, Kp, Vp;  // columns, and rounded up to whole vectors
   int ldk, ldv;  // row strides in scratch: not a multiple of 512 bytes, or rows would share few sets of the cache
@@ -29,6 +32,7 @@ struct Plan {
     ldk = Kp % 128 == 0 ? Kp + 16 : Kp, ldv = Vp % 128 == 0 ? Vp + 16 : Vp;
     group = std::min(p.group, p.L);
     groups = ceil_div(p.L, group);
+    if (in_pairs(p)) block_rows = 64, columns = 256;
     if (small) block_rows = 6, columns = kLanes;
     unit_rows = 2 * block_rows;
     tile_keys = small ? kLanes : !backward ? 256 : V > 1024 ? 64 : 128;
@@ -227,6 +231,14 @@ struct Backward {
   }
 };
 
+}  // namespace block_relu2_attention_impl
+}  // namespace effvit::cpu::EFFVIT_ISA_NAME
+
+#include "block_relu2_attention_bf16.inl.h"
+
+namespace effvit::cpu::EFFVIT_ISA_NAME {
+namespace block_relu2_attention_impl {
+
 // ---- entry points --------------------------------------------------------------------------------------------------
 
 int64_t forward_units(const Params& p) {
@@ -236,6 +248,9 @@ int64_t forward_units(const Params& p) {
 
 void forward(const Params& p, float*, int64_t begin, int64_t end) {
   const Plan g(p, false);
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+  if (in_pairs(p)) return run_pass<Forward16>(p, g, begin, end);
+#endif
   dispatch_dtype(p.dtype, [&](auto type) { run_pass<Forward<decltype(type)>>(p, g, begin, end); });
 }
 
@@ -243,6 +258,9 @@ int64_t backward_units(const Params& p) { return p.B * Plan(p, true).groups; }
 
 void backward(const Params& p, float*, int64_t begin, int64_t end) {
   const Plan g(p, true);
+#if defined(EFFVIT_HAS_BF16_PRODUCTS)
+  if (in_pairs(p)) return run_pass<Backward16>(p, g, begin, end);
+#endif
   dispatch_dtype(p.dtype, [&](auto type) { run_pass<Backward<decltype(type)>>(p, g, begin, end); });
 }
 
