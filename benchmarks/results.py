@@ -36,6 +36,7 @@ FAMILIES = {
     "gated_linear_attention": ("gated_linear_attention", "dwconv_glu", "local_pool_attention"),
     "linear_attention": ("linear_attention", "soft", "rbf_gram", "newton_pinv"),
     "gated_linear_attention": ("gated_linear_attention", "selective_scan2d"),
+    "gated": ("gated_linear_attention", "block_relu2_attention", "aft", "rnn_scan"),
 }
 
 

@@ -17,6 +17,9 @@ CASES = {
     "local_pool_attention": ["small"],
     "gated_linear_attention": ["small_channel_both", "small_segments", "small_token_strong", "small_head_both"],
     "sparse24_linear": ["small", "transposed"],
+    "block_relu2_attention": ["small_causal"],
+    "aft": ["small_local", "strided"],
+    "rnn_scan": ["small_lstm"],
     "int8_matmul": ["small_unsigned", "int16_int8_3x9x21"],
     "int_attention": ["small_16_bits", "small_bias"],
 }  # fmt: skip

@@ -49,6 +49,10 @@ LAYERS = {
     "ActivatorGatingUnit": (lambda: layers.ActivatorGatingUnit(C, 12, norm=False), TOKENS, None),
     "AdditiveBlock": (lambda: layers.AdditiveBlock(C, 2.0), (2, C, H, W), None),
     "AdditiveTokenMixer": (lambda: layers.AdditiveTokenMixer(C), (2, C, H, W), None),
+    "AFTConv": (lambda: layers.AFTConv(C, 2, kernel_size=3), TOKENS, lambda m, x: m(x, (H, W))),
+    "AFTFull": (lambda: layers.AFTFull(C, H * W, factor_dim=3), TOKENS, None),
+    "AFTLocal": (lambda: layers.AFTLocal(C, 40, 4, factor_dim=None), TOKENS, None),
+    "AFTSimple": (lambda: layers.AFTSimple(C, 12), TOKENS, None),
     "BinaryAttention": (lambda: layers.BinaryAttention(C, 2, binary_projections=False), TOKENS, None),
     "BinaryLinear": (lambda: layers.BinaryLinear(C, 12, activation="gelu"), TOKENS, None),
     "BlockSparseInt8Linear": (lambda: blocks(layers.BlockSparseInt8Linear, activation="silu"), BLOCKS, None),
@@ -65,6 +69,9 @@ LAYERS = {
     "EcoFormerAttention": (
         lambda: fitted(layers.EcoFormerAttention(C, 2, bits=4, anchors=5, top=3, steps=5)), TOKENS, None
     ),
+    "FlashGRU": (lambda: layers.FlashGRU(C, 12, 2), (2, 5, C), lambda m, x: m(x)[0]),
+    "FlashLSTM": (lambda: layers.FlashLSTM(C, 12, 2), (2, 5, C), lambda m, x: m(x)[0]),
+    "FlashSLSTM": (lambda: layers.FlashSLSTM(C, 12, 2), (2, 5, C), lambda m, x: m(x)[0]),
     "FocusedLinearAttention": (lambda: layers.FocusedLinearAttention(C, (H, W), 2, kernel_size=3), TOKENS, None),
     "FocusedLinearAttentionCSWin": (
         lambda: layers.FocusedLinearAttentionCSWin(C, 4, -1, num_heads=2, kernel_size=3), (2, 16, C),
@@ -79,6 +86,7 @@ LAYERS = {
         lambda: layers.GatedLinearAttention(hidden_size=C, num_heads=2, gate_low_rank_dim=3, use_short_conv=True),
         SHORT, None,
     ),
+    "GatedJointAttention": (lambda: layers.GatedJointAttention(C, 7, 6, 2.0, kernel_size=3), TOKENS, None),
     "HierarchicalTransformerBlock": (
         lambda: layers.HierarchicalTransformerBlock(C, (H, W), 2, (2, 2), (2, 2)), TOKENS, lambda m, x: m(x, (H, W))
     ),

@@ -4,6 +4,7 @@ from torch import nn
 
 from .._when_imported import when_imported
 from .activator import ActivatorBlock, ActivatorGatingUnit
+from .aft import AFTConv, AFTFull, AFTLocal, AFTSimple
 from .atlas import MultiScaleAttentionBlock
 from .binary import BinaryAttention, BinaryLinear
 from .block_sparse import BlockSparseInt8Linear, BlockSparseLinear
@@ -11,6 +12,7 @@ from .casvit import AdditiveBlock, AdditiveTokenMixer
 from .dualtoken import DualTokenAttention, PositionAwareTokenModule, TokenToMapAttention
 from .ecoformer import EcoFormerAttention
 from .efficientvit import LiteMLA
+from .flashrnn import FlashGRU, FlashLSTM, FlashSLSTM
 from .flatten import FocusedLinearAttention, FocusedLinearAttentionCSWin, FocusedLinearAttentionPVT
 from .gla import GatedLinearAttention
 from .hit_sr import (
@@ -42,6 +44,7 @@ from .l2vit import LCM, LGABlock, LinearGlobalAttention
 from .lmuformer import LMU
 from .mamba2 import Mamba2
 from .mlla import MLLABlock, MLLAttention
+from .mossformer import GatedJointAttention
 from .mpcvit import MPCViTAttention, XNormAttention
 from .pam import PAMLinear
 from .retention import MultiScaleRetention, ViRRetention
@@ -72,6 +75,10 @@ __all__ = [
     "ActivatorGatingUnit",
     "AdditiveBlock",
     "AdditiveTokenMixer",
+    "AFTConv",
+    "AFTFull",
+    "AFTLocal",
+    "AFTSimple",
     "AggregatedAttention",
     "BinaryAttention",
     "BinaryLinear",
@@ -82,11 +89,15 @@ __all__ = [
     "ConvHierarchicalTransformerBlock",
     "DualTokenAttention",
     "EcoFormerAttention",
+    "FlashGRU",
+    "FlashLSTM",
+    "FlashSLSTM",
     "FocusedLinearAttention",
     "FocusedLinearAttentionCSWin",
     "FocusedLinearAttentionPVT",
     "fold_affine",
     "fuse_prepbn",
+    "GatedJointAttention",
     "GatedLinearAttention",
     "get_relative_position_cpb",
     "GnConv",

@@ -211,3 +211,28 @@ def sparse24_mask(w, *, algorithm):
     if w.dtype != torch.float64:
         return effvit.ops.sparse24_mask(w, algorithm=algorithm)
     return _mask_definition(w, algorithm=algorithm)
+
+
+def block_relu2_attention(q, k, v, *, group, causal=False):
+    """effvit.block_relu2_attention; groups of more than 1024 tokens and values of more than 2048 columns in PyTorch."""
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    if _covered(q.dtype, q.shape[-1]) and group <= 1024 and v.shape[-1] <= 2048:
+        return effvit.ops.block_relu2_attention(q, k, v, group=group, causal=causal)
+    return _reference("block_relu2_attention", q, k, v, group=group, causal=causal).to(q.dtype)
+
+
+def aft(q, k, v, bias=None, *, window=0):
+    """effvit.aft; float64 in plain PyTorch."""
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    if _covered(q.dtype, 1):
+        return effvit.ops.aft(q, k, v, bias, window=window)
+    return _reference("aft", q, k, v, bias, window=window)[0].to(q.dtype)
+
+
+def rnn_scan(x, weight, bias=None, initial=None, *, cell):
+    """effvit.rnn_scan: (h, the states after the last token); heads of more than 1024 channels in plain PyTorch."""
+    if _covered(x.dtype, 1) and x.shape[-1] <= 1024:
+        initial = None if initial is None else initial.float()
+        return effvit.ops.rnn_scan(x, weight, bias, initial, cell=cell, return_state=True)
+    out, trace = _reference("rnn_scan", x, weight, bias, initial, cell=cell)
+    return out.to(x.dtype), trace[:, -1]

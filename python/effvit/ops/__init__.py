@@ -1,6 +1,8 @@
 """The operators. Each module defines `torch.ops.effvit.<name>` and a public function of the same name."""
 
+from .aft import aft
 from .binary_linear import binary_linear
+from .block_relu2_attention import block_relu2_attention
 from .block_sparse_int8_linear import block_sparse_int8_linear
 from .block_sparse_linear import block_sparse_linear
 from .dequantize_lut import dequantize_lut
@@ -28,6 +30,7 @@ from .quantize_int8 import quantize_int8
 from .quantize_lut import quantize_lut
 from .rbf_gram import rbf_gram
 from .requantize import requantize
+from .rnn_scan import rnn_scan
 from .selective_scan2d import selective_scan2d
 from .shift_gelu import shift_gelu
 from .shiftmax import shiftmax
@@ -43,11 +46,12 @@ from .table_lookup import table_lookup
 from .window_attention import window_attention
 
 __all__ = [
-    "binary_linear", "block_sparse_int8_linear", "block_sparse_linear", "dequantize_lut", "dwconv_glu",
-    "fake_quantize_int8", "fake_quantize_lut", "gated_linear_attention", "gated_linear_attention_step", "glu",
-    "int8_attention", "int8_linear", "int8_matmul", "int8_prepack", "int_add_layer_norm", "int_attention",
-    "int_layer_norm", "int_linear", "kernel_hash", "linear_attention", "local_pool_attention", "newton_pinv",
-    "pam_matmul", "pow2_linear", "quantize_int8", "quantize_lut", "rbf_gram", "requantize", "selective_scan2d",
-    "shift_gelu", "shiftmax", "sign_bits", "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear",
-    "sparse24_linear", "sparse24_mask", "sparse24_prepack", "sparse24_prune", "table_lookup", "window_attention",
+    "aft", "binary_linear", "block_relu2_attention", "block_sparse_int8_linear", "block_sparse_linear",
+    "dequantize_lut", "dwconv_glu", "fake_quantize_int8", "fake_quantize_lut", "gated_linear_attention",
+    "gated_linear_attention_step", "glu", "int8_attention", "int8_linear", "int8_matmul", "int8_prepack",
+    "int_add_layer_norm", "int_attention", "int_layer_norm", "int_linear", "kernel_hash", "linear_attention",
+    "local_pool_attention", "newton_pinv", "pam_matmul", "pow2_linear", "quantize_int8", "quantize_lut", "rbf_gram",
+    "requantize", "rnn_scan", "selective_scan2d", "shift_gelu", "shiftmax", "sign_bits", "sparse24_compress",
+    "sparse24_decompress", "sparse24_int8_linear", "sparse24_linear", "sparse24_mask", "sparse24_prepack",
+    "sparse24_prune", "table_lookup", "window_attention",
 ]  # fmt: skip

@@ -1,0 +1,145 @@
+"""rnn_scan's samples and bad inputs. Errors grow along the recurrence: the formula's own are the yardstick."""
+
+import torch
+
+from effvit.reference.rnn_scan import CELLS, GATES, STATES
+from effvit.testing._bad_inputs import declared_bad_inputs
+from effvit.testing._samples import in_order, misaligned
+from effvit.testing._spec import FLOAT_DTYPES, OPS, BadInput, OpSpec, Sample, split_call
+
+NAME = "rnn_scan"
+LSTM, GRU, SLSTM = range(3)
+
+# ---- samples -------------------------------------------------------------------------------------------------------
+
+
+def _sample(
+    name, B, L, H, D, *, cell=LSTM, bias=False, initial=False, size=1.0, layout=None, tags="", dtypes=FLOAT_DTYPES
+):  # fmt: skip
+    def make(dtype, device, generator):
+        kind = CELLS[cell]
+        x = torch.randn(B, L, GATES[kind], H, D, generator=generator) * size
+        weight = torch.randn(H, GATES[kind], D, D, generator=generator) * (0.6 * D**-0.5)
+        b = torch.randn(GATES[kind], H, D, generator=generator) * 0.5 if bias else None
+        state = torch.randn(B, STATES[kind], H, D, generator=generator) * 0.5 if initial else None
+        if initial and cell == SLSTM:
+            state[:, 2] = state[:, 2].abs() + 0.5
+        x, weight, b = (None if t is None else t.to(device, dtype) for t in (x, weight, b))
+        state = None if state is None else state.to(device)
+        if layout:
+            x, weight, b, state = layout(x, weight, b, state)
+        return (x, weight, b, state), {"cell": cell}
+
+    return Sample(name, make, frozenset(tags.split()), dtypes)
+
+
+def _strided(x, weight, bias, initial):
+    return (
+        in_order(x, (1, 3, 0, 2, 4)), in_order(weight, (1, 0, 2, 3)), None if bias is None else misaligned(bias),
+        None if initial is None else in_order(initial, (1, 0, 2, 3)),
+    )  # fmt: skip
+
+
+def _misaligned(x, weight, bias, initial):
+    return misaligned(x), misaligned(weight), bias, initial
+
+
+# fmt: off
+SAMPLES = [
+    _sample("lstm_49", 3, 49, 2, 32, tags="vit"),
+    _sample("gru_49", 5, 49, 1, 48, cell=GRU, bias=True, tags="vit"),
+    _sample("slstm_49", 2, 49, 3, 24, cell=SLSTM, bias=True, tags="vit"),
+    _sample("small_lstm", 2, 4, 2, 5, bias=True, initial=True, tags="small framework"),
+    _sample("small_gru", 3, 3, 1, 6, cell=GRU, bias=True, initial=True, tags="small framework"),
+    _sample("small_slstm", 2, 3, 2, 4, cell=SLSTM, tags="small framework"),
+    _sample("small_slstm_state", 1, 4, 1, 17, cell=SLSTM, bias=True, initial=True, tags="small"),
+    _sample("small_lstm_wide", 17, 2, 1, 33, tags="small"),
+    _sample("tiny_lstm", 1, 2, 1, 2, bias=True, initial=True, tags="tiny"),
+    _sample("tiny_gru", 1, 2, 1, 2, cell=GRU, bias=True, initial=True, tags="tiny"),
+    _sample("tiny_slstm", 1, 2, 1, 2, cell=SLSTM, bias=True, initial=True, tags="tiny small"),
+    _sample("slstm_far", 2, 20, 1, 16, cell=SLSTM, size=20.0, tags="nasty", dtypes=FLOAT_DTYPES[:1]),
+    _sample("lstm_far", 2, 20, 1, 16, size=10.0, tags="nasty", dtypes=FLOAT_DTYPES[:2]),
+    _sample("one_channel", 9, 5, 3, 1, cell=GRU, bias=True, tags="nasty"),
+    _sample("strided", 3, 6, 2, 12, bias=True, initial=True, layout=_strided, tags="strided small"),
+    _sample("misaligned", 2, 5, 2, 9, cell=GRU, layout=_misaligned, tags="strided"),
+    _sample("empty_batch", 0, 5, 2, 4, tags="empty"),
+    _sample("empty_tokens", 2, 0, 2, 4, cell=GRU, bias=True, initial=True, tags="empty"),
+    _sample("huge_batch", 70001, 1, 1, 2, cell=GRU, tags="huge", dtypes=FLOAT_DTYPES[:1]),
+]
+# fmt: on
+
+
+def random_sample(name, choose):
+    """Any cell, sizes and layouts, small; `choose` is a random.Random."""
+    return _sample(
+        name, choose.choice((1, 2, 5, 9)), choose.choice((1, 2, 5, 8)), choose.randint(1, 3),
+        choose.choice((1, 3, 8, 16, 17, 33)), cell=choose.randrange(3), bias=choose.random() < 0.6,
+        initial=choose.random() < 0.5, layout=choose.choice((None, _strided, _misaligned)),
+    )  # fmt: skip
+
+
+# ---- the calls of the suite ----------------------------------------------------------------------------------------
+
+
+def good_call():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 3, 4, 2, 5), "weight": (2, 4, 5, 5), "bias": (4, 2, 5), "initial": (2, 2, 2, 5)}
+    return {name: torch.randn(s, generator=generator) * 0.5 for name, s in shapes.items()} | {"cell": LSTM}
+
+
+def _bad(name, match, **changes):
+    def make():
+        call = good_call()
+        return split_call(call | {n: change(call[n]) for n, change in changes.items()}, OPS[NAME].names)
+
+    return BadInput(name, make, ValueError, match, public="cell" not in changes)
+
+
+def _wide(t):
+    return t.new_zeros(*t.shape[:-1], 1025)
+
+
+BAD_INPUTS = [
+    *declared_bad_inputs(NAME, good_call),
+    _bad("gates", r"x must be \[B, L, 3, H, D\] for the cell gru, got", cell=lambda _: GRU),
+    _bad("gates_of_lstm", r"x must be \[B, L, 4, H, D\] for the cell lstm, got", x=lambda t: t[:, :, :3],
+         weight=lambda t: t[:, :3].contiguous()),
+    _bad("no_columns", "x must have a head dim between 1 and 1024", x=lambda t: t[..., :0],
+         weight=lambda t: t[..., :0, :0], bias=lambda t: t[..., :0], initial=lambda t: t[..., :0]),
+    _bad("wide", "x must have a head dim between 1 and 1024", x=_wide, weight=lambda t: t.new_zeros(2, 4, 1025, 1025),
+         bias=_wide, initial=_wide),
+]  # fmt: skip
+
+
+def resize(args, kwargs):
+    x, weight, bias, initial = args
+    x, initial = (None if t is None else torch.cat((t, t.flip(0), t[:1])) for t in (x, initial))
+    return (x, weight, bias, initial), kwargs
+
+
+def public_kwargs(kwargs):
+    return {"cell": CELLS[kwargs["cell"]]} if kwargs else {}
+
+
+def memory_calls(dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def call(B, L, H, D, cell):
+        gates = GATES[CELLS[cell]]
+        x = torch.randn(B, L, gates, H, D, generator=generator).to(dtype)
+        return (x, (torch.randn(H, gates, D, D, generator=generator) * 0.1).to(dtype), None, None), {"cell": cell}
+
+    return [("8x1024x4x64", *call(8, 1024, 4, 64, LSTM)), ("16x784x2x32 slstm", *call(16, 784, 2, 32, SLSTM))]
+
+
+SPEC = OpSpec(
+    name=NAME,
+    samples=SAMPLES,
+    random_sample=random_sample,
+    bad_inputs=BAD_INPUTS,
+    good_call=good_call,
+    dynamic="B",
+    resize=resize,
+    public_kwargs=public_kwargs,
+    memory_calls=memory_calls,
+)
