@@ -6,7 +6,7 @@ from .._when_imported import when_imported
 from .activator import ActivatorBlock, ActivatorGatingUnit
 from .aft import AFTConv, AFTFull, AFTLocal, AFTSimple
 from .atlas import MultiScaleAttentionBlock
-from .binary import BinaryAttention, BinaryLinear
+from .binary import BinaryAttention, BinaryLinear, PackedBinaryLinear
 from .block_sparse import BlockSparseInt8Linear, BlockSparseLinear
 from .casvit import AdditiveBlock, AdditiveTokenMixer
 from .dualtoken import DualTokenAttention, PositionAwareTokenModule, TokenToMapAttention
@@ -36,10 +36,20 @@ from .integer_inference import (
     IntegerLinear,
     IntegerMLP,
     IntegerPatchMerging,
+    IntegerRequantise,
     IntegerSwin,
     IntegerViT,
 )
-from .integer_training import IntegerBits, QuantAttention, QuantBlock, QuantMLP, QuantPatchMerging, QuantSwin, QuantViT
+from .integer_training import (
+    IntegerBits,
+    QuantAttention,
+    QuantBlock,
+    QuantMLP,
+    QuantPatchMerging,
+    QuantStage,
+    QuantSwin,
+    QuantViT,
+)
 from .l2vit import LCM, LGABlock, LinearGlobalAttention
 from .lmuformer import LMU
 from .mamba2 import Mamba2
@@ -47,6 +57,7 @@ from .mlla import MLLABlock, MLLAttention
 from .mossformer import GatedJointAttention
 from .mpcvit import MPCViTAttention, XNormAttention
 from .pam import PAMLinear
+from .ptq import FakeQuantizer, PTQLinear
 from .retention import MultiScaleRetention, ViRRetention
 from .sana import (
     LiteLA,
@@ -57,7 +68,7 @@ from .sana import (
     SanaLinearAttnProcessor,
     sana_attn_processors,
 )
-from .shift_add import MatAdd, Pow2Linear, ShiftAddAttention
+from .shift_add import DeployedPow2Linear, MatAdd, Pow2Linear, ShiftAddAttention
 from .slab import LinearNorm, RepBN, SimplifiedLinearAttention, fold_affine, fuse_prepbn
 from .smt import ScaleAwareModulation
 from .soft import SoftmaxFreeAttention, SoftmaxFreeNormAttention
@@ -87,8 +98,10 @@ __all__ = [
     "ConvFFN",
     "ConvGLU",
     "ConvHierarchicalTransformerBlock",
+    "DeployedPow2Linear",
     "DualTokenAttention",
     "EcoFormerAttention",
+    "FakeQuantizer",
     "FlashGRU",
     "FlashLSTM",
     "FlashSLSTM",
@@ -112,6 +125,7 @@ __all__ = [
     "IntegerLinear",
     "IntegerMLP",
     "IntegerPatchMerging",
+    "IntegerRequantise",
     "IntegerSwin",
     "IntegerViT",
     "IntGELU",
@@ -138,11 +152,13 @@ __all__ = [
     "NGramWindowPartition",
     "NonCausalSSD",
     "OutlierLinear",
+    "PackedBinaryLinear",
     "PAGCFGSanaLinearAttnProcessor",
     "PAGIdentitySanaLinearAttnProcessor",
     "PAMLinear",
     "PositionAwareTokenModule",
     "Pow2Linear",
+    "PTQLinear",
     "QATLinear",
     "QuantAct",
     "QuantAttention",
@@ -153,6 +169,7 @@ __all__ = [
     "QuantMatMul",
     "QuantMLP",
     "QuantPatchMerging",
+    "QuantStage",
     "QuantSwin",
     "QuantViT",
     "RepBN",
