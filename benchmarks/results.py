@@ -32,11 +32,17 @@ FAMILIES = {
     ),
     "quantize_lut": ("quantize_lut", "dequantize_lut", "fake_quantize_lut"),
     "binary_linear": ("binary_linear", "sign_bits", "pow2_linear", "table_lookup", "pam_matmul"),
-    "gated_linear_attention": ("gated_linear_attention", "gated_linear_attention_step"),
-    "gated_linear_attention": ("gated_linear_attention", "dwconv_glu", "local_pool_attention"),
+    "gated_linear_attention": (
+        "gated_linear_attention",
+        "gated_linear_attention_step",
+        "selective_scan2d",
+        "dwconv_glu",
+        "local_pool_attention",
+        "block_relu2_attention",
+        "aft",
+        "rnn_scan",
+    ),
     "linear_attention": ("linear_attention", "soft", "rbf_gram", "newton_pinv"),
-    "gated_linear_attention": ("gated_linear_attention", "selective_scan2d"),
-    "gated": ("gated_linear_attention", "block_relu2_attention", "aft", "rnn_scan"),
 }
 
 
