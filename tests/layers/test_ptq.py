@@ -348,18 +348,32 @@ def test_relevance_is_gradient_times_input():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_bits_follow_relevance_within_the_budget():
+def test_second_derivatives_are_squares_of_first_ones():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5)).double()
+    x = 3 * torch.randn(50, 6, dtype=torch.float64)
+    found = ptq.hessian(model, {"0": model[0], "2": model[2]}, [x[:20], x[20:]])
+    z = model[0](x).detach().requires_grad_()
+    y = model[2](model[1](z))
+    error = torch.softmax(y, -1) - F.one_hot(y.argmax(1), 5)  # the derivative of the cross-entropy
+    torch.testing.assert_close(found["2"], error.square().mean(0).detach())
+    torch.testing.assert_close(found["0"], torch.autograd.grad(y, z, error)[0].square().mean(0))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("sensitivity", ["lrp", "hessian"])
+def test_bits_follow_relevance_within_the_budget(sensitivity):
     model, data, x = uneven(vit(depth=3)), [images(8)], images(6, 2)
     errors = []
     for budget in (3.0, 4.2, 6.0, 8.0):
         quantised, report = quiet(model, data, average_bits=budget, bit_choices=(3, 4, 6, 8), softmax="adalog",
-                                  gelu="uniform")  # fmt: skip
+                                  gelu="uniform", sensitivity=sensitivity)  # fmt: skip
         layers = [m for m in quantised.modules() if isinstance(m, PTQLinear)]
         sizes = [m.weight.numel() for m in layers]
         used = sum(m.weight_bits * n for m, n in zip(layers, sizes, strict=True)) / sum(sizes)
         assert used <= budget + 1e-9 and all(m.act.bits == m.weight_bits for m in layers)
         assert budget in (3.0, 8.0) or len({m.weight_bits for m in layers}) > 1
-        assert "relevance" in report.changed[0].detail
+        assert {"lrp": "relevance 0.", "hessian": "to the loss of a token"}[sensitivity] in report.changed[0].detail
         errors.append(relative(quantised(x), model(x)))
     assert errors[3] < errors[1] < errors[0], errors
 
