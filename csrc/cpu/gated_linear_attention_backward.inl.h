@@ -13,6 +13,13 @@
 namespace effvit::cpu::EFFVIT_ISA_NAME {
 namespace gated_linear_attention_impl {
 
+// gemm_transposed, its sums from the last row to the first: later tokens decay more towards earlier ones, and what is
+// small is added before what is large.
+void from_the_last(int m, int n, int k, const float* a, int64_t lda, const float* b, int64_t ldb, const float* add,
+                   float* c, int64_t ldc) {
+  gemm_transposed(m, n, k, a + (k - 1) * lda, -lda, b + (k - 1) * ldb, -ldb, add, c, ldc);
+}
+
 struct Backward {
   const Params& p;
   const Geometry g;
@@ -163,8 +170,8 @@ struct Backward {
   void values(int n) {
     for (int r = 0; r < n; r += g.block) {
       const int last = std::min(r + g.block, n);
-      gemm_transposed(last - r, g.Vp, n - r + g.K, scores + r * kMaxChunk + r, kMaxChunk, grad + int64_t{r} * g.Vp,
-                      g.Vp, nullptr, dv + int64_t{r} * g.Vp, g.Vp);
+      from_the_last(last - r, g.Vp, n - r + g.K, scores + r * kMaxChunk + r, kMaxChunk, grad + int64_t{r} * g.Vp, g.Vp,
+                    nullptr, dv + int64_t{r} * g.Vp, g.Vp);
     }
   }
 
@@ -202,8 +209,8 @@ struct Backward {
       const int last = std::min(r + kBlock, n);
       float *const of_q = dq + int64_t{r} * g.Kp, *const of_k = dk + int64_t{r} * g.Kp;
       gemm(last - r, g.Kp, last, dscores + r * kMaxChunk, kMaxChunk, k, g.Kp, of_q, of_q, g.Kp);
-      gemm_transposed(last - r, g.Kp, n - r, dscores + r * kMaxChunk + r, kMaxChunk, q + int64_t{r} * g.Kp, g.Kp, of_k,
-                      of_k, g.Kp);
+      from_the_last(last - r, g.Kp, n - r, dscores + r * kMaxChunk + r, kMaxChunk, q + int64_t{r} * g.Kp, g.Kp, of_k,
+                    of_k, g.Kp);
     }
     if (p.gate != GateKind::kNone) gates_of_tokens(n, state);
     decay_state(ds);
@@ -213,7 +220,7 @@ struct Backward {
         store(x, load(x) * set1(d.from_start[i]));
       }
     }
-    gemm_transposed(g.V, g.Kp, n, grad, g.Vp, q, g.Kp, ds, ds, g.Kp);
+    from_the_last(g.V, g.Kp, n, grad, g.Vp, q, g.Kp, ds, ds, g.Kp);
   }
 
   EFFVIT_INLINE void multiply_by(float* x, float factor) const {
@@ -301,7 +308,7 @@ struct Backward {
       }
     }
     decay_state(ds);
-    gemm_transposed(g.V, g.Kp, n, grad, g.Vp, start_q, g.Kp, ds, ds, g.Kp);
+    from_the_last(g.V, g.Kp, n, grad, g.Vp, start_q, g.Kp, ds, ds, g.Kp);
   }
 
   // dq, without the own token's part: from dO S^T; and start_q = q e^(b_i), keys = k e^(b - b_j).
@@ -360,7 +367,7 @@ struct Backward {
       if (r > 0) {
         for (int i = 0; i < r; ++i)
           multiply_rows(dk + int64_t{i} * g.Kp, dk + int64_t{i} * g.Kp, d.across + block, g.Kp);
-        gemm_transposed(r, g.Kp, m, dscores + r * kMaxChunk, kMaxChunk, near_q + at, g.Kp, dk, dk, g.Kp);
+        from_the_last(r, g.Kp, m, dscores + r * kMaxChunk, kMaxChunk, near_q + at, g.Kp, dk, dk, g.Kp);
       }
       multiply_rows(dk + at, dk + at, d.behind + at, int64_t{m} * g.Kp);
       near_keys(m, r);
@@ -381,7 +388,7 @@ struct Backward {
         const int64_t row = at + int64_t{j} * g.Kp + c;
         vf sum = load(dk + row);
 #pragma GCC unroll 16
-        for (int i = j + 1; i < kLanes; ++i) {
+        for (int i = kLanes - 1; i > j; --i) {
           decayed[i] = decayed[i] * step;
           sum = fma(set1(i < m ? dscores[(r + i) * kMaxChunk + r + j] : 0.f), decayed[i], sum);
         }
