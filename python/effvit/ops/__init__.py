@@ -24,6 +24,7 @@ from .quantize_int8 import quantize_int8
 from .quantize_lut import quantize_lut
 from .rbf_gram import rbf_gram
 from .requantize import requantize
+from .selective_scan2d import selective_scan2d
 from .shift_gelu import shift_gelu
 from .shiftmax import shiftmax
 from .sign_bits import sign_bits
@@ -41,7 +42,7 @@ __all__ = [
     "binary_linear", "block_sparse_int8_linear", "block_sparse_linear", "dequantize_lut", "fake_quantize_int8",
     "fake_quantize_lut", "glu", "int8_attention", "int8_linear", "int8_matmul", "int8_prepack", "int_add_layer_norm",
     "int_attention", "int_layer_norm", "int_linear", "kernel_hash", "linear_attention", "newton_pinv", "pam_matmul",
-    "pow2_linear", "quantize_int8", "quantize_lut", "rbf_gram", "requantize", "shift_gelu", "shiftmax", "sign_bits",
-    "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear", "sparse24_linear", "sparse24_mask",
-    "sparse24_prepack", "sparse24_prune", "table_lookup", "window_attention",
+    "pow2_linear", "quantize_int8", "quantize_lut", "rbf_gram", "requantize", "selective_scan2d", "shift_gelu",
+    "shiftmax", "sign_bits", "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear", "sparse24_linear",
+    "sparse24_mask", "sparse24_prepack", "sparse24_prune", "table_lookup", "window_attention",
 ]  # fmt: skip
