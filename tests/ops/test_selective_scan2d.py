@@ -1,0 +1,126 @@
+"""selective_scan2d: the shared suite, its definition against scans written out, and the order of the directions."""
+
+import pytest
+import torch
+
+import effvit.ops
+from effvit.testing import assert_bitwise_equal, assert_close_to_truth, backends
+from effvit.testing.selective_scan2d import SPEC
+from op_suite import OpSuite
+
+
+class TestSelectiveScan2d(OpSuite):
+    spec = SPEC
+
+
+def route(s, H, W):
+    """The places of the map in the order of direction s."""
+    if s % 2:
+        places = [(y, x) for x in range(W) for y in range(H)]
+    else:
+        places = [(y, x) for y in range(H) for x in range(W)]
+    return places[::-1] if s >= 2 else places
+
+
+def written_out(x, dt, b, c, a, d=None, dt_bias=None, softplus=True, directions=range(4)):
+    """Token after token along every direction."""
+    B, H, W, D = x.shape
+    out = [[torch.zeros(B, D, dtype=x.dtype) for _ in range(W)] for _ in range(H)]
+    for s in directions:
+        h = torch.zeros(B, D, a.shape[-1], dtype=x.dtype)
+        for i, j in route(s, H, W):
+            delta = dt[:, i, j, s] if dt_bias is None else dt[:, i, j, s] + dt_bias[s]
+            delta = torch.log1p(delta.exp()) if softplus else delta
+            h = torch.exp(delta[..., None] * a[s]) * h + delta[..., None] * b[:, i, j, s, None] * x[:, i, j, :, None]
+            y = torch.einsum("bdn,bn->bd", h, c[:, i, j, s])
+            out[i][j] = out[i][j] + (y if d is None else y + d[s] * x[:, i, j])
+    return torch.stack([torch.stack(row, 1) for row in out], 1)
+
+
+def doubles(name):
+    args, kwargs = SPEC.sample(name).build()
+    return [None if t is None else t.double().requires_grad_() for t in args], kwargs
+
+
+@pytest.mark.parametrize("name", ["small", "small_plain", "one_column", "channels_first"])
+def test_definition_is_the_scan_written_out(name):
+    args, kwargs = doubles(name)
+    leaves = [t for t in args if t is not None]
+    found, expected = SPEC.reference(*args, **kwargs), written_out(*args, **kwargs)
+    g = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for got, want in zip(
+        (found, *torch.autograd.grad(found, leaves, g)),
+        (expected, *torch.autograd.grad(expected, leaves, g)),
+        strict=True,
+    ):
+        assert (got - want).abs().max() <= 64 * torch.finfo(torch.float64).eps * want.abs().max()
+
+
+@pytest.mark.parametrize("backend", [b for b in backends("selective_scan2d") if not b.slow], ids=lambda b: b.name)
+@pytest.mark.parametrize("s", range(4))
+def test_directions(s, backend):
+    """A token enters what its direction meets after it, and nothing else: b of the other directions is 0."""
+    H, W, D, N = 3, 4, 5, 2
+    generator = torch.Generator().manual_seed(s)
+    x, dt, b, c = (torch.rand(1, H, W, *n, generator=generator) + 0.5 for n in ((D,), (4, D), (4, N), (4, N)))
+    b *= (torch.arange(4) == s)[:, None]
+    a = -torch.rand(4, D, N, generator=generator)
+    before = backend.forward(x, dt, b, c, a)
+    x[:, 1, 2] += 1
+    changed = (backend.forward(x, dt, b, c, a) != before).any(-1)[0]
+    places = route(s, H, W)
+    after = places[places.index((1, 2)) :]
+    assert {(int(i), int(j)) for i, j in changed.nonzero()} == set(after)
+
+
+def test_a_transposed_or_turned_map_exchanges_the_directions():
+    """Bit for bit but for the order in which the directions are added."""
+    (x, dt, b, c, a, d, bias), _ = SPEC.sample("small").build()
+    out = effvit.ops.selective_scan2d(x, dt, b, c, a, d, bias)
+    for turn, order in ((lambda t: t.transpose(1, 2), [1, 0, 3, 2]), (lambda t: t.flip(1, 2), [2, 3, 0, 1])):
+        moved = [turn(x), *(turn(t)[..., order, :] for t in (dt, b, c))]
+        turned = effvit.ops.selective_scan2d(*moved, *(t[order] for t in (a, d, bias)))
+        torch.testing.assert_close(turn(turned), out)
+
+
+def test_a_nan_stays_with_its_channel_and_comes_after_it():
+    args, _ = SPEC.sample("small").build()
+    clean = effvit.ops.selective_scan2d(*args)
+    x = args[0].clone()
+    x[1, 1, 1, 2] = float("nan")
+    out = effvit.ops.selective_scan2d(x, *args[1:])
+    assert out[1, 1, 1, 2].isnan()
+    touched = out.isnan()
+    touched[1, ..., 2] = False
+    assert not touched.any()
+    assert_bitwise_equal(out[0], clean[0])
+
+
+def test_growing_states_are_cut_not_garbage():
+    """delta * a above 87 counts as 87; the definition overflows there."""
+    x = torch.ones(1, 1, 2, 3)
+    dt = torch.full((1, 1, 2, 4, 3), 500.0)
+    b = c = torch.ones(1, 1, 2, 4, 1)
+    out = effvit.ops.selective_scan2d(x, dt, b, c, torch.ones(4, 3, 1))
+    assert not out.isnan().any() and (out > 1e30).all()
+
+
+def test_many_tokens_against_float64():
+    """A map of many chunks, at weak and strong decays side by side."""
+    generator = torch.Generator().manual_seed(0)
+    H, W, D, N = 31, 67, 3, 2
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    args = [randn(1, H, W, D), randn(1, H, W, 4, D), randn(1, H, W, 4, N), randn(1, H, W, 4, N), -randn(4, D, N).exp()]
+    args[4][0] *= 1e-4
+    g = randn(1, H, W, D)
+    leaves = [t.requires_grad_() for t in args]
+    wide = [t.detach().double().requires_grad_() for t in args]
+    runs = []
+    for function, tensors in ((effvit.ops.selective_scan2d, leaves), (SPEC.reference, leaves), (SPEC.reference, wide)):
+        out = function(*tensors)
+        runs.append((out.detach(), *torch.autograd.grad(out, tensors, g.to(out.dtype))))
+    for name, got, plain, truth in zip(("out", *SPEC.tensors), *runs, strict=False):
+        assert_close_to_truth(got, truth, plain, magnitude=truth.abs().max().expand_as(truth), name=name)
