@@ -110,6 +110,7 @@ LAYERS = {
     "SoftmaxFreeNormAttention": (lambda: layers.SoftmaxFreeNormAttention(C, 2, 2, 3), TOKENS, lambda m, x: m(x, H, W)),
     "Sparse24Int8Linear": (lambda: quantised(layers.Sparse24Int8Linear, activation="silu"), TOKENS, None),
     "Sparse24Linear": (lambda: layers.Sparse24Linear(C, 12), TOKENS, None),
+    "SS2D": (lambda: layers.SS2D(C, d_state=3), MAP, None),
     "SwinTransformerBlock": (lambda: layers.SwinTransformerBlock(C, (H, W), 2, window_size=4, shift_size=2), MAP, None),
     "TableFunction": (lambda: layers.TableFunction(torch.tanh, block=4), TOKENS, None),
     "TableGELU": (lambda: layers.TableGELU(block=8), TOKENS, None),
@@ -118,6 +119,7 @@ LAYERS = {
         lambda: layers.TokenToMapAttention(C, 2, feature_map="relu"), TOKENS, lambda m, x: m(x, x[:, :3])
     ),
     "VMAMBA2Block": (lambda: layers.VMAMBA2Block(C, (H, W), 2, d_state=4), TOKENS, None),
+    "VSSBlock": (lambda: layers.VSSBlock(C, ssm_d_state=1, forward_type="v05_noz", ssm_ratio=1.0), MAP, None),
     "WindowAttention": (lambda: layers.WindowAttention(C, 2, window_size=4), MAP, lambda m, x: m(x, shift=(2, 2))),
     "XNormAttention": (lambda: layers.XNormAttention(C, 2), TOKENS, None),
 }  # fmt: skip

@@ -15,10 +15,8 @@ class TestSelectiveScan2d(OpSuite):
 
 def route(s, H, W):
     """The places of the map in the order of direction s."""
-    if s % 2:
-        places = [(y, x) for x in range(W) for y in range(H)]
-    else:
-        places = [(y, x) for y in range(H) for x in range(W)]
+    rows, columns = range(H), range(W)
+    places = [(y, x) for x in columns for y in rows] if s % 2 else [(y, x) for y in rows for x in columns]
     return places[::-1] if s >= 2 else places
 
 

@@ -52,6 +52,7 @@ from .soft import SoftmaxFreeAttention, SoftmaxFreeNormAttention
 from .sparse24 import Sparse24Int8Linear, Sparse24Linear
 from .swin_block import SwinTransformerBlock
 from .table import TableFunction, TableGELU, TableSoftmax
+from .vmamba import SS2D, VSSBlock
 from .vssd import NonCausalSSD, VMAMBA2Block
 from .window_attention import WindowAttention
 
@@ -130,12 +131,14 @@ __all__ = [
     "SoftmaxFreeNormAttention",
     "Sparse24Int8Linear",
     "Sparse24Linear",
+    "SS2D",
     "SwinTransformerBlock",
     "TableFunction",
     "TableGELU",
     "TableSoftmax",
     "TokenToMapAttention",
     "VMAMBA2Block",
+    "VSSBlock",
     "WindowAttention",
     "XNormAttention",
 ]

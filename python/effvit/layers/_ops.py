@@ -102,6 +102,14 @@ def newton_pinv(a, *, iterations):
     return _reference("newton_pinv", a, iterations=iterations).to(a.dtype)
 
 
+def selective_scan2d(x, dt, b, c, a, d=None, dt_bias=None):
+    """effvit.selective_scan2d; float64 and more than 256 states in plain PyTorch. The result is float32 or wider."""
+    x, dt, b, c = map(_dense, (x, dt, b, c))
+    if _covered(x.dtype, b.shape[-1]):
+        return effvit.ops.selective_scan2d(x, dt, b, c, a, d, dt_bias)
+    return _reference("selective_scan2d", x, dt, b, c, a, d, dt_bias)
+
+
 def block_sparse_linear(x, values, crow, columns, bias=None, activation="none"):
     """effvit.block_sparse_linear; float64 in plain PyTorch."""
     x = _dense(x)

@@ -194,8 +194,8 @@ _STATES = "b must have between 1 and 256 states, got "
 # fmt: off
 BAD_INPUTS = [
     *declared_bad_inputs(NAME, good_call),
-    _bad("dt_three_directions", ValueError, r"dt must be \[B, H, W, 4, D\] like x \[1, 2, 3, 4\], got \[1, 2, 3, 3, 4\]",
-         dt=lambda t: t[..., :3, :]),
+    _bad("dt_three_directions", ValueError,
+         r"dt must be \[B, H, W, 4, D\] like x \[1, 2, 3, 4\], got \[1, 2, 3, 3, 4\]", dt=lambda t: t[..., :3, :]),
     _bad("a_three_directions", ValueError, r"a must be \[4, D, N\] like .*got \[3, 4, 2\]", a=lambda t: t[:3]),
     _bad("a_of_all_directions", ValueError, r"a must be \[4, D, N\] like .*got \[16, 2\]", a=lambda t: t.flatten(0, 1)),
     _bad("c_states", ValueError, r"c must be \[B, H, W, 4, N\] like .*got \[1, 2, 3, 4, 1\]", c=lambda t: t[..., :1]),
