@@ -33,6 +33,7 @@ FAMILIES = {
     "quantize_lut": ("quantize_lut", "dequantize_lut", "fake_quantize_lut"),
     "binary_linear": ("binary_linear", "sign_bits", "pow2_linear", "table_lookup", "pam_matmul"),
     "linear_attention": ("linear_attention", "soft", "rbf_gram", "newton_pinv"),
+    "gated_linear_attention": ("gated_linear_attention", "selective_scan2d"),
 }
 
 

@@ -41,6 +41,7 @@ WAIVERS |= {("sparse24_linear", layer): "the Triton kernels serve GPUs" for laye
 _BLOCKS = "not written: the Triton kernels serve GPUs"
 WAIVERS |= {(op, layer): _BLOCKS for op in ("block_sparse_linear", "block_sparse_int8_linear") for layer in _CUDA}
 WAIVERS["sparse24_decompress", "reference"] = "in sparse24_compress.py, as the inverse of what is defined there"
+WAIVERS |= {("selective_scan2d", layer): "the Triton kernels serve GPUs" for layer in _CUDA}
 _HASH = "small products and an exponential, which PyTorch runs: its definition runs on every device"
 WAIVERS |= {("kernel_hash", layer): _HASH for layer in (*_NATIVE, "benchmark")}
 _BITS = "the Triton kernel serves GPUs"

@@ -12,6 +12,7 @@ CASES = {
                          "small_causal_wide", "small_quadratic_chunks", "small_tails", "small_splits"],
     "rbf_gram": ["small", "small_tails"],
     "newton_pinv": ["small_gram_17"],
+    "selective_scan2d": ["small"],
     "sparse24_linear": ["small", "transposed"],
     "int8_matmul": ["small_unsigned", "int16_int8_3x9x21"],
     "int_attention": ["small_16_bits", "small_bias"],
