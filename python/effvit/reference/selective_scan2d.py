@@ -59,7 +59,8 @@ def selective_scan2d(
     states: list[torch.Tensor] = []
     for e, new in zip(decay.unbind(1), added.unbind(1), strict=True):
         states.append(e * states[-1] + new if states else new)
-    y = (torch.stack(states, dim=1) * cross_scan(c).unsqueeze(3)).sum(-1)
+    h = torch.stack(states, dim=1) if states else added  # a map without tokens
+    y = (h * cross_scan(c).unsqueeze(3)).sum(-1)
     if d is not None:
         y = y + d.to(wide) * u
     return cross_merge(y, H, W)

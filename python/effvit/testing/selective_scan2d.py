@@ -130,8 +130,9 @@ def magnitudes(args, kwargs, output_grads, eps):
     names = [n for n, t in zip(TENSORS, args, strict=True) if t is not None]
     leaves = {n: t.abs().requires_grad_() for n, t in zip(TENSORS, args, strict=True) if t is not None}
     z = dt if dt_bias is None else dt + dt_bias
-    delta = F.softplus(z) if kwargs.get("softplus", True) else z
-    slope = torch.sigmoid(z) if kwargs.get("softplus", True) else torch.ones_like(z)
+    softplus = kwargs.get("softplus", True)
+    delta = F.softplus(z) if softplus else z
+    slope = torch.where(z > 20, 1.0, torch.sigmoid(z)) if softplus else torch.ones_like(z)  # from 20 on PyTorch's is 1
     with torch.enable_grad():
         both = leaves["dt"] if dt_bias is None else leaves["dt"] + leaves["dt_bias"]
         step = cross_scan(_Slope.apply(both, delta.abs(), slope))
@@ -144,14 +145,14 @@ def magnitudes(args, kwargs, output_grads, eps):
         for e, new in zip(decay.unbind(1), added.unbind(1), strict=True):
             states.append(e * states[-1] + new if states else new)
         H, W = x.shape[1:3]
-        if not states or x.numel() == 0:
-            return {"out": torch.zeros_like(x)}, {n: torch.zeros_like(t) for n, t in leaves.items()}
-        y = (torch.stack(states, 1) * cross_scan(leaves["c"]).unsqueeze(3)).sum(-1)
+        h = torch.stack(states, 1) if states else added
+        y = (h * cross_scan(leaves["c"]).unsqueeze(3)).sum(-1)
         y = y if d is None else y + leaves["d"] * u
         out = cross_merge(y, H, W)
         if output_grads is None:
             return {"out": out.detach()}, {}
-        found = torch.autograd.grad(out, [leaves[n] for n in names], output_grads[0].abs())
+        wanted = [leaves[n] for n in names]
+        found = torch.autograd.grad(out, wanted, output_grads[0].abs(), allow_unused=True, materialize_grads=True)
     return {"out": out.detach()}, dict(zip(names, found, strict=True))
 
 
