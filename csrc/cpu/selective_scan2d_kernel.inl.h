@@ -76,6 +76,7 @@ EFFVIT_INLINE void find_places(Place* to, const Params& p, int s, int64_t first,
 
 // log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x|, and its derivative. log(1 + e) = 2 atanh(s), s = e / (2 + e) up to
 // 1/3: relative to the result it is off by 2^-26 and the rounding. A NaN stays.
+template <bool kSlope>
 EFFVIT_INLINE vf softplus(vf x, vf& slope) {
   const vf e = exp((vf)((vi)x | static_cast<int32_t>(0x80000000u)));
   const vf s = e / (e + 2.f), z = s * s;
@@ -86,8 +87,10 @@ EFFVIT_INLINE vf softplus(vf x, vf& slope) {
   p = fma(p, z, set1(0.2f));
   p = fma(p, z, set1(0.3333333333f));
   p = fma(p, z, set1(1.f));
-  const vf inverse = 1.f / (e + 1.f);
-  slope = x < vf{} ? e * inverse : inverse;
+  if constexpr (kSlope) {
+    const vf inverse = 1.f / (e + 1.f);
+    slope = x < vf{} ? e * inverse : inverse;
+  }
   return fma(s + s, p, max(vf{}, x));
 }
 
@@ -149,6 +152,7 @@ struct Chunk {
 
   int64_t index_of(int t) const { return batch * g.L + place[t].y * p.W + place[t].x; }
 
+  template <bool kSlope>
   void load_channels(int block) {
     const int64_t first = int64_t{block} * kLanes;
     const int left = static_cast<int>(std::min<int64_t>(kLanes, p.D - first));
@@ -158,16 +162,17 @@ struct Chunk {
     const int64_t x_y = p.x_stride_y, x_x = p.x_stride_x, dt_y = p.dt_stride_y, dt_x = p.dt_stride_x;
     const bool curved = p.softplus;
     const Place* const at = place;
-    float *const us = u, *const deltas = delta, *const drives = drive, *const slopes = slope;
+    float *const us = u, *const deltas = delta, *const drives = drive;
+    [[maybe_unused]] float* const slopes = slope;
     const int n = count;
     for (int t = 0; t < n; ++t) {
       const vf xs = load_lanes(x + at[t].y * x_y + at[t].x * x_x, left);
       vf step = load_lanes(dt + at[t].y * dt_y + at[t].x * dt_x, left) + bias, derivative = set1(1.f);
-      if (curved) step = softplus(step, derivative);
+      if (curved) step = softplus<kSlope>(step, derivative);
       store(us + t * kLanes, xs);
       store(deltas + t * kLanes, step);
       store(drives + t * kLanes, step * xs);
-      store(slopes + t * kLanes, derivative);
+      if constexpr (kSlope) store(slopes + t * kLanes, derivative);
     }
   }
 
@@ -209,7 +214,8 @@ enum class Scan { kRead, kAdvance, kKeep };
 template <Scan kScan, int kN, class T>
 void scan(const Chunk<T>& chunk, const float* rate, float* state, float* y, float* decay, float* past) {
   const int count = chunk.count, ldn = chunk.g.ldn, N = kN > 0 ? kN : chunk.g.N;
-  const float *b = chunk.b, *c = chunk.c;
+  const float* b = chunk.b;
+  [[maybe_unused]] const float* c = chunk.c;
   const float *const deltas = chunk.delta, *const drives = chunk.drive;
   vf kept[kN > 0 ? kN : 1];
   if constexpr (kN > 0) {
@@ -218,9 +224,9 @@ void scan(const Chunk<T>& chunk, const float* rate, float* state, float* y, floa
   }
   for (int t = 0; t < count; ++t, b += ldn, c += ldn) {
     const vf delta = load(deltas + t * kLanes), drive = load(drives + t * kLanes);
-    vf even{}, odd{};  // sums of what is read: two, so that neither waits for itself
+    [[maybe_unused]] vf even{}, odd{};  // sums of what is read: two, so that neither waits for itself
     if constexpr (kScan == Scan::kRead) even = load(y + t * kLanes);
-    const auto step = [&](int n, vf& sum, vf h) __attribute__((always_inline)) {
+    const auto step = [&](int n, [[maybe_unused]] vf& sum, vf h) __attribute__((always_inline)) {
       const vf e = exp2(min(set1(126.f), delta * load(rate + n * kLanes)));
       const vf before = e * h;
       h = fma(drive, set1(b[n]), before);
@@ -279,7 +285,7 @@ struct Forward {
         for (int64_t i = 0; i < g.chunks; ++i) {
           chunk.seek(unit / g.blocks, s, i);
           chunk.load_b(), chunk.load_c();
-          chunk.load_channels(block);
+          chunk.template load_channels<false>(block);
           for (int t = 0; t < chunk.count; ++t) store(y + t * kLanes, skip * load(chunk.u + t * kLanes));
           dispatch_states(
               g.N, [&](auto n) { scan<Scan::kRead, decltype(n)::value>(chunk, rate, state, y, nullptr, nullptr); });
@@ -328,24 +334,29 @@ struct Backward {
       if (i + 1 == g.chunks) return;
       chunk.seek(item, s, i);
       chunk.load_b();
-      chunk.load_channels(block);
+      chunk.template load_channels<false>(block);
       dispatch_states(g.N, [&](auto n) {
         scan<Scan::kAdvance, decltype(n)::value>(chunk, rate + j * states, state, nullptr, nullptr, nullptr);
       });
     }
   }
 
+  struct Sums {
+    vf dd{}, dbias{};
+  };
+
   // The adjoint over the chunk, last token first. e_i and e_i h_(i-1) are replaced by the terms of the gradients of b
   // and c. Returns sums over tokens: the gradients of d and dt_bias.
   template <int kN>
-  std::pair<vf, vf> step_back(const float* rates, float* adjoints, vf skip, int block) {
+  Sums step_back(const float* rates, float* adjoints, vf skip, int block) {
     const int N = kN > 0 ? kN : g.N, ldn = g.ldn;
     const int64_t first = int64_t{block} * kLanes;
     const int left = static_cast<int>(std::min<int64_t>(kLanes, p.D - first));
     const float *const deltas = chunk.delta, *const drives = chunk.drive, *const us = chunk.u;
     const float *const slopes = chunk.slope, *const grads = chunk.grad;
     float* const das = da;
-    vf next[kN > 0 ? kN : 1], dd{}, dbias{};
+    vf next[kN > 0 ? kN : 1];
+    Sums sums;
     if constexpr (kN > 0) {
 #pragma GCC unroll 16
       for (int n = 0; n < kN; ++n) next[n] = load(adjoints + n * kLanes);
@@ -379,32 +390,32 @@ struct Backward {
       if (s > 0) dx += load_lanes(to, left);
       store_lanes(to, dx, left);
       store_lanes(static_cast<T*>(p.ddt) + (index * kDirections + s) * p.D + first, ddt, left);
-      dd = fma(grad, u, dd);
-      dbias += ddt;
+      sums.dd = fma(grad, u, sums.dd);
+      sums.dbias += ddt;
     }
     if constexpr (kN > 0) {
 #pragma GCC unroll 16
       for (int n = 0; n < kN; ++n) store(adjoints + n * kLanes, next[n]);
     }
-    return {dd, dbias};
+    return sums;
   }
 
   void block_of_chunk(int64_t index, int j, int block, float* parameters) {
     const int64_t states = int64_t{g.N} * kLanes;
-    chunk.load_channels(block);
+    chunk.template load_channels<true>(block);
     chunk.load_gradients(block);
     std::memcpy(state, checkpoints + (j * g.chunks + index) * states, static_cast<size_t>(states) * sizeof(float));
     zero(da, states);
     const vf skip = skip_of(p, s, block);
-    std::pair<vf, vf> sums;
+    Sums sums;
     dispatch_states(g.N, [&](auto n) {
       constexpr int kN = decltype(n)::value;
       scan<Scan::kKeep, kN>(chunk, rate + j * states, state, nullptr, decay, past);
       sums = step_back<kN>(a + j * states, adjoint + j * states, skip, block);
     });
     for (int64_t i = 0; i < states; i += kLanes) store(parameters + i, load(parameters + i) + load(da + i));
-    store(parameters + states, load(parameters + states) + sums.first);
-    store(parameters + states + kLanes, load(parameters + states + kLanes) + sums.second);
+    store(parameters + states, load(parameters + states) + sums.dd);
+    store(parameters + states + kLanes, load(parameters + states + kLanes) + sums.dbias);
     for (int r = 0; r < chunk.count * g.N; r += kLanes) {
       store(sum_b + r, load(sum_b + r) + sum_rows(decay + int64_t{r} * kLanes));
       store(sum_c + r, load(sum_c + r) + sum_rows(past + int64_t{r} * kLanes));

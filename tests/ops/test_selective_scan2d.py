@@ -62,7 +62,7 @@ def test_directions(s, backend):
     generator = torch.Generator().manual_seed(s)
     x, dt, b, c = (torch.rand(1, H, W, *n, generator=generator) + 0.5 for n in ((D,), (4, D), (4, N), (4, N)))
     b *= (torch.arange(4) == s)[:, None]
-    a = -torch.rand(4, D, N, generator=generator)
+    a = -0.2 * torch.rand(4, D, N, generator=generator)
     before = backend.forward(x, dt, b, c, a)
     x[:, 1, 2] += 1
     changed = (backend.forward(x, dt, b, c, a) != before).any(-1)[0]
@@ -96,11 +96,11 @@ def test_a_nan_stays_with_its_channel_and_comes_after_it():
 
 def test_growing_states_are_cut_not_garbage():
     """delta * a above 87 counts as 87; the definition overflows there."""
-    x = torch.ones(1, 1, 2, 3)
+    x = torch.full((1, 1, 2, 3), 1e-9)
     dt = torch.full((1, 1, 2, 4, 3), 500.0)
     b = c = torch.ones(1, 1, 2, 4, 1)
     out = effvit.ops.selective_scan2d(x, dt, b, c, torch.ones(4, 3, 1))
-    assert not out.isnan().any() and (out > 1e30).all()
+    assert out.isfinite().all() and (out > 1e30).all()
 
 
 def test_many_tokens_against_float64():

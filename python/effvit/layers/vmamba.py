@@ -36,7 +36,8 @@ class SS2D(nn.Module):
     xv, m0) are refused. States and the scans' sums are float32 in every dtype, so that v03 and others, which round them
     to half precision there, are at least as precise here.
 
-    Compared with MzeroMiko/VMamba, classification/models/vmamba.py, commit 0479f85. `device` and `dtype` are additions.
+    Compared with MzeroMiko/VMamba, vmamba.py, commit 10a2e99, and for v1, v4 and tags without an underscore with
+    classification/models/vmamba.py, commit 0479f85. `device` and `dtype` are additions.
     """
 
     def __init__(
