@@ -125,21 +125,23 @@ template <class T>
 struct Chunk {
   const Params& p;
   const Geometry& g;
-  int s = 0, count = 0;
+  int s = 0, count = 0, ahead = 0;
   int64_t batch = 0;
-  Place* place;
+  Place* place;  // of `count` tokens; from the g.chunk-th on those of `ahead` tokens of the next chunk, to be fetched
   float *b, *c;  // [chunk, ldn]
   float *u, *delta, *drive, *slope, *grad;  // [chunk, kLanes]; drive = delta u, slope = d delta / d dt
 
   Chunk(const Params& params, const Geometry& geometry, Scratch& scratch) : p(params), g(geometry) {
-    place = scratch.take<Place>(g.chunk);
+    place = scratch.take<Place>(2 * int64_t{g.chunk});
     b = scratch.take<float>(int64_t{g.chunk} * g.ldn), c = scratch.take<float>(int64_t{g.chunk} * g.ldn);
     for (float** row : {&u, &delta, &drive, &slope, &grad}) *row = scratch.take<float>(int64_t{g.chunk} * kLanes);
   }
 
-  void seek(int64_t item, int direction, int64_t index) {
+  void seek(int64_t item, int direction, int64_t index, int64_t next) {
     batch = item, s = direction, count = g.tokens_of(index);
     find_places(place, p, s, index * g.chunk, count);
+    ahead = next >= 0 && next < g.chunks ? g.tokens_of(next) : 0;
+    find_places(place + g.chunk, p, s, next * g.chunk, ahead);
   }
 
   void load_states(float* to, const void* from, int64_t stride_b, int64_t stride_y, int64_t stride_x,
@@ -161,10 +163,15 @@ struct Chunk {
     const vf bias = p.dt_bias ? load_lanes(p.dt_bias + s * p.D + first, left) : vf{};
     const int64_t x_y = p.x_stride_y, x_x = p.x_stride_x, dt_y = p.dt_stride_y, dt_x = p.dt_stride_x;
     const bool curved = p.softplus;
-    const Place* const at = place;
+    const Place *const at = place, *const next = place + g.chunk;
     float *const us = u, *const deltas = delta, *const drives = drive;
     [[maybe_unused]] float* const slopes = slope;
-    const int n = count;
+    const int n = count, fetched = ahead;
+    // A direction walks in strides that no hardware prefetcher follows.
+    for (int t = 0; t < fetched; ++t) {
+      __builtin_prefetch(x + next[t].y * x_y + next[t].x * x_x);
+      __builtin_prefetch(dt + next[t].y * dt_y + next[t].x * dt_x);
+    }
     for (int t = 0; t < n; ++t) {
       const vf xs = load_lanes(x + at[t].y * x_y + at[t].x * x_x, left);
       vf step = load_lanes(dt + at[t].y * dt_y + at[t].x * dt_x, left) + bias, derivative = set1(1.f);
@@ -179,6 +186,7 @@ struct Chunk {
   void load_gradients(int block) {
     const int64_t first = int64_t{block} * kLanes;
     const int left = static_cast<int>(std::min<int64_t>(kLanes, p.D - first));
+    for (int t = 0; t < ahead; ++t) __builtin_prefetch(p.grad_out + index_of(g.chunk + t) * p.D + first);
     for (int t = 0; t < count; ++t) store(grad + t * kLanes, load_lanes(p.grad_out + index_of(t) * p.D + first, left));
   }
 };
@@ -283,7 +291,7 @@ struct Forward {
         zero(state, int64_t{g.N} * kLanes);
         const vf skip = skip_of(p, s, block);
         for (int64_t i = 0; i < g.chunks; ++i) {
-          chunk.seek(unit / g.blocks, s, i);
+          chunk.seek(unit / g.blocks, s, i, i + 1);
           chunk.load_b(), chunk.load_c();
           chunk.template load_channels<false>(block);
           for (int t = 0; t < chunk.count; ++t) store(y + t * kLanes, skip * load(chunk.u + t * kLanes));
@@ -332,7 +340,7 @@ struct Backward {
     for (int64_t i = 0;; ++i) {
       std::memcpy(checkpoints + (j * g.chunks + i) * states, state, static_cast<size_t>(states) * sizeof(float));
       if (i + 1 == g.chunks) return;
-      chunk.seek(item, s, i);
+      chunk.seek(item, s, i, i + 1);
       chunk.load_b();
       chunk.template load_channels<false>(block);
       dispatch_states(g.N, [&](auto n) {
@@ -454,7 +462,7 @@ struct Backward {
         for (int j = 0; j < blocks; ++j) keep_states(item, j, first + j);
         zero(adjoint, blocks * states);
         for (int64_t index = g.chunks - 1; index >= 0; --index) {
-          chunk.seek(item, s, index);
+          chunk.seek(item, s, index, index - 1);
           chunk.load_b(), chunk.load_c();
           zero(sum_b, g.rows), zero(sum_c, g.rows);
           for (int j = 0; j < blocks; ++j) block_of_chunk(index, j, first + j, parameters + j * block_floats);

@@ -35,8 +35,9 @@ def _sample(
         tokens = [t.to(device, dtype) for t in (x, dt, b, c)]
         if layout is not None:
             tokens = layout(*tokens)
-        parameters = (a.to(device), d.to(device) if skip else None, dt_bias.to(device) if bias else None)
-        return (*tokens, *parameters), dict(kwargs)
+        wide = torch.promote_types(dtype, torch.float32)
+        a, d, dt_bias = (t.to(device, wide) for t in (a, d, dt_bias))
+        return (*tokens, a, d if skip else None, dt_bias if bias else None), dict(kwargs)
 
     return Sample(name, make, frozenset(tags.split()), dtypes)
 
