@@ -17,7 +17,7 @@ struct dwconv_glu : OpDefaults {
   static constexpr const char* kEmpty = "B H W C";
 
   static void derive(Call& c) {
-    constexpr int64_t kMaxSize = 11;
+    constexpr int64_t kMaxSize = 7;
     const int64_t k = c.dim("k"), D = c.dim("D"), C = c.dim("C");
     effvit::check(k >= 3 && k <= kMaxSize && k % 2 == 1, c.op(), "weight must be [C, k, k] with an odd k from 3 to ",
                   kMaxSize, ", got ", Integers(c["weight"]));

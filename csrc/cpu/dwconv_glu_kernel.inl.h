@@ -121,12 +121,12 @@ void stencil(const float* const* rows, int first, int last, const float* w, cons
       for (int i = first; i < last; ++i) {
         const float* const x = rows[i] + at;
         vf wi[kSize];
-#pragma GCC unroll 11
+#pragma GCC unroll 7
         for (int j = 0; j < kSize; ++j) wi[j] = load(wc + (i * kSize + j) * kLanes);
-#pragma GCC unroll 18
+#pragma GCC unroll 14
         for (int t = 0; t < kColumns + kSize - 1; ++t) {
           const vf xt = load(x + t * width);
-#pragma GCC unroll 11
+#pragma GCC unroll 7
           for (int j = 0; j < kSize; ++j) {
             if (t - j >= 0 && t - j < kColumns) acc[t - j] = fma(xt, wi[j], acc[t - j]);
           }
@@ -154,7 +154,7 @@ void correlate(const float* dz, const float* const* rows, int first, int last, f
       vf acc[kAtOnce][kSize], total{};
 #pragma GCC unroll 3
       for (int q = 0; q < kAtOnce; ++q) {
-#pragma GCC unroll 11
+#pragma GCC unroll 7
         for (int j = 0; j < kSize; ++j) acc[q][j] = vf{};
       }
       for (int tile = 0; tile < tiles; ++tile) {
@@ -168,10 +168,10 @@ void correlate(const float* dz, const float* const* rows, int first, int last, f
 #pragma GCC unroll 3
         for (int q = 0; q < kAtOnce; ++q) {
           const float* const x = rows[i + q] + at;
-#pragma GCC unroll 18
+#pragma GCC unroll 14
           for (int t = 0; t < kColumns + kSize - 1; ++t) {
             const vf xt = load(x + t * width);
-#pragma GCC unroll 11
+#pragma GCC unroll 7
             for (int j = 0; j < kSize; ++j) {
               if (t - j >= 0 && t - j < kColumns) acc[q][j] = fma(xt, e[t - j], acc[q][j]);
             }
@@ -180,7 +180,7 @@ void correlate(const float* dz, const float* const* rows, int first, int last, f
       }
 #pragma GCC unroll 3
       for (int q = 0; q < kAtOnce; ++q) {
-#pragma GCC unroll 11
+#pragma GCC unroll 7
         for (int j = 0; j < kSize; ++j) {
           float* const sum = to + ((i + q) * kSize + j) * kLanes;
           store(sum, load(sum) + acc[q][j]);
@@ -202,12 +202,8 @@ Stencils stencils_of(int k) {
       return {stencil<3, kColumns>, correlate<3, kColumns>};
     case 5:
       return {stencil<5, kColumns>, correlate<5, kColumns>};
-    case 7:
-      return {stencil<7, kColumns>, correlate<7, kColumns>};
-    case 9:
-      return {stencil<9, kColumns>, correlate<9, kColumns>};
     default:
-      return {stencil<11, kColumns>, correlate<11, kColumns>};
+      return {stencil<7, kColumns>, correlate<7, kColumns>};
   }
 }
 Stencils stencils_of(const Plan& g) { return g.columns == 7 ? stencils_of<7>(g.k) : stencils_of<8>(g.k); }
@@ -351,7 +347,7 @@ struct Pass {
   const Stencils stencils;
   Ring ring;
   float* z;
-  const float* rows[11];
+  const float* rows[7];
   int first_row = 0, last_row = 0;
 
   Pass(const Params& params, const Plan& plan, Scratch& scratch)

@@ -10,7 +10,7 @@ from ._checks import index_of, shape, value_error
 from ._op import op
 
 NAMES = tuple(ACTIVATIONS)  # the schema's int is an index into these
-_SIZE = "be [C, k, k] with an odd k from 3 to 11"
+_SIZE = "be [C, k, k] with an odd k from 3 to 7"
 
 
 def _derive(op, dims, options, tensors):
@@ -44,7 +44,7 @@ OP = op(
     reference=lambda x, v, weight, bias, act, gate_first: _definition(
         x, v, weight, bias, act=NAMES[act], gate_first=gate_first
     ),
-    limits={"weight.k": (3, 11, _SIZE)},
+    limits={"weight.k": (3, 7, _SIZE)},
     derive=_derive,
     empty="B H W C",
     shards=("B",),
@@ -72,7 +72,7 @@ def dwconv_glu(
             [B, H, W, C + G] and holds both, as one projection writes them: x first, or v with `gate_first`. With G = 0
             it is a depthwise convolution with an activation.
             Both float32, bfloat16 or float16 (one dtype), any strides with a last stride of 1.
-        weight: [C, 1, k, k], as ``torch.nn.Conv2d`` has it, or [C, k, k], k odd, from 3 to 11; one of these dtypes,
+        weight: [C, 1, k, k], as ``torch.nn.Conv2d`` has it, or [C, k, k], k odd, from 3 to 7; one of these dtypes,
             any strides.
         bias: [C] in one of these dtypes, or None.
         act: "gelu" (the exact one), "sigmoid", "silu", "relu", "tanh" or "none".
