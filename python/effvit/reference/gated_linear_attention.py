@@ -54,8 +54,9 @@ def _scan(q, k, v, decay, state, reverse, own=True):
         decayed = state if decay is None else factors[t] * state
         state = decayed + k[t] * v[t]
         outs[t] = q[t] @ (state if own else decayed)
-    if not outs:
-        return (tokens[0] @ (tokens[1] * tokens[2])).squeeze(-2), state
+    if not outs:  # part of the graph, like the rest
+        products = tokens[1] * tokens[2]
+        return (tokens[0] @ products).squeeze(-2), state + products.sum(1)
     return torch.stack(outs, 1).squeeze(-2), state
 
 
