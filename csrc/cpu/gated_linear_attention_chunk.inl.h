@@ -100,7 +100,39 @@ void put_rows(void* data, DType dtype, const Params& p, const Walk& w, int64_t s
 
 // ---- decays --------------------------------------------------------------------------------------------------------
 
+// Gates below this, -inf too, are all decays of 0. A NaN stays.
+constexpr float kLeastGate = -1000.f;
+EFFVIT_INLINE float least(float gate) { return gate < kLeastGate ? kLeastGate : gate; }
+
 EFFVIT_INLINE int clamp_lanes(int n) { return n < 0 ? 0 : n > kLanes ? kLanes : n; }
+
+// A sum of gates and what its rounding took off: at -4 half a unit in the last place of the sum is four of its
+// exponential.
+struct GateSum {
+  vf high{}, low{};
+  EFFVIT_INLINE void add(vf x) {
+    const vf sum = high + x, part = sum - high;
+    low += (high - (sum - part)) + (x - part);
+    high = sum;
+  }
+  EFFVIT_INLINE void keep(int n) { high = first_lanes(high, n), low = first_lanes(low, n); }
+  EFFVIT_INLINE vf exp() const {
+    const vf x = EFFVIT_ISA_NAME::exp(high);
+    return fma(x, low, x);
+  }
+};
+
+// The same of numbers one after the other, in memory: their exponentials by vectors.
+struct GateSums {
+  alignas(64) float high[kMaxChunk] = {}, low[kMaxChunk] = {};
+  EFFVIT_INLINE void put(int i, double sum) {
+    high[i] = static_cast<float>(sum);
+    low[i] = static_cast<float>(sum - static_cast<double>(high[i]));
+  }
+  EFFVIT_INLINE void exp(float* to, int n) const {
+    for (int i = 0; i < n; i += kLanes) store(to + i, GateSum{load(high + i), load(low + i)}.exp());
+  }
+};
 
 // What the gates of a chunk's tokens 0 .. n-1 do. b_i: the sum of the gates up to token i and with it, b its value for
 // the last one. Every exponent is a sum of gates between two tokens, so none is positive, and none is a difference of
@@ -135,14 +167,18 @@ struct Decays {
 
   void load_gates(const Walk& w, int64_t s, int n) {
     const int64_t offset = w.batch * p.g_stride_b + w.head * p.g_stride_h;
-    if (channel) return load_rows(gates, g.Kp, p.gate_dtype, p.g, offset, p.g_stride_l, w, s, n, g.K);
+    if (channel) {
+      load_rows(gates, g.Kp, p.gate_dtype, p.g, offset, p.g_stride_l, w, s, n, g.K);
+      for (int64_t i = 0; i < int64_t{n} * g.Kp; i += kLanes) store(gates + i, max(set1(kLeastGate), load(gates + i)));
+      return;
+    }
     if (p.gate == GateKind::kToken) {
       for (int i = 0; i < n; ++i) {
-        gate[i] = load_scalar(p.g, p.gate_dtype, offset + w.token(s + i) * p.g_stride_l);
+        gate[i] = least(load_scalar(p.g, p.gate_dtype, offset + w.token(s + i) * p.g_stride_l));
       }
       tokens_ = made_ = 0;
     } else if (tokens_ == 0) {
-      const float x = p.gate == GateKind::kHead ? load_scalar(p.g, p.gate_dtype, w.head * p.g_stride_h) : 0.f;
+      const float x = p.gate == GateKind::kHead ? least(load_scalar(p.g, p.gate_dtype, w.head * p.g_stride_h)) : 0.f;
       for (int i = 0; i < kMaxChunk; ++i) gate[i] = x;
     }
   }
@@ -151,15 +187,12 @@ struct Decays {
   void make_ends(int n) {
     if (tokens_ == n) return;
     tokens_ = n;
-    float sum = 0.f, back = 0.f;
-    for (int i = 0; i < n; ++i) from_start[i] = sum += gate[i];
-    for (int i = n - 1; i >= 0; --i) to_end[i] = back, back += gate[i];
-    for (int i = n; i < round_up(n, kLanes); ++i) from_start[i] = to_end[i] = 0.f;
-    for (int i = 0; i < n; i += kLanes) {
-      store(from_start + i, exp(load(from_start + i)));
-      store(to_end + i, exp(load(to_end + i)));
-    }
-    const vf all = exp(set1(sum));
+    GateSums from, to;
+    double sum = 0.0, back = 0.0;
+    for (int i = 0; i < n; ++i) from.put(i, sum += static_cast<double>(gate[i]));
+    for (int i = n - 1; i >= 0; --i) to.put(i, back), back += static_cast<double>(gate[i]);
+    from.exp(from_start, n), to.exp(to_end, n);
+    const vf all = set1(from_start[n - 1]);
     for (int c = 0; c < g.Kp; c += kLanes) store(total + c, all);
   }
 
@@ -168,35 +201,31 @@ struct Decays {
     if (made_ >= n) return;
     if (p.gate != GateKind::kToken) n = g.chunk;
     made_ = n;
-    alignas(64) float row_factor[kMaxChunk] = {}, behind_block[kMaxChunk] = {}, column_factor[kMaxChunk];
-    alignas(64) float block_sum[kMaxChunk / kBlock < kLanes ? kLanes : kMaxChunk / kBlock] = {};
+    alignas(64) float row_factor[kMaxChunk], behind_block[kMaxChunk], column_factor[kMaxChunk];
+    GateSums row, behind;
     for (int r = 0; r < n; r += kBlock) {
       const int last = std::min(r + kBlock, n);
-      float sum = 0.f, back = 0.f;
-      for (int i = r; i < last; ++i) row_factor[i] = sum += gate[i];
-      for (int i = last - 1; i >= r; --i) behind_block[i] = back, back += gate[i];
-      block_sum[r / kBlock] = sum;
+      double sum = 0.0, back = 0.0;
+      for (int i = r; i < last; ++i) row.put(i, sum += static_cast<double>(gate[i]));
+      for (int i = last - 1; i >= r; --i) behind.put(i, back), back += static_cast<double>(gate[i]);
     }
-    for (int i = 0; i < n; i += kLanes) {
-      store(row_factor + i, exp(load(row_factor + i)));
-      store(behind_block + i, exp(load(behind_block + i)));
-    }
-    for (int i = 0; i < kMaxChunk / kBlock; i += kLanes) store(block_sum + i, exp(load(block_sum + i)));
+    row.exp(row_factor, n), behind.exp(behind_block, n);
     for (int r = 0; r < n; r += kBlock) {
       const int m = std::min(kBlock, n - r);
-      vf sums[kBlock / kLanes] = {};
+      GateSum sums[kBlock / kLanes] = {};
       for (int i = 0; i < m; ++i) {
-        float* const row = table + (r + i) * kMaxChunk;
-        for (int j = 0; j < r; j += kLanes) store(row + j, set1(row_factor[r + i]) * load(column_factor + j));
+        float* const to = table + (r + i) * kMaxChunk;
+        for (int j = 0; j < r; j += kLanes) store(to + j, set1(row_factor[r + i]) * load(column_factor + j));
         for (int u = 0; u < kBlock / kLanes; ++u) {
           const int below = i - u * kLanes;
-          sums[u] = first_lanes(sums[u] + set1(gate[r + i]), clamp_lanes(below));
-          store(row + r + u * kLanes, first_lanes(exp(sums[u]), clamp_lanes(below + own)));
+          sums[u].add(set1(gate[r + i]));
+          sums[u].keep(clamp_lanes(below));
+          store(to + r + u * kLanes, first_lanes(sums[u].exp(), clamp_lanes(below + own)));
         }
       }
-      for (int j = 0; j < r; j += kLanes)
-        store(column_factor + j, load(column_factor + j) * set1(block_sum[r / kBlock]));
-      for (int j = r; j < r + kBlock; j += kLanes) store(column_factor + j, load(behind_block + j));
+      const vf across_block = set1(row_factor[r + m - 1]);
+      for (int j = 0; j < r; j += kLanes) store(column_factor + j, load(column_factor + j) * across_block);
+      for (int j = r; j < r + m; j += kLanes) store(column_factor + j, load(behind_block + j));
     }
   }
 
@@ -204,25 +233,26 @@ struct Decays {
   void make_channels(int n) {
     const int64_t ld = g.Kp;
     for (int c = 0; c < g.Kp; c += kLanes) {
-      vf sum_before{};
+      GateSum all;
       for (int r = 0; r < n; r += kLanes) {
         const int last = std::min(r + kLanes, n), block = r / kLanes;
-        store(before + block * ld + c, exp(sum_before));
-        vf sum{}, back{};
+        store(before + block * ld + c, all.exp());
+        GateSum sum, back;
         for (int i = r; i < last; ++i) {
           const vf x = load(gates + i * ld + c);
-          sum += x;
+          sum.add(x);
           store(step + i * ld + c, exp(x));
-          store(within + i * ld + c, exp(sum));
+          store(within + i * ld + c, sum.exp());
         }
         for (int i = last - 1; i >= r; --i) {
-          store(behind + i * ld + c, exp(back));
-          back += load(gates + i * ld + c);
+          store(behind + i * ld + c, back.exp());
+          back.add(load(gates + i * ld + c));
         }
-        store(across + block * ld + c, exp(sum));
-        sum_before += sum;
+        store(across + block * ld + c, sum.exp());
+        all.add(sum.high);
+        all.low += sum.low;
       }
-      store(total + c, exp(sum_before));
+      store(total + c, all.exp());
     }
   }
 
@@ -237,12 +267,12 @@ struct Decays {
       return;
     }
     for (int c = 0; c < g.Kp; c += kLanes) {
-      vf back{};
+      GateSum back;
       for (int i = n - 1; i >= 0; --i) {
-        store(keys + i * ld + c, load(k + i * ld + c) * exp(back));
-        back += load(gates + i * ld + c);
+        store(keys + i * ld + c, load(k + i * ld + c) * back.exp());
+        back.add(load(gates + i * ld + c));
       }
-      store(total + c, exp(back));
+      store(total + c, back.exp());
     }
   }
 
