@@ -133,10 +133,10 @@ def gated_linear_attention_grad_kernel(
         if dg is not None:
             q_operand, k_operand = _operand(q_tile, DTYPE), _operand(k_tile, DTYPE)
             terms = pairs * _dot(q_operand, tl.trans(k_operand), None, DTYPE)
-            # Over rows a at or behind gate i, and keys b before it.
-            terms = tl.dot(terms, tl.where(i < j, 1.0, 0.0), input_precision="ieee") + of_rows[:, None]
-            dg_row = tl.sum(tl.where(i >= j, terms, 0.0), axis=0)
-            dg_row += tl.sum(tl.where(i < j, of_keys[:, None], 0.0), axis=0)
+            # Gate j sees rows at or behind it and keys before it: a sum up to the key before.
+            up_to = tl.sum(tl.where(i > j, tl.cumsum(terms, axis=1), 0.0), axis=0) + tl.cumsum(of_keys, axis=0)
+            dg_row = tl.sum(tl.where(i + 1 == j, up_to[:, None], 0.0), axis=0)
+            dg_row += tl.cumsum(of_rows, axis=0, reverse=True)
             dg_row += _whole(g, row, ok, column_k, K, CHANNEL, ACCURATE) * tl.sum(through, axis=0)
 
     first = (chunk.b * L * heads + head) * K

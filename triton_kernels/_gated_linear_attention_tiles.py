@@ -98,11 +98,7 @@ def _load_row(x, row, column, mask):
 @device_function
 def _gates(g, row, ok, column, K: tl.constexpr, CHANNEL: tl.constexpr):
     """[rows, columns], or [rows] where all channels share a gate; 0 where not `ok`."""
-    if CHANNEL:
-        x = _load_rows(g, row, ok, column, K)
-    else:
-        x = _load_numbers(g, row, ok)
-    return x
+    return _load_rows(g, row, ok, column, K) if CHANNEL else _load_numbers(g, row, ok)
 
 
 @device_function

@@ -1,14 +1,14 @@
 """Gated linear attention in Triton: every kind of gate, both directions, forward and every gradient of the contract.
 
-Sequences are cut into chunks of up to CHUNK tokens. `state` computes what each chunk adds to the state, in parallel; `scan`
-walks over the chunks of a sequence, element by element of the state, and leaves in every chunk's slot the state that
-meets it; `out` adds to q times that state what the tokens of the chunk see of each other. A program of `out` owns R
-tokens, fewer where gates differ between channels: there pairs of tokens cannot be a matrix product, and the state that
-meets the R tokens is made from the chunk's, by what the tokens between add to it.
+Sequences are cut into chunks of up to CHUNK tokens. `state` computes what each chunk adds to the state, in parallel;
+`scan` walks over the chunks of a sequence, element by element of the state, and leaves in every chunk's slot the state
+that meets it; `out` adds to q times that state what the tokens of the chunk see of each other. A program of `out` owns
+R tokens, fewer where gates differ between channels: there pairs of tokens cannot be a matrix product, and the state
+that meets the R tokens is made from the chunk's, by what the tokens between add to it.
 
 Backward: the gradient of the state obeys the same recurrence, walked the other way with q for k and grad_out for v, a
-gate acting after its token, not before (DUAL); so `state` and `scan` give it, and `out` gives dv. `grad` has both states
-and gives dq, dk and the gates' gradients, whose parts `sum_partials` adds.
+gate acting after its token, not before (DUAL); so `state` and `scan` give it, and `out` gives dv. `grad` has both
+states and gives dq, dk and the gates' gradients, whose parts `sum_partials` adds.
 
 Both directions together are two walks; the second one adds to float32 results of the first. No float atomics; nothing
 depends on the device. Scratch memory: a state for each chunk, in the backward two.
@@ -47,10 +47,11 @@ from ._gated_linear_attention_tiles import (
 from ._linear_attention_tiles import _dot, _operand, _store_state
 from ._tiles import Tokens, _load_rows, _rows_of, tokens
 
-CHUNK = 64
-CHANNEL_ROWS = 16  # tokens of a program where gates differ between channels
-ROWS = {2: 64, 4: 32}  # and where they do not, by element size
-BLOCK = 64  # channels, and columns of v, that a program has at a time
+# By element size. float32 is multiplied on the FMA units, with the operands in registers.
+CHUNK = {2: 64, 4: 32}
+ROWS, GRAD_ROWS = {2: 64, 4: 32}, {2: 64, 4: 16}  # tokens of a program
+CHANNEL_ROWS = 16  # where gates differ between channels
+BLOCK, GRAD_BLOCK = {2: 64, 4: 32}, 32  # channels, and columns of v, that a program has at a time
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -226,12 +227,12 @@ class _Problem:
         self.gates = next((x for x in (g_head, g_token, g_channel) if x is not None), None)
         self.per_head, self.channel = g_head is not None, g_channel is not None
         g = tokens(self.gates) if not self.per_head else Tokens(g_head, 0, 0, g_head.stride(0))
-        self.chunk = tuned(min(CHUNK, max(16, next_power_of_two(self.L))), small=32)
-        rows = CHANNEL_ROWS if self.channel else ROWS[q.element_size()]
-        self.rows = min(tuned(rows, small=16), self.chunk)
-        self.block_k, self.block_v = (
-            min(tuned(BLOCK, small=16), max(16, next_power_of_two(n))) for n in (self.K, self.V)
-        )  # fmt: skip
+        size = q.element_size()
+        self.chunk = tuned(min(CHUNK[size], max(16, next_power_of_two(self.L))), small=32)
+        self.rows, self.grad_rows = (
+            min(self.chunk, tuned(CHANNEL_ROWS if self.channel else rows[size], small=16)) for rows in (ROWS, GRAD_ROWS)
+        )
+        self.block_k, self.block_v = (self.block_of(n, BLOCK[size]) for n in (self.K, self.V))
         chunks = cdiv(self.L, self.chunk)
         self.slots = self.L // self.chunk + self.N if self.varlen else self.N * chunks
         self.shared = {
@@ -240,6 +241,9 @@ class _Problem:
             "K": self.K, "V": self.V, "BLOCK_K": self.block_k, "BLOCK_V": self.block_v, "C": self.chunk,
             "R": self.rows, "CHANNEL": self.channel, "PER_HEAD": self.per_head,
         }  # fmt: skip
+
+    def block_of(self, dim, limit):
+        return min(tuned(limit, small=16), max(16, next_power_of_two(dim)))
 
     def scratch(self, *shape):
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -266,7 +270,7 @@ class _Problem:
         launches = []
         if self.slots:
             launches += self.launches(
-                gated_linear_attention_state_kernel, self.slots * self.H * self.blocks(k=True, v=True), self.warps(),
+                gated_linear_attention_state_kernel, self.slots * self.H * self.blocks(k=True, v=True),
                 x=x, y=y, states=states, decays=None if given else decays, scale=scale, STEP=step, OWN=own,
             )  # fmt: skip
         block = tuned(64 * SCALE, small=16)
@@ -282,14 +286,18 @@ class _Problem:
             return None
         return self.scratch(self.slots, self.H, *([self.K] if self.channel else []))
 
-    def warps(self):
-        return 8 if self.dtype == torch.float32 else 4
+    def grad_sizes(self):
+        """(programs of a head, blocks of K, their launch's arguments) of the gradients of q, k and the gates."""
+        block_k, block_v = (self.block_of(n, GRAD_BLOCK) for n in (self.K, self.V))
+        blocks = cdiv(self.K, block_k)
+        sizes = {"BLOCK_K": block_k, "BLOCK_V": block_v, "R": self.grad_rows}
+        return self.slots * self.chunk // self.grad_rows * blocks, blocks, sizes
 
     def out(self, q, k, v, states, prior, out, step, strict, dual):
         programs = self.slots * self.chunk // self.rows * self.H * self.blocks(v=True)
         scales = {"q_scale": 1.0, "k_scale": self.scale} if dual else {"q_scale": self.scale, "k_scale": 1.0}
         return self.launches(
-            gated_linear_attention_out_kernel, programs, self.warps(), q=q, k=k, v=v, states=states, prior=prior,
+            gated_linear_attention_out_kernel, programs, q=q, k=k, v=v, states=states, prior=prior,
             out=out, STEP=step, STRICT=strict, DUAL=dual, **scales,
         )  # fmt: skip
 
@@ -337,9 +345,9 @@ def _plan_backward(
         return results, []
     grad, launches, decays = tokens(grad_out), [], p.decays()
     dg = dgates[2] if p.channel else dgates[1]
-    parts = p.blocks(k=True)
+    programs, parts, sizes = p.grad_sizes()
     if p.per_head:
-        partial = p.scratch(len(p.steps), p.slots * p.chunk // p.rows * parts, p.H)
+        partial = p.scratch(len(p.steps), programs, p.H)
     elif p.gates is not None and not p.channel and len(p.steps) * parts > 1:
         partial = p.by_token(len(p.steps), parts, p.B, p.L, p.H)
     else:
@@ -360,10 +368,9 @@ def _plan_backward(
         launches += of_states
         launches += of_dstates
         launches += p.out(p.k, p.q, grad, dstates, prior_dv, dv_to, -step, both and last, True)
-        programs = p.slots * p.chunk // p.rows * p.H * parts
         launches += p.launches(
-            gated_linear_attention_grad_kernel, programs, p.warps(), grad_out=grad, q=p.q, k=p.k, v=p.v, states=states,
-            dstates=dstates, dq=dq_to, dk=dk_to, dg=dg_to, STEP=step, STRICT=both and last, **priors,
+            gated_linear_attention_grad_kernel, programs * p.H, 8, grad_out=grad, q=p.q, k=p.k, v=p.v, states=states,
+            dstates=dstates, dq=dq_to, dk=dk_to, dg=dg_to, STEP=step, STRICT=both and last, **sizes, **priors,
         )  # fmt: skip
         prior_dv = dv_to
         priors = {"prior_dq": dq_to, "prior_dk": dk_to, "prior_dg": dg_to if p.channel else None}
