@@ -10,8 +10,9 @@ def block_relu2_attention(q, k, v, *, group: int = 256, causal: bool = False) ->
     The last group may be short; what is divided by stays `group`. Causal: token i sees tokens up to i of its group.
     """
     L = q.shape[1]
-    size = min(group, L)
-    q, k, v = (F.pad(t, (0, 0, 0, -L % size)).unflatten(1, (-1, size)) for t in (q, k, v))
+    size = max(min(group, L), 1)
+    groups = -(-L // size)
+    q, k, v = (F.pad(t, (0, 0, 0, groups * size - L)).unflatten(1, (groups, size)) for t in (q, k, v))
     weights = torch.relu(q @ k.mT / group).square()
     if causal:
         weights = weights.tril()

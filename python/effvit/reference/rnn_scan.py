@@ -56,5 +56,5 @@ def rnn_scan(x, weight, bias=None, initial=None, *, cell="lstm"):
         rec = rec if bias is None else rec + bias
         states = _STEPS[CELLS.index(name)](x[:, t], rec, *states)
         trace.append(torch.stack(states, dim=1))
-    trace = torch.stack(trace, dim=1) if trace else x.new_zeros(B, 0, STATES[name], H, D)
+    trace = torch.stack(trace, dim=1) if trace else x[:, :, :1].expand(-1, -1, STATES[name], -1, -1)
     return trace[:, :, 0], trace

@@ -1,8 +1,9 @@
-"""rnn_scan's samples and bad inputs. Errors grow along the recurrence: the formula's own are the yardstick."""
+"""rnn_scan's samples, bad inputs and error magnitudes."""
 
 import torch
 
 from effvit.reference.rnn_scan import CELLS, GATES, STATES
+from effvit.reference.rnn_scan import rnn_scan as reference
 from effvit.testing._bad_inputs import declared_bad_inputs
 from effvit.testing._samples import in_order, misaligned
 from effvit.testing._spec import FLOAT_DTYPES, OPS, BadInput, OpSpec, Sample, split_call
@@ -78,6 +79,39 @@ def random_sample(name, choose):
     )  # fmt: skip
 
 
+# ---- error magnitudes ----------------------------------------------------------------------------------------------
+
+
+def _largest(t, *dims):
+    return t.abs().amax(dims, keepdim=True).expand_as(t) if t.numel() else t
+
+
+def magnitudes(args, kwargs, output_grads, eps):
+    """Errors grow along the recurrence and are measured against the largest number of a token, the formula's own being
+    the yardstick. Gradients of weights and bias are sums over tokens: of the absolute values of the gradients of
+    pre-activations, times those of the state before."""
+    x, weight, bias, initial = args
+    leaves = [None if t is None else t.detach().requires_grad_() for t in args]
+    out, trace = reference(*leaves, **kwargs)
+    outputs = {"out": _largest(out.detach(), 2, 3), "trace": _largest(trace.detach(), 3, 4)}
+    if output_grads is None:
+        return outputs, {}
+    pairs = [(o, g) for o, g in zip((out, trace), output_grads, strict=True) if g is not None]
+    given = [t for t in leaves if t is not None]
+    results, grads = zip(*pairs, strict=True)
+    found = torch.autograd.grad(results, given, grads, materialize_grads=True)
+    found = dict(zip((n for n, t in zip(OPS[NAME].names, args, strict=True) if t is not None), found, strict=True))
+    dx, h = found["x"].abs(), trace.detach()[:, :, 0].abs()
+    start = torch.zeros_like(x[:, :1, 0]) if initial is None else initial[:, None, 0].abs()
+    before = torch.cat((start, h), 1)[:, : x.shape[1]]
+    gradients = {"x": _largest(found["x"], 2, 4), "weight": torch.einsum("btgho,bthi->hgoi", dx, before)}
+    if bias is not None:
+        gradients["bias"] = dx.sum((0, 1))
+    if initial is not None:
+        gradients["initial"] = _largest(found["initial"], 1, 3)
+    return outputs, gradients
+
+
 # ---- the calls of the suite ----------------------------------------------------------------------------------------
 
 
@@ -138,6 +172,7 @@ SPEC = OpSpec(
     random_sample=random_sample,
     bad_inputs=BAD_INPUTS,
     good_call=good_call,
+    magnitudes=magnitudes,
     dynamic="B",
     resize=resize,
     public_kwargs=public_kwargs,
