@@ -6,6 +6,8 @@ from .block_sparse_linear import block_sparse_linear
 from .dequantize_lut import dequantize_lut
 from .fake_quantize_int8 import fake_quantize_int8
 from .fake_quantize_lut import fake_quantize_lut
+from .gated_linear_attention import gated_linear_attention
+from .gated_linear_attention_step import gated_linear_attention_step
 from .glu import glu
 from .int8_attention import int8_attention
 from .int8_linear import int8_linear
@@ -39,9 +41,10 @@ from .window_attention import window_attention
 
 __all__ = [
     "binary_linear", "block_sparse_int8_linear", "block_sparse_linear", "dequantize_lut", "fake_quantize_int8",
-    "fake_quantize_lut", "glu", "int8_attention", "int8_linear", "int8_matmul", "int8_prepack", "int_add_layer_norm",
-    "int_attention", "int_layer_norm", "int_linear", "kernel_hash", "linear_attention", "newton_pinv", "pam_matmul",
-    "pow2_linear", "quantize_int8", "quantize_lut", "rbf_gram", "requantize", "shift_gelu", "shiftmax", "sign_bits",
-    "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear", "sparse24_linear", "sparse24_mask",
-    "sparse24_prepack", "sparse24_prune", "table_lookup", "window_attention",
+    "fake_quantize_lut", "gated_linear_attention", "gated_linear_attention_step", "glu", "int8_attention",
+    "int8_linear", "int8_matmul", "int8_prepack", "int_add_layer_norm", "int_attention", "int_layer_norm", "int_linear",
+    "kernel_hash", "linear_attention", "newton_pinv", "pam_matmul", "pow2_linear", "quantize_int8", "quantize_lut",
+    "rbf_gram", "requantize", "shift_gelu", "shiftmax", "sign_bits", "sparse24_compress", "sparse24_decompress",
+    "sparse24_int8_linear", "sparse24_linear", "sparse24_mask", "sparse24_prepack", "sparse24_prune", "table_lookup",
+    "window_attention",
 ]  # fmt: skip
