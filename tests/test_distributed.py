@@ -280,7 +280,8 @@ def segments_by_heads(mesh, name):
     expected.check_gradients({n: g.full_tensor() for n, g in zip(inputs, grads, strict=True)})
 
 
-def main(rank, ranks, store, *tests):
+def main(functions, rank, ranks, store, *tests):
+    """Runs functions of a file's globals on this rank."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -289,7 +290,7 @@ def main(rank, ranks, store, *tests):
     for test in tests:
         function, name = test.split(":")
         try:
-            globals()[function](mesh, name)
+            functions[function](mesh, name)
         except AssertionError as e:
             raise AssertionError(f"{test}: {e}") from None
         print(f"{test} ok", flush=True)
@@ -300,13 +301,13 @@ def main(rank, ranks, store, *tests):
 # ---- the tests -----------------------------------------------------------------------------------------------------
 
 
-def run_ranks(ranks, store, *tests):
-    """Runs functions of this file on some processes; fails with their output."""
+def run_ranks(ranks, store, *tests, file=__file__):
+    """Runs functions of a file on some processes; fails with their output."""
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(ranks), str(store), *tests],
+            [sys.executable, file, str(rank), str(ranks), str(store), *tests],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         )
         for rank in range(ranks)
@@ -367,4 +368,4 @@ def test_bad_calls():
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(globals(), *sys.argv[1:])

@@ -6,10 +6,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as collectives
 
-from .ops._checks import index_of, type_error, value_error
+from .ops._checks import as_bool, index_of, type_error, value_error
+from .ops.gated_linear_attention import GATES, default_scale, gate_of
+from .ops.gated_linear_attention import OP as GATED_OP
 from .ops.linear_attention import FEATURE_MAPS, NORMALIZERS, OP
 
-__all__ = ["sequence_parallel_linear_attention"]
+__all__ = ["sequence_parallel_gated_linear_attention", "sequence_parallel_linear_attention"]
 
 
 class _Sum(torch.autograd.Function):
@@ -136,3 +138,125 @@ def sequence_parallel_linear_attention(
         no_keys, no_values = k.new_empty(B, 0, H, K), v.new_empty(B, 0, H, V)
         out, _, _ = linear_attention(q, no_keys, no_values, q_den, None, None, None, state, z, **options)
     return out
+
+
+class _StateBefore(torch.autograd.Function):
+    """The state with which a rank starts: S_r = exp(log_decay_(r-1)) S_(r-1) + state_(r-1), 0 on the first rank.
+
+    state [B, H, K, V] and log_decay [B, H, K] are what a rank adds and the logarithm of what it multiplies by; with
+    `lower` the ranks before come first, else those after. The gradient of `state` is the same sum in the other
+    direction, one all-gather again.
+    """
+
+    @staticmethod
+    def forward(ctx, state, log_decay, group, lower):
+        every = _of_all_ranks(torch.cat((state, log_decay.unsqueeze(-1)), -1), group)
+        rank, ranks = dist.get_rank(group), every.shape[0]
+        before = torch.zeros_like(state)
+        for r in range(rank) if lower else reversed(range(rank + 1, ranks)):
+            before = every[r, ..., -1:].exp() * before + every[r, ..., :-1]
+        ctx.group, ctx.lower = group, lower
+        ctx.save_for_backward(log_decay, before)
+        return before
+
+    @staticmethod
+    def backward(ctx, grad):
+        log_decay, before = ctx.saved_tensors
+        grad_state = _StateBefore.apply(grad, log_decay, ctx.group, not ctx.lower)
+        grad_log_decay = (log_decay.unsqueeze(-1).exp() * before * grad_state).sum(-1)
+        return grad_state, grad_log_decay, None, None
+
+
+def _sums_until_end(g, L, reverse):
+    """Sums of gates over the tokens walked after each one, and over all tokens: [B, L, ..] and [B, ..] of float32.
+
+    g [B, L, ..], or [H] for each of L tokens.
+    """
+    g = g.float()
+    if g.dim() == 1:
+        walked = torch.arange(L, device=g.device, dtype=g.dtype)
+        after = walked if reverse else L - 1 - walked
+        return (after.unsqueeze(-1) * g).unsqueeze(0), (L * g).unsqueeze(0)
+    shifted = torch.cat((torch.zeros_like(g[:, :1]), g), 1)  # no subtraction: it would cancel where gates are strong
+    if reverse:
+        return shifted[:, :-1].cumsum(1), g.sum(1)
+    shifted = torch.cat((g, torch.zeros_like(g[:, :1])), 1)[:, 1:]
+    return shifted.flip(1).cumsum(1).flip(1), g.sum(1)
+
+
+def _own_state(q, k, v, g, reverse):
+    """What this rank's tokens add to the state [B, H, K, V] and the logarithm of what they leave of it [B, H, K]."""
+    B, L, H, K = k.shape
+    after = total = weight = None
+    if g is not None:
+        after, total = _sums_until_end(g, L, reverse)
+        if g.dim() == 4:
+            k = (k * after.exp()).to(k.dtype)
+        else:
+            weight = after.exp().expand(B, L, H)
+    none, by_sum = q.new_empty(B, 0, H, K), {"feature_map": 0, "normalize": 0}
+    _, state, _ = torch.ops.effvit.linear_attention.default(none, k, v, None, None, weight, **by_sum)
+    if total is None:
+        return state, state.new_zeros(B, H, K)
+    return state, (total if g.dim() == 4 else total.unsqueeze(-1)).expand(B, H, K)
+
+
+def sequence_parallel_gated_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    group: dist.ProcessGroup | dist.DeviceMesh | None = None,
+    *,
+    scale: float | None = None,
+    reverse: bool = False,
+    bidirectional: bool = False,
+) -> torch.Tensor:
+    """effvit.gated_linear_attention over sequences of which every rank holds a part, in the order of the ranks.
+
+    Every rank sums the decayed state of its own tokens; one all-gather of state and total decay (float32, B*H*K*(V+1)
+    numbers a rank, whatever the length) tells each what the ranks before leave, and it starts from that. The backward
+    communicates the same once. Both directions together need two of each.
+
+    Args:
+        q, k, v: this rank's tokens, as effvit.gated_linear_attention takes them. The lengths may differ from rank to
+            rank and be 0; everything else must be the same on all ranks.
+        g: gates of this rank's tokens, [B, L, H] or [B, L, H, K]; or of the heads, [H], the same on all ranks: there
+            every rank's gradient is the part of its own tokens. None: no decay.
+        group: the ranks that share the sequences; all if None.
+        scale, reverse, bidirectional: as in effvit.gated_linear_attention. With ``reverse`` the last rank is the first.
+
+    Returns:
+        ``out`` [B, L, H, V] of this rank's tokens, in the dtype of q; differentiable in q, k, v and g by autograd, any
+        number of times. Gradients are those of the sum of all ranks' losses.
+
+    Works under autocast and torch.compile. Deterministic: states are combined in the order of the ranks.
+
+    Raises:
+        TypeError, ValueError: as effvit.gated_linear_attention, on the ranks where the arguments are wrong; before any
+            communication.
+        RuntimeError: torch.distributed is not initialised.
+    """
+    op = "sequence_parallel_gated_linear_attention"
+    gates = gate_of(op, g, 3, "[H], [B, L, H] or [B, L, H, K]")
+    gates = [gates.get(name) for name in GATES]
+    for option, x in (("reverse", reverse), ("bidirectional", bidirectional)):
+        as_bool(op, option, x)
+    if reverse and bidirectional:
+        raise value_error(op, "reverse", "False when bidirectional is True", reverse)
+    options = {"scale": default_scale(q) if scale is None else scale}
+    if not torch.compiler.is_compiling():  # there the operator's fake kernel validates
+        options = GATED_OP.named(op).validate(q, k, v, *gates, **options)
+    group = _process_group(op, group)
+    outs = []
+    for direction in (0, 1) if bidirectional else (int(reverse),):
+        state, log_decay = _own_state(q, k, v, g, reverse=direction == 1)
+        before = _StateBefore.apply(state, log_decay, group, direction == 0)
+        options["direction"] = direction
+        outs.append(torch.ops.effvit.gated_linear_attention.default(q, k, v, *gates, None, before, **options)[0])
+    if not bidirectional:
+        return outs[0]
+    dtype = outs[0].dtype  # under autocast not that of q
+    forward, backward = (out.float() for out in outs)
+    q, k, v = (t.to(dtype).float() for t in (q, k, v))
+    return (forward + backward - options["scale"] * (q * k).sum(-1, keepdim=True) * v).to(dtype)
