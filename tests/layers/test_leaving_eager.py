@@ -37,9 +37,14 @@ def fitted(layer):
 
 
 BLOCKS = (2, 5, 32)
+SHORT = (2, 9, C)  # recurrences, token after token
 # name: (module, shape of its input, call). Every exported module but those of integers is here: see
 # test_every_layer_is_here.
 LAYERS = {
+    "ActivatorBlock": (lambda: layers.ActivatorBlock(C, 12), TOKENS, None),
+    "ActivatorGatingUnit": (lambda: layers.ActivatorGatingUnit(C, 12, norm=False), TOKENS, None),
+    "AdditiveBlock": (lambda: layers.AdditiveBlock(C, 2.0), (2, C, H, W), None),
+    "AdditiveTokenMixer": (lambda: layers.AdditiveTokenMixer(C), (2, C, H, W), None),
     "BinaryAttention": (lambda: layers.BinaryAttention(C, 2, binary_projections=False), TOKENS, None),
     "BinaryLinear": (lambda: layers.BinaryLinear(C, 12, activation="gelu"), TOKENS, None),
     "BlockSparseInt8Linear": (lambda: blocks(layers.BlockSparseInt8Linear, activation="silu"), BLOCKS, None),
@@ -64,6 +69,10 @@ LAYERS = {
         lambda: layers.FocusedLinearAttentionPVT(C, H * W, 2, sr_ratio=2, kernel_size=3), TOKENS,
         lambda m, x: m(x, H, W),
     ),
+    "GatedLinearAttention": (
+        lambda: layers.GatedLinearAttention(hidden_size=C, num_heads=2, gate_low_rank_dim=3, use_short_conv=True),
+        SHORT, None,
+    ),
     "HierarchicalTransformerBlock": (
         lambda: layers.HierarchicalTransformerBlock(C, (H, W), 2, (2, 2), (2, 2)), TOKENS, lambda m, x: m(x, (H, W))
     ),
@@ -79,10 +88,19 @@ LAYERS = {
         lambda m, x: m(x, rotary_emb=ROTATIONS),
     ),
     "LiteMLA": (lambda: layers.LiteMLA(C, C, dim=4), (2, C, H, W), None),
+    "LMU": (lambda: layers.LMU(C, 2, seq_len=8, theta=8), SHORT, lambda m, x: m(x.mT).mT),
+    "Mamba2": (lambda: layers.Mamba2(C, d_state=4, headdim=8), SHORT, None),
     "MatAdd": (lambda: layers.MatAdd(), TOKENS, lambda m, x: m(x, x.transpose(-2, -1))),
     "MLLABlock": (lambda: layers.MLLABlock(C, (H, W), 2), TOKENS, None),
     "MLLAttention": (lambda: layers.MLLAttention(C, (H, W), 2), TOKENS, None),
     "MPCViTAttention": (lambda: layers.MPCViTAttention(C, 2), TOKENS, None),
+    "MultiScaleAttentionBlock": (
+        lambda: layers.MultiScaleAttentionBlock(C, 2, 4, merge_ratio=2, local2global=2), (2, 4, 4, C),
+        lambda m, x: torch.cat([t.unflatten(0, (-1, t.shape[0] // x.shape[0])).flatten(1, 2) for t in m(m.tokens(x))], dim=1),
+    ),
+    "MultiScaleRetention": (
+        lambda: layers.MultiScaleRetention(hidden_size=C, num_heads=2), SHORT, None
+    ),
     "NGramContext": (lambda: layers.NGramContext(C, (2, 2), 2, 2), MAP, None),
     "NGramHierarchicalTransformerBlock": (
         lambda: layers.NGramHierarchicalTransformerBlock(C, (H, W), 2, (2, 2), (2, 2)), TOKENS,
@@ -103,6 +121,7 @@ LAYERS = {
     "QATLinear": (lambda: layers.QATLinear(randomise(torch.nn.Linear(C, 12)), activation="gelu"), TOKENS, None),
     "RepBN": (lambda: layers.RepBN(C), TOKENS, None),
     "SanaLinearAttention": (lambda: layers.SanaLinearAttention(C, heads=2, dim_head=4), TOKENS, None),
+    "ScaleAwareModulation": (lambda: layers.ScaleAwareModulation(C, 2), TOKENS, lambda m, x: m(x, H, W)),
     "SCC": (lambda: layers.SCC(C, (2, 2), (2, 2), 2), MAP, None),
     "ShiftAddAttention": (lambda: layers.ShiftAddAttention(C, 2, res_kernel_size=3), TOKENS, None),
     "SimplifiedLinearAttention": (lambda: layers.SimplifiedLinearAttention(C, (H, W), 2, kernel_size=3), TOKENS, None),
@@ -114,9 +133,11 @@ LAYERS = {
     "TableFunction": (lambda: layers.TableFunction(torch.tanh, block=4), TOKENS, None),
     "TableGELU": (lambda: layers.TableGELU(block=8), TOKENS, None),
     "TableSoftmax": (lambda: layers.TableSoftmax(), TOKENS, None),
+    "TCNCA": (lambda: layers.TCNCA(C, 4, 6, chunk_size=5, depth=2), TOKENS, None),
     "TokenToMapAttention": (
         lambda: layers.TokenToMapAttention(C, 2, feature_map="relu"), TOKENS, lambda m, x: m(x, x[:, :3])
     ),
+    "ViRRetention": (lambda: layers.ViRRetention(C, 2, class_token="first"), SHORT, None),
     "VMAMBA2Block": (lambda: layers.VMAMBA2Block(C, (H, W), 2, d_state=4), TOKENS, None),
     "WindowAttention": (lambda: layers.WindowAttention(C, 2, window_size=4), MAP, lambda m, x: m(x, shift=(2, 2))),
     "XNormAttention": (lambda: layers.XNormAttention(C, 2), TOKENS, None),

@@ -3,12 +3,16 @@
 from torch import nn
 
 from .._when_imported import when_imported
+from .activator import ActivatorBlock, ActivatorGatingUnit
+from .atlas import MultiScaleAttentionBlock
 from .binary import BinaryAttention, BinaryLinear
 from .block_sparse import BlockSparseInt8Linear, BlockSparseLinear
+from .casvit import AdditiveBlock, AdditiveTokenMixer
 from .dualtoken import DualTokenAttention, PositionAwareTokenModule, TokenToMapAttention
 from .ecoformer import EcoFormerAttention
 from .efficientvit import LiteMLA
 from .flatten import FocusedLinearAttention, FocusedLinearAttentionCSWin, FocusedLinearAttentionPVT
+from .gla import GatedLinearAttention
 from .hit_sr import (
     SCC,
     ConvFFN,
@@ -34,9 +38,12 @@ from .integer_inference import (
 )
 from .integer_training import IntegerBits, QuantAttention, QuantBlock, QuantMLP, QuantPatchMerging, QuantSwin, QuantViT
 from .l2vit import LCM, LGABlock, LinearGlobalAttention
+from .lmuformer import LMU
+from .mamba2 import Mamba2
 from .mlla import MLLABlock, MLLAttention
 from .mpcvit import MPCViTAttention, XNormAttention
 from .pam import PAMLinear
+from .retention import MultiScaleRetention, ViRRetention
 from .sana import (
     LiteLA,
     LiteLAReLURope,
@@ -48,14 +55,20 @@ from .sana import (
 )
 from .shift_add import MatAdd, Pow2Linear, ShiftAddAttention
 from .slab import LinearNorm, RepBN, SimplifiedLinearAttention, fold_affine, fuse_prepbn
+from .smt import ScaleAwareModulation
 from .soft import SoftmaxFreeAttention, SoftmaxFreeNormAttention
 from .sparse24 import Sparse24Int8Linear, Sparse24Linear
 from .swin_block import SwinTransformerBlock
 from .table import TableFunction, TableGELU, TableSoftmax
+from .tcnca import TCNCA
 from .vssd import NonCausalSSD, VMAMBA2Block
 from .window_attention import WindowAttention
 
 __all__ = [
+    "ActivatorBlock",
+    "ActivatorGatingUnit",
+    "AdditiveBlock",
+    "AdditiveTokenMixer",
     "BinaryAttention",
     "BinaryLinear",
     "BlockSparseInt8Linear",
@@ -69,6 +82,7 @@ __all__ = [
     "FocusedLinearAttentionPVT",
     "fold_affine",
     "fuse_prepbn",
+    "GatedLinearAttention",
     "HierarchicalTransformerBlock",
     "Int8Attention",
     "Int8KVCache",
@@ -92,10 +106,14 @@ __all__ = [
     "LiteLA",
     "LiteLAReLURope",
     "LiteMLA",
+    "LMU",
+    "Mamba2",
     "MatAdd",
     "MLLABlock",
     "MLLAttention",
     "MPCViTAttention",
+    "MultiScaleAttentionBlock",
+    "MultiScaleRetention",
     "NGramContext",
     "NGramHierarchicalTransformerBlock",
     "NGramSCC",
@@ -123,6 +141,7 @@ __all__ = [
     "sana_attn_processors",
     "SanaLinearAttention",
     "SanaLinearAttnProcessor",
+    "ScaleAwareModulation",
     "SCC",
     "ShiftAddAttention",
     "SimplifiedLinearAttention",
@@ -134,7 +153,9 @@ __all__ = [
     "TableFunction",
     "TableGELU",
     "TableSoftmax",
+    "TCNCA",
     "TokenToMapAttention",
+    "ViRRetention",
     "VMAMBA2Block",
     "WindowAttention",
     "XNormAttention",

@@ -33,6 +33,11 @@ def asks_for_derivatives(*tensors):
     return recorded or (not torch.compiler.is_compiling() and _dispatcher.in_transform())
 
 
+def wide(t):
+    """A tensor in float32, in float64 if it is: where gates and states are computed."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def _wide(t):
     is_float = isinstance(t, torch.Tensor) and t.is_floating_point()
     return t.to(torch.promote_types(t.dtype, torch.float32)) if is_float else t
@@ -84,6 +89,36 @@ def int8_attention(q, k, v, *, exponential="exp2", **options):
     exact = _int8_attention.int8_attention(q, k, v, **options)[0]
     smooth = _int8_attention.float_attention(q, k, v, **options)[0]
     return smooth + (exact - smooth).detach()
+
+
+def gated_linear_attention(
+    q, k, v, g=None, initial_state=None, cu_seqlens=None, *, scale=None, reverse=False, bidirectional=False,
+    return_state=False,
+):  # fmt: skip
+    """effvit.gated_linear_attention: `out`, with return_state also the state, in float32 (float64 for float64)."""
+    q, k, v, g = _dense(q), _dense(k), _dense(v), None if g is None else _dense(g)
+    if _covered(q.dtype, q.shape[-1], v.shape[-1]):
+        return effvit.ops.gated_linear_attention(
+            q, k, v, g, initial_state, cu_seqlens, scale=scale, reverse=reverse, bidirectional=bidirectional,
+            return_state=return_state,
+        )  # fmt: skip
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    gates = {"g_head": None, "g_token": None, "g_channel": None}
+    if g is not None:
+        gates[{1: "g_head", 3: "g_token", 4: "g_channel"}[g.dim()]] = g
+    out, state = _reference(
+        "gated_linear_attention", q, k, v, *gates.values(), cu_seqlens, initial_state, scale=scale,
+        direction=2 if bidirectional else int(reverse),
+    )  # fmt: skip
+    return (out.to(q.dtype), state) if return_state else out.to(q.dtype)
+
+
+def glu(a, b, act):
+    """effvit.glu of two tensors, a * act(b); float64 in plain PyTorch."""
+    a, b = _dense(a), _dense(b)
+    if _covered(a.dtype, 1):
+        return effvit.ops.glu(a, b, act=act)
+    return _reference("glu", a, b, act=act).to(a.dtype)
 
 
 def rbf_gram(q, k):

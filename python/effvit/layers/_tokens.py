@@ -65,6 +65,15 @@ def convolve_all(modules, x):
     return x
 
 
+def convolve_tokens(conv, x, causal=True):
+    """A depthwise nn.Conv1d over tokens [B, L, C] -> [B, L, C]: each sees itself and those before, or both sides."""
+    reach = (conv.kernel_size[0] - 1) * conv.dilation[0]
+    before = reach if causal else reach // 2
+    y = F.pad(as_map(x, (1, x.shape[1])), (before, reach - before))
+    weight = conv.weight.unsqueeze(2)
+    return as_tokens(conv2d(y, weight, conv.bias, dilation=(1, conv.dilation[0]), groups=conv.groups))
+
+
 def head_dim(module, dim, num_heads):
     """dim / num_heads; ValueError in the name of the module where it is no whole number."""
     if num_heads < 1 or dim % num_heads:
