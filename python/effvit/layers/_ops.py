@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import effvit.ops
 import effvit.reference
@@ -119,6 +120,13 @@ def glu(a, b, act):
     if _covered(a.dtype, 1):
         return effvit.ops.glu(a, b, act=act)
     return _reference("glu", a, b, act=act).to(a.dtype)
+
+
+def softmax_attention(q, k, v, **options):
+    """F.scaled_dot_product_attention of heads [.., L, d]; its fused kernels have no forward mode."""
+    transformed = not torch.compiler.is_compiling() and _dispatcher.in_transform()
+    with sdpa_kernel(SDPBackend.MATH) if transformed else nullcontext():
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
 
 
 def rbf_gram(q, k):

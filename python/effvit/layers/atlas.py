@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ._ops import softmax_attention
 from .swin_block import DropPath, Mlp
 from .window_attention import window_merge, window_partition
 
@@ -35,7 +36,7 @@ class CrossWindowAttention(nn.Module):
         """q [windows, N, h, d], kv [windows, M, 2, h, d] -> [windows, N, C]."""
         k, v = kv.transpose(1, 3).unbind(2)  # [windows, h, M, d]
         p = self.attn_drop if self.training else 0.0
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, dropout_p=p)
+        out = softmax_attention(q.transpose(1, 2), k, v, dropout_p=p)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
@@ -166,14 +167,15 @@ class MultiScaleAttentionBlock(nn.Module):
         for i in range(len(scales) - 1):
             scales[i + 1] = scales[i + 1] + self._windows(self._pool(self._map(scales[i], i)), i + 1)
 
+        windows = lambda i: self.multiscale_layout[i]["grid_size"][0] ** 2
         coarser = []  # keys and values of the scales done, the coarsest first
         for i in reversed(range(len(scales))):
             block, x = self.blocks[i], scales[i]
             kv = [block.keys_and_values(x)]
-            kv += [t.repeat_interleave(x.shape[0] // t.shape[0], dim=0) for t in coarser] if x.shape[0] else []
+            kv += [t.repeat_interleave(windows(i) // windows(j), dim=0) for j, t in coarser]
             scales[i] = block.update(x, block.attn(block.queries(x), torch.cat(kv, dim=1)))
             if i:
-                coarser.append(block.keys_and_values(scales[i]))
+                coarser.append((i, block.keys_and_values(scales[i])))
 
         for i in range(1, len(scales)):
             block, x = self.blocks[i], scales[i]

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ._ops import softmax_attention
 from ._tokens import as_map, as_tokens, convolve, head_dim
 
 
@@ -69,7 +70,7 @@ class ScaleAwareModulation(nn.Module):
         kv = self.kv(x)
         k, v = kv.unflatten(-1, (2, self.sa_num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         p = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=p, scale=self.scale).transpose(1, 2).flatten(2)
+        out = softmax_attention(q, k, v, dropout_p=p, scale=self.scale).transpose(1, 2).flatten(2)
         return out + as_tokens(convolve(self.local_conv, as_map(kv[..., self.dim :], size)))
 
     def extra_repr(self):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ._ops import softmax_attention
 from ._tokens import convolve_tokens
 
 
@@ -131,7 +132,7 @@ class TCNCA(nn.Module):
             later = torch.ones(bias.shape, dtype=torch.bool, device=bias.device).triu(1)
             bias = bias.masked_fill(later, -torch.inf)
         p = self.attention_dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
+        return softmax_attention(q, k, v, attn_mask=bias, dropout_p=p)
 
     def extra_repr(self):
         return (
