@@ -151,9 +151,9 @@ class _StateBefore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, state, log_decay, group, lower):
         every = _of_all_ranks(torch.cat((state, log_decay.unsqueeze(-1)), -1), group)
-        rank, ranks = dist.get_rank(group), every.shape[0]
+        rank = dist.get_rank(group)
         before = torch.zeros_like(state)
-        for r in range(rank) if lower else reversed(range(rank + 1, ranks)):
+        for r in range(rank) if lower else range(every.shape[0] - 1, rank, -1):
             before = every[r, ..., -1:].exp() * before + every[r, ..., :-1]
         ctx.group, ctx.lower = group, lower
         ctx.save_for_backward(log_decay, before)
