@@ -37,7 +37,7 @@ def randomise(module, seed=0, scale=0.4):
                 m.running_mean.copy_(torch.randn(m.running_mean.shape, generator=g) * scale)
                 m.running_var.copy_(torch.rand(m.running_var.shape, generator=g) + 0.5)
                 m.weight.add_(1)
-            elif isinstance(m, nn.LayerNorm | nn.RMSNorm):
+            elif isinstance(m, nn.LayerNorm | nn.RMSNorm) and m.weight is not None:
                 m.weight.add_(1)
     return module
 
@@ -88,7 +88,7 @@ def absolute_terms(module, found):
     norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.RMSNorm)
     for name, m in module.named_modules():
         m.absolute_terms = found, f"gradient of {name}." if name else "gradient of "  # for `spread`
-        if not isinstance(m, (nn.Linear, nn.Conv2d, *norms)):
+        if not isinstance(m, (nn.Linear, nn.Conv2d, *norms)) or m.weight is None:
             continue
 
         def forward(m, args, y, name=name):

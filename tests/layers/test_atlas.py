@@ -50,7 +50,7 @@ def plain(m, x):
         axis = (n.to(x.dtype) - window // 2) / (window // 2)
         place = torch.stack([axis[:, None].expand(side, side), axis.expand(side, side)], -1).flatten(0, 1)
         first, _, last = m.posemb[i].projector
-        scales[i] = scales[i] + last(first(place).clamp(min=0))
+        scales[i] = scales[i] + last(first(place).relu())
     for i, side in enumerate(sides(m)[:-1]):
         scales[i + 1] = scales[i + 1] + pooled(scales[i], side, m.local2global)
     kv = lambda i: m.blocks[i].attn.kv(m.blocks[i].norm1_kv(scales[i]))

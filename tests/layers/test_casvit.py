@@ -12,7 +12,7 @@ SHAPE = (2, 8, 5, 6)
 def operated(parts, x):
     spatial, channel = parts
     depthwise, norm, _, pointwise, _ = spatial.block
-    x = x / (1 + (-pointwise(norm(depthwise(x)).clamp(min=0))).exp())
+    x = x / (1 + (-pointwise(norm(depthwise(x)).relu())).exp())
     return x / (1 + (-channel.block[1](x.mean((2, 3), keepdim=True))).exp())
 
 
@@ -23,9 +23,9 @@ def mixer(m, x):
 
 def block(m, x):
     first, norm, depthwise, _, last = m.local_perception.network
-    x = x + last(depthwise(norm(first(x))).clamp(min=0))
+    x = x + last(depthwise(norm(first(x))).relu())
     x = x + mixer(m.attn, m.norm1(x))
-    return x + m.mlp.fc2(m.mlp.fc1(m.norm2(x)).clamp(min=0))
+    return x + m.mlp.fc2(m.mlp.fc1(m.norm2(x)).relu())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

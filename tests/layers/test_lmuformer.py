@@ -14,10 +14,10 @@ SIZES = {"num_heads": 2, "seq_len": 12, "theta": 10}
 def plain(m, x):
     """The memory as the sum over the tokens before, each with its part of the impulse response; x [B, N, dim]."""
     cell = m.lmu
-    u = cell.W_u(x)[..., 0].clamp(min=0)
+    u = cell.W_u(x)[..., 0].relu()
     u, H = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (u, cell.H))
     memory = [sum(u[:, s, None] * H[:, t - s] for s in range(t + 1)) for t in range(x.shape[1])]
-    h = cell.W_h(torch.cat([torch.stack(memory, dim=1).to(x.dtype), x], dim=-1)).clamp(min=0)
+    h = cell.W_h(torch.cat([torch.stack(memory, dim=1).to(x.dtype), x], dim=-1)).relu()
     h = h if m.use_all_h else h[:, -1:]
     weight = spread(m.proj_conv, "weight", (*h.shape[:2], DIM, DIM, 1))[..., 0]
     y = (weight @ h[..., None])[..., 0] + spread(m.proj_conv, "bias", h.shape)

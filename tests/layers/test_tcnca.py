@@ -51,8 +51,8 @@ def test_what_a_token_sees():
     m, x = randomise(TCNCA(**SIZES, chunk_size=4)).eval(), tokens(1, 24, DIM)
     for token in (0, 5, 12):
         changed = x.clone()
-        changed[:, token] += 1
-        differs = (m(changed) != m(x)).any(-1)[0]
+        changed[:, token] *= -1  # a constant would not pass the norm
+        differs = (m(changed) - m(x)).abs().amax(-1)[0] > 0
         assert not differs[:token].any() and differs[token]
         # a key in the last chunk that the convolutions reach is seen by the rest of its chunk
         last = (token + 14) // 4 * 4 + 3

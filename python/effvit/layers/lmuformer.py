@@ -115,7 +115,8 @@ class LMU(nn.Module):
 
     def _project(self, h):
         """[B, N, dim] -> [B, dim, N]; a convolution of one token is a linear map."""
-        return self.proj_bn(F.linear(h, self.proj_conv.weight.squeeze(-1), self.proj_conv.bias).mT)
+        y = F.linear(h, self.proj_conv.weight.squeeze(-1), self.proj_conv.bias)
+        return self.proj_bn(y.mT.contiguous())  # of other strides, compilers expect another gradient than they get
 
     def forward(self, x):
         h, last = self.lmu(x.mT)

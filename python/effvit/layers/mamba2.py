@@ -24,8 +24,9 @@ class GatedRMSNorm(nn.Module):
         """x and z [B, L, dim] -> [B, L, dim]."""
         if not self.norm_before_gate:
             x = glu(x, z, "silu")
-        x = F.rms_norm(x.unflatten(-1, (-1, self.group_size)), (self.group_size,), None, self.eps).flatten(-2)
-        x = x * self.weight
+        groups = wide(x).unflatten(-1, (-1, self.group_size))
+        y = F.rms_norm(groups, (self.group_size,), None, self.eps).flatten(-2) * wide(self.weight)
+        x = y.to(x.dtype)
         return glu(x, z, "silu") if self.norm_before_gate else x
 
     def extra_repr(self):

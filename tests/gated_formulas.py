@@ -27,6 +27,15 @@ def pairs(q, k, v, g):
     return torch.einsum("bhik,bhjk,bhijk->bhij", q, k, decay) @ v
 
 
+def pairs_reversed(q, k, v, g):
+    """The same with sums over channels and over tokens from the last to the first."""
+    reverse = lambda t: t.flip(2, 3)
+    L, b = q.shape[2], g.cumsum(2)
+    later = torch.ones(L, L).triu(1).bool()[..., None]
+    decay = (b[:, :, :, None] - b[:, :, None]).masked_fill(later, -torch.inf).exp().flip(2, 3, 4)
+    return (torch.einsum("bhik,bhjk,bhijk->bhij", reverse(q), reverse(k), decay) @ reverse(v)).flip(2, 3)
+
+
 def attend(scan, q, k, v, g, bidirectional=False):
     """One direction, or both with every token's own term once."""
     g = g.expand_as(k)
