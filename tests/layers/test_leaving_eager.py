@@ -37,6 +37,7 @@ def fitted(layer):
 
 
 BLOCKS = (2, 5, 32)
+SHORT = (2, 9, C)  # recurrences, token after token
 # name: (module, shape of its input, call). Every exported module but those of integers is here: see
 # test_every_layer_is_here.
 POSITIONS = layers.get_relative_position_cpb((H, W), (H // 2, W // 2))
@@ -113,6 +114,13 @@ LAYERS = {
     "MultiScaleAttentionBlock": (
         lambda: layers.MultiScaleAttentionBlock(C, 2, 4, merge_ratio=2, local2global=2), (2, 4, 4, C),
         lambda m, x: torch.cat([t.reshape(len(x), -1, C) for t in m(m.tokens(x))], dim=1),
+    ),
+    "MultiScaleRetention": (
+        lambda: layers.MultiScaleRetention(hidden_size=C, num_heads=2), SHORT, None
+    ),
+    "MultiScaleAttentionBlock": (
+        lambda: layers.MultiScaleAttentionBlock(C, 2, 4, merge_ratio=2, local2global=2), (2, 4, 4, C),
+        lambda m, x: torch.cat([t.reshape(x.shape[0], -1, C) for t in m(m.tokens(x))], dim=1),
     ),
     "MultiScaleRetention": (
         lambda: layers.MultiScaleRetention(hidden_size=C, num_heads=2), SHORT, None
