@@ -119,9 +119,10 @@ def search(
                 consider(options)
             best = own if best is None or own[0] < best[0] else best
     if best is None:
+        only = low < 0 and set(schemes) == {"tan"}
+        expected = "numbers from 0 on, which tan takes," if only else f"finite activations for {', '.join(schemes)},"
         raise ValueError(
-            f"effvit.calibrate_ptq: calibration must have finite activations for {', '.join(schemes)}, got values from "
-            f"{low:.4g} to {high:.4g}"
+            f"effvit.calibrate_ptq: calibration must have {expected} got values from {low:.4g} to {high:.4g}"
         )
     e, scheme, options = best
     return made(scheme, bits, options, zero), e

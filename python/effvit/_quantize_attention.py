@@ -9,6 +9,7 @@ import sys
 from torch import nn
 
 from ._report import Row, class_name
+from .ops import _checks
 
 CLASS = "_effvit_attention"  # of a module whose class was replaced: (the one before, or None where it was not kept)
 
@@ -24,23 +25,33 @@ def find(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def scan(model: nn.Module, skip) -> tuple[dict[str, nn.Module], list[Row]]:
-    """(modules to change by name, rows of attention that is left alone): patterns of names to skip."""
+    """(modules to change by name, rows of attention that is left alone): patterns of names to skip.
+
+    ValueError: there is neither, nor any that was changed before.
+    """
     family, chosen, rows = _family(), {}, []
     skip = [skip] if isinstance(skip, str) else skip
-    for name, module in model.named_modules() if family else ():
-        if type(module) not in family.INT8 and type(module) not in family.PATCHED:
+    known = tuple(family.INT8) if family else ()
+    for name, module in model.named_modules():
+        if not isinstance(module, known) or CLASS in vars(module):
             continue
         pattern = next((p for p in skip if fnmatch.fnmatchcase(name, p)), None)
         if pattern is not None:
             rows.append(Row(name, class_name(module), False, f"skipped by the pattern {pattern!r}"))
         elif type(module) in family.PATCHED:
             rows.append(Row(name, class_name(module), False, family.PATCHED[type(module)]))
+        elif type(module) not in family.INT8:
+            base = next(cls for cls in known if isinstance(module, cls)).__name__
+            rows.append(Row(name, class_name(module), False, f"a subclass of {base}, which may compute something else"))
         else:
             reason = family.reason_not(module)
             if reason is None:
                 chosen[name] = module
             else:
                 rows.append(Row(name, class_name(module), False, reason))
+    if not (chosen or rows or find(model)):
+        expected = "int8 for a model with timm's Attention or WindowAttention"
+        raise _checks.value_error("quantize_", "attention", expected, class_name(model))
     return chosen, rows
 
 
@@ -57,7 +68,7 @@ def named(model: nn.Module, names) -> dict[str, nn.Module]:
 
 def change_(modules: dict[str, nn.Module], keep: bool) -> list[Row]:
     """Rows of the report. A module becomes the other by its class: parameters, hooks and state_dict stay."""
-    family, rows = _family(), []
+    family, rows = _family() if modules else None, []
     for name, module in modules.items():
         before = type(module)
         vars(module)[CLASS] = (before if keep else None,)

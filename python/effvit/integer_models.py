@@ -30,7 +30,9 @@ from .ops import _checks
 
 METHODS = ("max", "percentile", "mse")
 LAYERS = (QuantAct, QuantLinear, QuantConv2d, QuantMatMul, IntSoftmax, IntGELU)
+PERCENTILE = 99.99
 IMAGES = 4  # of the first batch, on which the report measures errors
+_MASKED = "parametrizations.weight.original"  # in the name of a weight that effvit.sparsify_ has masked
 
 
 def _refuse(name: str, expected: str, given: object):
@@ -43,6 +45,10 @@ def _refuse(name: str, expected: str, given: object):
 
 def _is(module: object, *names: str) -> bool:
     return type(module).__name__ in names
+
+
+def _is_timms(model: object, *names: str) -> bool:
+    return _is(model, *names) and type(model).__module__.startswith("timm.")
 
 
 def _norm(name: str, module: nn.Module) -> IntLayerNorm | None:
@@ -222,9 +228,26 @@ def _as_float(model: QuantViT | QuantSwin):
 
 
 def calibrate(
-    model, batches: Iterable, total: int | None = None, *, limit=None, method="max", percentile=99.99, bar=True
+    model: QuantViT | QuantSwin,
+    batches: Iterable,
+    total: int | None = None,
+    *,
+    limit: int | None = None,
+    method: str = "max",
+    percentile: float = PERCENTILE,
+    bar: bool = True,
 ) -> None:
-    """Ranges of a QuantViT or QuantSwin from float activations on batches, and the best n of its exponentials."""
+    """Ranges of a model of :func:`prepare_integer` from its float activations on batches, and the best n of its
+    Shiftmax and ShiftGELU, in place; whatever it had is forgotten.
+
+    Args:
+        batches: images, (images, ...) or a mapping that begins with them. total: how many, for the bar, where they have
+            no length. limit: how many of them to use; None: all.
+        method, percentile: as of :func:`prepare_integer`. bar: show one.
+
+    Raises:
+        ValueError: no batch; NaN or infinity in an activation, and the message names it.
+    """
     _checks.index_of("to_integer", "method", method, METHODS)
     if limit is not None:
         _checks.as_int("to_integer", "batches", limit, (1, 2**62))
@@ -243,10 +266,21 @@ def calibrate(
             done += 1
         if not done:
             raise _checks.value_error("to_integer", "calibration", "at least one batch", "none: empty, or used before")
+        for name, m in model.named_modules():
+            if isinstance(m, QuantAct):
+                _check_seen(name, m)
+
+
+def _check_seen(name: str, act: QuantAct) -> None:
+    try:
+        act.seen()
+    except ValueError:
+        expected = "such that activations are finite"
+        raise _checks.value_error("to_integer", "calibration", expected, f"NaN or infinity in {name}") from None
 
 
 @contextlib.contextmanager
-def calibrating(module: nn.Module, method: str = "max", percentile: float = 99.99):
+def calibrating(module: nn.Module, method: str = "max", percentile: float = PERCENTILE):
     """What the module computes meanwhile, in floating point, sets its ranges, and then the n of its exponentials."""
     acts = [m for m in module.modules() if isinstance(m, QuantAct)]
     exponentials = [m for m in module.modules() if isinstance(m, integer._Exponential)]
@@ -258,12 +292,11 @@ def calibrating(module: nn.Module, method: str = "max", percentile: float = 99.9
         yield
         for act in acts:
             act.calibrated(method, percentile)
-        with torch.no_grad():
-            for m in module.modules():
-                if isinstance(m, QuantAttention):
-                    m.softmax.choose_n(m.scores_act.scale[0])
-                elif isinstance(m, QuantMLP):
-                    m.act.choose_n(m.fc1_act.scale[0])
+        for m in module.modules():
+            if isinstance(m, QuantAttention):
+                m.softmax.choose_n(m.scores_act.scale[0])
+            elif isinstance(m, QuantMLP):
+                m.act.choose_n(m.fc1_act.scale[0])
     finally:
         for act in acts:
             act.histogram, act.calibrating = None, False
@@ -335,7 +368,7 @@ def _report(model, images: torch.Tensor | None) -> IntegerReport:
                 q, _, scale = m.integers(torch.ones((), dtype=torch.float64, device=m.weight.device))
                 row.weight_error = _relative(integer.steps(q, scale[:, None], torch.float64), m.weight.flatten(1))
             elif isinstance(m, integer._Exponential):
-                row.n = int(m.n)
+                row.n = int(m.n) or m.usual_n
 
     def measure(name, m, out):
         if out.integers is None:
@@ -368,6 +401,19 @@ def _report(model, images: torch.Tensor | None) -> IntegerReport:
 # ---- the public functions --------------------------------------------------------------------------------------------
 
 
+def _bits(bits: object) -> IntegerBits:
+    """What `bits` says."""
+    if bits is None or isinstance(bits, IntegerBits):
+        return IntegerBits() if bits is None else bits
+    if not isinstance(bits, Mapping):
+        expected = "IntegerBits, a mapping of its fields or None"
+        raise _checks.type_error("to_integer", "bits", expected, type(bits).__name__)
+    names = [field.name for field in dataclasses.fields(IntegerBits)]
+    for name in bits:
+        _checks.index_of("to_integer", "a name in bits", name, names)
+    return IntegerBits(**bits)
+
+
 def prepare_integer(
     model: nn.Module,
     calibration: Iterable | None = None,
@@ -375,7 +421,7 @@ def prepare_integer(
     bits: IntegerBits | Mapping | None = None,
     batches: int | None = None,
     method: str = "max",
-    percentile: float = 99.99,
+    percentile: float = PERCENTILE,
     progress: bool = True,
 ) -> QuantViT | QuantSwin:
     """A copy of a timm model that computes, and trains with, the integers of :func:`to_integer`'s.
@@ -383,8 +429,9 @@ def prepare_integer(
     Args:
         model: timm's VisionTransformer (ViT, DeiT, distilled DeiT; layer scale, qk norm, registers, a norm before the
             blocks) or SwinTransformer, of a fixed image size. Dropout and stochastic depth are left out.
-        calibration: batches to find ranges on: images, (images, ...) or a mapping that begins with them. None: the
-            first batches of training do.
+        calibration: batches to find ranges and the n of Shiftmax and ShiftGELU on: images, (images, ...) or a mapping
+            that begins with them. None: the first batch of training sets them, and ranges follow those after it; or
+            :func:`effvit.integer_models.calibrate` later.
         bits: :class:`effvit.layers.IntegerBits`, or a mapping of its fields.
         batches: how many of them to use; None: all.
         method: "max": ranges hold all that was seen. "percentile": of what is in 8 bits or fewer, `percentile` percent
@@ -393,24 +440,27 @@ def prepare_integer(
 
     Returns:
         A module like the model: float images [B, C, H, W] to float logits, gradients straight through. Its parameters
-        have the names of timm's. `deployed()`, or :func:`to_integer`, makes the integer-only model.
+        have the names of timm's, and are frozen where those are. `deployed()`, or :func:`to_integer`, makes the
+        integer-only model.
 
     Raises:
-        ValueError: a module has no integer-only form; the message names it.
+        TypeError: bits is no IntegerBits, mapping or None.
+        ValueError: a module has no integer-only form, or an activation is not finite; the message names it.
     """
-    if isinstance(bits, Mapping):
-        bits = IntegerBits(**bits)
-    bits = IntegerBits() if bits is None else bits
+    bits = _bits(bits)
     if isinstance(model, (QuantViT, QuantSwin)):
         raise _checks.value_error("prepare_integer", "model", "one of timm's", "one that is prepared already")
-    if _is(model, "VisionTransformer", "VisionTransformerDistilled"):
+    if _is_timms(model, "VisionTransformer", "VisionTransformerDistilled"):
         made = _vit(model, bits)
-    elif _is(model, "SwinTransformer") and type(model).__module__.startswith("timm."):
+    elif _is_timms(model, "SwinTransformer"):
         made = _swin(model, bits)
     else:
         raise _refuse("model", "timm's VisionTransformer, VisionTransformerDistilled or SwinTransformer", model)
     parameter = next(model.parameters())
     made = made.to(parameter.device).train(model.training)
+    trained = {name.replace(_MASKED, "weight"): p.requires_grad for name, p in model.named_parameters()}
+    for name, p in made.named_parameters():
+        p.requires_grad_(trained.get(name, p.requires_grad))
     if calibration is not None:
         calibrate(made, calibration, limit=batches, method=method, percentile=percentile, bar=progress)
     return made
@@ -423,7 +473,7 @@ def to_integer(
     bits: IntegerBits | Mapping | None = None,
     batches: int | None = None,
     method: str = "max",
-    percentile: float = 99.99,
+    percentile: float = PERCENTILE,
     progress: bool = True,
     verbose: bool = False,
 ) -> tuple[IntegerViT | IntegerSwin, IntegerReport]:
@@ -431,7 +481,7 @@ def to_integer(
 
     Args:
         model: as :func:`prepare_integer` takes it; or what that made, trained: then the result computes the integers
-            of its training, and bits and method are those that it was prepared with.
+            of its training, and bits, batches, method and percentile must be left out.
         calibration: batches to find ranges on, as in :func:`prepare_integer`. For a trained model it only serves the
             report, and may be None.
         bits, batches, method, percentile, progress: as in :func:`prepare_integer`.
@@ -442,14 +492,19 @@ def to_integer(
         and returns float logits. The model is float's copy: the original is unchanged.
 
     Raises:
-        ValueError: no calibration; a module has no integer-only form, and the message names it.
+        TypeError: bits is no IntegerBits, mapping or None.
+        ValueError: no calibration; a module has no integer-only form, or an activation is not finite, and the message
+            names it.
 
     Source: I-ViT (arXiv:2207.01405).
     """
     images = None
     if isinstance(model, (QuantViT, QuantSwin)):
-        if bits is not None or method != "max":
-            raise _checks.value_error("to_integer", "bits and method", "left out: the model has them", "given")
+        defaults = {"bits": (bits, None), "batches": (batches, None), "method": (method, "max"),
+                    "percentile": (percentile, PERCENTILE)}  # fmt: skip
+        for name, (given, default) in defaults.items():
+            if given != default:
+                raise _checks.value_error("to_integer", name, "left out: the model is prepared and trained", given)
         trained = model
     else:
         if calibration is None:

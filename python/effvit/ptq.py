@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import _ptq_search, _quantizable
+from . import _ptq_search, _quantizable, _quantize_attention
 from ._calibrate import evaluating, run
 from ._progress import progress
 from ._report import Report, Row, class_name
@@ -357,7 +357,7 @@ class Target:
         self.layer.use_weight(plan.bits[0], plan.weight_scale)
 
     def row(self, plan: Plan, relevance: float | None) -> Row:
-        layer, before = self.layer, self.layer.weight.numel() * 4
+        layer, before = self.layer, self.layer.weight.numel() * self.layer.weight.element_size()
         after = (layer.weight.numel() * plan.bits[0] + 7) // 8 + 4 * layer.out_features if plan.bits[0] else before
         detail = f"W{plan.bits[0] or 'float'}, {self.role}: {layer.act.text}"
         detail += ", re-parameterised" if plan.ranges is not None else ""
@@ -416,12 +416,21 @@ def _gelu_readers(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _attentions(model: nn.Module) -> dict[str, nn.Module]:
+def _attentions(model: nn.Module) -> tuple[dict[str, nn.Module], list[Row]]:
+    """(attention whose products are quantised, rows of what is like it but left alone)"""
     if "timm" not in sys.modules:
-        return {}
+        return {}, []
     from ._ptq_timm import CLASSES
 
-    return {name: m for name, m in model.named_modules() if type(m) in CLASSES and "forward" not in vars(m)}
+    found, rows = {}, []
+    for name, m in model.named_modules():
+        base = next((cls.__name__ for cls in CLASSES if isinstance(m, cls)), None)
+        if type(m) in CLASSES and "forward" not in vars(m):
+            found[name] = m
+        elif base is not None:
+            why = "its forward is replaced on the instance" if type(m) in CLASSES else f"a subclass of timm's {base}"
+            rows.append(Row(name, class_name(m), False, f"{why}: its products stay in floating point"))
+    return found, rows
 
 
 def _check_model(model: object) -> None:
@@ -432,6 +441,10 @@ def _check_model(model: object) -> None:
     _quantizable.check_materialised(_NAME, model)
     from .adapters import Fused
 
+    int8 = list(_quantize_attention.find(model))
+    if int8:
+        expected = "in floating point (call effvit.unquantize_ first)"
+        raise _checks.value_error(_NAME, "model", expected, f"int8 attention in {int8[0]}")
     patched = [name for name, m in model.named_modules() if isinstance(m, Fused)]
     if patched:
         raise _checks.value_error(_NAME, "model", "unpatched (call effvit.unpatch first)", f"a patched {patched[0]}")
@@ -451,7 +464,7 @@ def prepare_ptq(model: nn.Module, skip: Sequence[str] = PTQConfig.skip) -> tuple
     chosen, rows = scan(model, skip, _quantizable.needs_floats(model))
     if not chosen:
         raise _checks.value_error(_NAME, "model", "one with a Linear to quantise", class_name(model))
-    norms, gelus, attentions, layers = foldable(model), _gelu_readers(model), _attentions(model), {}
+    norms, gelus, (attentions, left), layers = foldable(model), _gelu_readers(model), _attentions(model), {}
     for name, linear in chosen.items():
         layer, norm = PTQLinear.from_linear(linear), norms.get(linear)
         put(model, linear, layer)
@@ -463,7 +476,7 @@ def prepare_ptq(model: nn.Module, skip: Sequence[str] = PTQConfig.skip) -> tuple
         from ._ptq_timm import swap
 
         swap(attention)
-    return model, layers, attentions, rows
+    return model, layers, attentions, rows + left
 
 
 @torch.no_grad()

@@ -497,6 +497,7 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
             f"{Report(rows) if rows else 'no Linear'}"
         )
     _quantizable.check_patterns(config.layers, [*chosen, *(r.name for r in rows)])
+    attention, left = _quantize_attention.scan(model, config.skip) if config.attention == "int8" else ({}, [])
     seen: dict[str, Statistics | None] = dict.fromkeys(chosen)
     if config.calibration is not None:
         seen.update(calibrate(model, chosen, config.calibration, config.batches, config.progress))
@@ -538,11 +539,8 @@ def quantize_(model: nn.Module, config: QuantizeConfig | None = None, verbose: b
         if plan.norm is not None:
             stand_in(model, plan.norm, folded(plan.norm, plan.smooth), config.keep_original)
     _note(changed, [p.layer for p in plans], fuse_mlps(model, config.keep_original) if config.fuse else {})
-    if config.attention == "int8":
-        attention, left = _quantize_attention.scan(model, config.skip)
-        changed += _quantize_attention.change_(attention, config.keep_original)
-        rows += left
-    report = Report(changed + rows)
+    changed += _quantize_attention.change_(attention, config.keep_original)
+    report = Report(changed + rows + left)
     if verbose:
         print(report)
     return report
@@ -649,10 +647,10 @@ def save_quantized(model: nn.Module, path) -> None:
     layers = {
         name: [type(m).__name__, m.options()] for name, m in model.named_modules() if type(m) in LAYERS.values()
     }  # fmt: skip
-    if not layers:
+    attention = list(_quantize_attention.find(model))
+    if not (layers or attention):
         raise ValueError(f"effvit.save_quantized: model must have quantised layers, got {class_name(model)} without")
     acts = [name for name, m in model.named_modules() if isinstance(m, FusedActivation)]
-    attention = list(_quantize_attention.find(model))
     plan = {"version": 1, "layers": layers, "fused": acts} | ({"attention": attention} if attention else {})
     metadata = {"effvit": json.dumps(plan)}
     safetensors.torch.save_model(model, str(path), metadata=metadata)

@@ -237,6 +237,43 @@ def test_quantize_options():
     model.train()(torch.randn(1, 3, 224, 224)).sum().backward()  # with dropout it is timm's own forward
 
 
+class Mine(timm_vit.Attention):
+    """A subclass, which may compute something else."""
+
+
+def test_subclasses_are_told():
+    model = torch.nn.Sequential(Mine(48, num_heads=3), torch.nn.Linear(4, 4))
+    report = effvit.quantize_(model, attention="int8", kind="float", verbose=False)
+    assert {r.name: r.detail for r in report}["0"] == "a subclass of Attention, which may compute something else"
+    assert type(model[0]) is Mine
+
+
+def test_models_without_timms_attention_are_refused():
+    model = torch.nn.Sequential(torch.nn.MultiheadAttention(48, 3), torch.nn.Linear(4, 4))
+    expected = "attention must be int8 for a model with timm's Attention or WindowAttention, got torch.Sequential"
+    with pytest.raises(ValueError, match=f"^effvit::quantize_: {expected}$"):
+        effvit.quantize_(model, attention="int8", verbose=False)
+    assert type(model[1]) is torch.nn.Linear
+    effvit.quantize_(model, verbose=False)
+
+
+def test_files_of_attention_alone(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(timm_vit.Attention(48, num_heads=3), torch.nn.Linear(48, 4)).eval()
+
+    model, x, path = make(), torch.randn(2, 20, 48), tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match="save_quantized: model must have quantised layers"):
+        effvit.save_quantized(model, path)
+    effvit.quantize_(model, attention="int8", kind="float", verbose=False)
+    effvit.quantize_(model, attention="int8", kind="float", verbose=False)  # there is nothing left to change
+    effvit.save_quantized(model, path)
+    loaded = effvit.load_quantized_(make(), path)
+    with torch.no_grad():
+        assert_bitwise_equal(loaded(x), model(x))
+        assert not torch.equal(loaded(x), make()(x))
+
+
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from effvit.layers import (
     QuantLinear,
     QuantMatMul,
     QuantMLP,
+    QuantPatchMerging,
 )
 
 EPS = torch.finfo(torch.float64).eps
@@ -400,6 +401,98 @@ def test_the_best_n(kind, scale):
     other = kind(bits=8)
     other.load_state_dict(layer.state_dict())
     assert int(other.n) == int(layer.n)
+
+
+@pytest.mark.parametrize("kind", [IntSoftmax, IntGELU])
+def test_the_first_batch_in_training_chooses_n(kind):
+    """What a calibration on it chooses; not in evaluation, not without rows, and not where n is given."""
+    x, usual = quantised(20, 64, bits=16, scale=1e-3), kind(8).usual_n
+    layer, calibrated, given = kind(8), kind(8), kind(8, n=12)
+    calibrated.samples = []
+    calibrated.sample(x.value)
+    calibrated.choose_n(x.scale)
+    layer.eval()(x)
+    assert layer.options(x.scale)["n"] == min(usual, 21) and int(layer.n) == 0
+    layer.train()(quantised(0, 64))
+    assert int(layer.n) == 0
+    y = layer(x)
+    assert int(layer.n) == int(calibrated.n) not in (0, usual) and torch.equal(y.integers, calibrated(x).integers)
+    assert layer.samples is None and y.value.requires_grad
+    layer(quantised(20, 64, scale=0.1)), given(x)
+    assert int(layer.n) == int(calibrated.n) and int(given.n) == 12
+    torch._dynamo.reset()
+    compiled = kind(8)
+    assert torch.equal(torch.compile(compiled, backend="eager")(x).integers, y.integers)
+    assert int(compiled.n) == int(layer.n)
+
+
+@pytest.mark.parametrize("make", [QuantAct, IntSoftmax, IntGELU, lambda b: QuantLinear(6, 4, bits=b),
+                                  lambda b: QuantConv2d(3, 4, 2, bits=b)])  # fmt: skip
+def test_bits_are_in_the_state_dict(make):
+    narrow, wide = make(5), make(8)
+    plain = {k: t for k, t in wide.state_dict().items() if "extra" not in k}
+    wide.load_state_dict(narrow.state_dict())
+    assert wide.bits == 5
+    wide.load_state_dict(plain)  # of a float layer, say
+    assert wide.bits == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_ranges_stay_in_float32(dtype):
+    act, batches = QuantAct(8, groups=2).to(dtype), [torch.randn(4, 6, dtype=dtype) * s for s in (1, 2)]
+    for x in batches:
+        y = act(x)
+        assert y.value.dtype == dtype
+    act = act.to(dtype)
+    assert act.low.dtype == act.high.dtype == torch.float32
+    for group, columns in enumerate((slice(3), slice(3, 6))):
+        first, last = (float(x[:, columns].max()) for x in batches)
+        assert float(act.high[group]) == pytest.approx(0.95 * first + 0.05 * last, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite(bad):
+    """A batch of training is refused, and forgotten; of a calibration the end says it."""
+    act, x = QuantAct(8), torch.randn(4, 6)
+    wrong = x.clone()
+    wrong[1, 2] = bad
+    for _ in range(2):
+        with pytest.raises(ValueError, match="QuantAct: x must be finite, got NaN or infinity"):
+            act(wrong)
+        act(x)
+        assert (float(act.low), float(act.high)) == (float(x.min()), float(x.max()))
+    for method in ("max", "percentile"):
+        act.calibrate(method)
+        act.quantising = False
+        act(x), act(wrong), act(x)
+        expected = "QuantAct: what it has seen must be finite: calibrate again, got"
+        with pytest.raises(ValueError, match=expected):
+            act.calibrated(method)
+        with pytest.raises(ValueError, match=expected):
+            act.scale  # noqa: B018
+
+
+def test_plain_tensors_are_refused():
+    x = torch.randn(2, 3, 4, 4)
+    layers = [IntSoftmax(), IntGELU(), IntLayerNorm(4), QuantLinear(4, 4), QuantConv2d(3, 4, 2)]
+    for layer in layers:
+        expected = rf"{type(layer).__name__}: x must be a Quantised \(QuantAct makes them\), got Tensor"
+        with pytest.raises(TypeError, match=expected):
+            layer(x)
+    for a, b, name in ((x, quantised(2, 3, 4, 4), "a"), (quantised(2, 3, 4, 4), x, "b")):
+        with pytest.raises(TypeError, match=f"QuantMatMul: {name} must be a Quantised"):
+            QuantMatMul()(a, b)
+    with pytest.raises(TypeError, match="QuantAct: x must be a Quantised .*, got Tensor"):
+        QuantAct()(x, norm=IntLayerNorm(4))
+    with pytest.raises(TypeError, match="QuantAct: x must be a Quantised where there is a residual, got a float"):
+        QuantAct()(x, quantised(2, 3, 4, 4))
+    with pytest.raises(TypeError, match="QuantAct: x must be a Quantised .*, got NoneType"):
+        QuantAct()(None)
+    linear = nn.Linear(8, 24)
+    with pytest.raises(TypeError, match="QuantAttention: x must be a Quantised"):
+        QuantAttention(linear, nn.Linear(8, 8), 2, 4, IntegerBits(), window=(2, 2))(torch.randn(1, 4, 4, 8))
+    with pytest.raises(TypeError, match="QuantPatchMerging: x must be a Quantised"):
+        QuantPatchMerging(IntLayerNorm(32), QuantLinear(32, 16), IntegerBits())(torch.randn(1, 4, 4, 8))
 
 
 def test_errors():

@@ -371,8 +371,94 @@ def test_report(photograph, capsys):
     assert all(r.error < 0.2 and r.scale > 0 for r in report)
 
 
+def test_training_alone_finds_ranges_and_n(photograph):
+    """A model that was not calibrated is as near to the float one as one that was."""
+    model = made("class token")
+    images = crops(photograph, model, 4)
+    models = effvit.prepare_integer(model, [images], progress=False), effvit.prepare_integer(model).train()
+    with torch.no_grad():
+        for _ in range(3):
+            models[1](images)
+        truth = model(images)
+        calibrated, trained = (float((m.eval()(images) - truth).norm() / truth.norm()) for m in models)
+    assert trained < 2 * calibrated < 0.3
+
+
+def test_bits_are_those_of_the_state_dict(photograph):
+    """Loaded into a model of other bits, deployed or in training."""
+    model = made("mean, layer scale, qk norm, registers")
+    images = crops(photograph, model, 3)
+    bits = {"weights": 6, "activations": 5, "residual": 12, "scores": 8, "softmax": 4, "gelu": 5, "logits": 10}
+    narrow, wide = (effvit.prepare_integer(model, [images], bits=b, progress=False) for b in (bits, None))
+    deployed, other = narrow.deployed(), wide.deployed()
+    x = deployed.quantize_input(images)
+    expected = deployed(x)
+    assert not torch.equal(other(x), expected)
+    other.load_state_dict(deployed.state_dict())
+    assert torch.equal(other(x), expected)
+    wide.load_state_dict(narrow.state_dict())
+    assert torch.equal(wide.deployed()(x), expected)
+    with torch.no_grad():
+        assert torch.equal(wide.eval().quantised(images).integers, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_training_in_other_dtypes(dtype, photograph):
+    """A step of training, and the integers that it deploys."""
+    model = made("Swin, padded maps")
+    images = crops(photograph, model, 2)
+    trained = effvit.prepare_integer(model, [images], progress=False).to(dtype).train()
+    images = images.to(dtype)
+    y = trained(images)
+    y.float().square().mean().backward()
+    assert y.dtype == dtype and all(torch.isfinite(p.grad).all() for p in trained.parameters())
+    torch.optim.SGD(trained.parameters(), 1e-3).step()
+    trained.eval()
+    with torch.no_grad():
+        integer = trained.deployed()
+        assert torch.equal(integer(integer.quantize_input(images)), trained.quantised(images).integers)
+        error = (trained(images).double() - model.double()(images.double())).norm() / y.double().norm()
+    assert float(error) < 0.2
+
+
+def test_sparsified_models(photograph):
+    """The integers are those of the weights that the masks leave, and what is frozen stays so."""
+    model = made("class token")
+    images = crops(photograph, model, 2)
+    model.requires_grad_(False).head.requires_grad_(True)
+    effvit.sparsify_(model, verbose=False)
+    masked, _ = effvit.to_integer(model, [images], progress=False)
+    prepared = effvit.prepare_integer(model)
+    effvit.unsparsify_(model, keep_zeros=True, verbose=False)
+    expected, _ = effvit.to_integer(model, [images], progress=False)
+    assert all(torch.equal(t, expected.state_dict()[k]) for k, t in masked.state_dict().items())
+    assert int(masked.blocks[0].mlp.fc1.weight.view(-1, 4).ne(0).sum(1).max()) == 2
+    for m in (prepared, effvit.prepare_integer(model)):
+        assert {n: p.requires_grad for n, p in m.named_parameters()} == {
+            n: n.startswith("head.") for n, _ in model.named_parameters()
+        }
+
+
+def test_activations_that_are_not_finite(photograph):
+    """The first of them is named."""
+    model = made("class token")
+    images = crops(photograph, model, 2)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.bias[3] = torch.nan
+    for method in ("max", "mse"):
+        with pytest.raises(ValueError, match="calibration must be .* finite, got NaN or infinity in blocks.1.mlp.fc1_"):
+            effvit.to_integer(model, [images], method=method, progress=False)
+
+
 class Gate(VisionTransformer):
     pass
+
+
+class Other(nn.Module):
+    """As torchvision's, of timm's name alone."""
+
+
+Other.__name__ = "VisionTransformer"
 
 
 def swap(change):
@@ -395,6 +481,7 @@ def set_of(path, value):
 REFUSED = {
     "model must be timm's": lambda: nn.Sequential(nn.Linear(4, 4)),
     "model must be timm's.*got Gate": lambda: Gate(**VIT),
+    "model must be timm's.*got VisionTransformer$": Other,
     r"blocks.1.mlp.act must be GELU": set_of("blocks.1.mlp.act", nn.SiLU()),
     r"blocks.0.mlp must be timm's Mlp": set_of("blocks.0.mlp", timm.layers.GluMlp(48, 96)),
     r"blocks.0.norm2 must be a LayerNorm, got RmsNorm": set_of("blocks.0.norm2", timm.layers.RmsNorm(48)),
@@ -451,8 +538,14 @@ def test_errors(photograph):
     trained = effvit.prepare_integer(model)
     with pytest.raises(ValueError, match="prepare_integer: model must be one of timm's"):
         effvit.prepare_integer(trained)
-    with pytest.raises(ValueError, match="to_integer: bits and method must be left out"):
-        effvit.to_integer(trained, bits={})
+    for options in ({"bits": {}}, {"batches": 5}, {"method": "mse"}, {"percentile": 99.0}):
+        (option,) = options
+        with pytest.raises(ValueError, match=f"to_integer: {option} must be left out"):
+            effvit.to_integer(trained, **options)
+    with pytest.raises(TypeError, match="bits must be IntegerBits, a mapping of its fields or None, got int"):
+        effvit.to_integer(model, [images], bits=8)
+    with pytest.raises(ValueError, match="a name in bits must be one of weights, activations, .*, got 'weight'"):
+        effvit.prepare_integer(model, bits={"weight": 8})
     with pytest.raises(RuntimeError, match="QuantAct: has seen no data"):
         effvit.to_integer(trained)
     with pytest.raises(ValueError, match="QuantViT: images must be"):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import effvit
-from effvit.layers import QATLinear
+from effvit.layers import BinaryLinear, PAMLinear, Pow2Linear, PTQLinear, QATLinear, QuantLinear
 
 torchvision_swin = pytest.importorskip("torchvision.models.swin_transformer")
 
@@ -26,6 +26,19 @@ def quantize(model, **options):
 def two(k=8):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(k, k), nn.Linear(k, k))
+
+
+@pytest.mark.parametrize("layer", [BinaryLinear, PAMLinear, Pow2Linear, PTQLinear, QuantLinear])
+def test_layers_of_masked_weights(layer):
+    """from_linear of one that effvit.sparsify_ has masked: what the mask leaves, as a parameter of its own."""
+    model = two()
+    effvit.sparsify_(model, verbose=False)
+    made = layer.from_linear(model[0])
+    assert isinstance(made.weight, nn.Parameter) and made.weight.requires_grad
+    assert torch.equal(made.weight, model[0].weight) and torch.equal(made.bias, model[0].bias)
+    assert int(made.weight.view(-1, 4).ne(0).sum(1).max()) == 2
+    if layer is BinaryLinear:
+        torch.testing.assert_close(made.scale.detach(), model[0].weight.detach().abs().mean(1))
 
 
 # ---- layers that are left alone --------------------------------------------------------------------------------------

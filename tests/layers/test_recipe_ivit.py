@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 
 
 def test_quick(capsys, monkeypatch):
-    """The claims: what integers alone cost, and that their bits are those of training and of every backend."""
+    """The claims: what integers alone cost, and that their bits are those of training, on every instruction set."""
     measured = []
     latencies = ivit.latencies
     monkeypatch.setattr(ivit, "latencies", lambda models, *args: measured.append(models) or latencies(models, *args))
@@ -31,7 +31,7 @@ def test_quick(capsys, monkeypatch):
     assert not any(b.is_floating_point() for b in deployed.buffers()) and not list(deployed.parameters())
 
 
-def test_a_backend_that_differs_is_told(monkeypatch):
+def test_an_instruction_set_that_differs_is_told(monkeypatch):
     """The check of bits can fail."""
     answers = iter((0, *([1] * 10)))
     monkeypatch.setattr(_backends, "isas", lambda: ["avx2"])

@@ -67,6 +67,19 @@ def test_deployed_in_fixed_point():
     assert_close_to_truth(m.deployed("fixed")(x), truth, (sums.float() * 2.0**-16 + m.bias).detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("form, bits", [("int8", 4), ("int8", 5), ("fixed", 5)])
+def test_deployed_in_other_dtypes(form, bits, dtype):
+    """The scale stays in float32; else as in float32, of the input and the bias that the dtype holds."""
+    layer, x = Pow2Linear(40, 12, bits=bits).deployed(form), torch.randn(2, 5, 40).to(dtype)
+    with torch.no_grad():
+        layer.bias.copy_(layer.bias.to(dtype))
+        expected = layer(x.float())
+        y = layer.to(dtype)(x)
+    assert y.dtype == dtype and layer.scale.dtype == torch.float32
+    torch.testing.assert_close(y, expected.to(dtype))
+
+
 def test_mat_add():
     mask, x = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 7, 4, requires_grad=True)
     mask.requires_grad_()

@@ -3,7 +3,7 @@
 from torch import nn
 
 from .._when_imported import when_imported
-from .binary import BinaryAttention, BinaryLinear
+from .binary import BinaryAttention, BinaryLinear, PackedBinaryLinear
 from .block_sparse import BlockSparseInt8Linear, BlockSparseLinear
 from .dualtoken import DualTokenAttention, PositionAwareTokenModule, TokenToMapAttention
 from .ecoformer import EcoFormerAttention
@@ -29,14 +29,25 @@ from .integer_inference import (
     IntegerLinear,
     IntegerMLP,
     IntegerPatchMerging,
+    IntegerRequantise,
     IntegerSwin,
     IntegerViT,
 )
-from .integer_training import IntegerBits, QuantAttention, QuantBlock, QuantMLP, QuantPatchMerging, QuantSwin, QuantViT
+from .integer_training import (
+    IntegerBits,
+    QuantAttention,
+    QuantBlock,
+    QuantMLP,
+    QuantPatchMerging,
+    QuantStage,
+    QuantSwin,
+    QuantViT,
+)
 from .l2vit import LCM, LGABlock, LinearGlobalAttention
 from .mlla import MLLABlock, MLLAttention
 from .mpcvit import MPCViTAttention, XNormAttention
 from .pam import PAMLinear
+from .ptq import FakeQuantizer, PTQLinear
 from .sana import (
     LiteLA,
     LiteLAReLURope,
@@ -46,7 +57,7 @@ from .sana import (
     SanaLinearAttnProcessor,
     sana_attn_processors,
 )
-from .shift_add import MatAdd, Pow2Linear, ShiftAddAttention
+from .shift_add import DeployedPow2Linear, MatAdd, Pow2Linear, ShiftAddAttention
 from .slab import LinearNorm, RepBN, SimplifiedLinearAttention, fold_affine, fuse_prepbn
 from .soft import SoftmaxFreeAttention, SoftmaxFreeNormAttention
 from .sparse24 import Sparse24Int8Linear, Sparse24Linear
@@ -62,8 +73,10 @@ __all__ = [
     "BlockSparseLinear",
     "ConvFFN",
     "ConvHierarchicalTransformerBlock",
+    "DeployedPow2Linear",
     "DualTokenAttention",
     "EcoFormerAttention",
+    "FakeQuantizer",
     "FocusedLinearAttention",
     "FocusedLinearAttentionCSWin",
     "FocusedLinearAttentionPVT",
@@ -80,6 +93,7 @@ __all__ = [
     "IntegerLinear",
     "IntegerMLP",
     "IntegerPatchMerging",
+    "IntegerRequantise",
     "IntegerSwin",
     "IntegerViT",
     "IntGELU",
@@ -102,11 +116,13 @@ __all__ = [
     "NGramWindowPartition",
     "NonCausalSSD",
     "OutlierLinear",
+    "PackedBinaryLinear",
     "PAGCFGSanaLinearAttnProcessor",
     "PAGIdentitySanaLinearAttnProcessor",
     "PAMLinear",
     "PositionAwareTokenModule",
     "Pow2Linear",
+    "PTQLinear",
     "QATLinear",
     "QuantAct",
     "QuantAttention",
@@ -117,6 +133,7 @@ __all__ = [
     "QuantMatMul",
     "QuantMLP",
     "QuantPatchMerging",
+    "QuantStage",
     "QuantSwin",
     "QuantViT",
     "RepBN",

@@ -22,6 +22,11 @@ def _dense(t):
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def as_parameter(t):
+    """A parameter, or, as one, a copy of what a parametrisation makes (that of effvit.sparsify_); None stays None."""
+    return t if t is None or isinstance(t, torch.nn.Parameter) else torch.nn.Parameter(t.detach().clone())
+
+
 def _covered(dtype, *head_dims):
     """The operators take float32 and below, and head dims up to 256."""
     return dtype != torch.float64 and max(head_dims) <= 256

@@ -8,7 +8,7 @@ import effvit.ops
 
 from ..ops import _checks
 from ..reference.int8_linear import ACTIVATIONS
-from ._ops import asks_for_derivatives
+from ._ops import as_parameter, asks_for_derivatives
 
 
 def sign_ste(x: torch.Tensor) -> torch.Tensor:
@@ -57,10 +57,10 @@ class BinaryLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear, activation="none"):
-        """The layer of an nn.Linear; it shares weight and bias."""
+        """The layer of an nn.Linear; it shares weight and bias, but for what a parametrisation makes."""
         layer = cls(linear.in_features, linear.out_features, False, activation, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.scale = nn.Parameter(linear.weight.detach().abs().mean(1))
+        layer.weight, layer.bias = as_parameter(linear.weight), as_parameter(linear.bias)
+        layer.scale = nn.Parameter(layer.weight.detach().abs().mean(1))
         return layer
 
     def formula(self, x):

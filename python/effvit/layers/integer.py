@@ -80,8 +80,14 @@ class Quantised:
         return Quantised(self.value * factor if needed else None, self.integers, self.scale * by, self.dtype)
 
 
+def check_quantised(owner: str, name: str, x: object) -> None:
+    if not isinstance(x, Quantised):
+        raise _checks.type_error(owner, name, "a Quantised (QuantAct makes them)", type(x).__name__)
+
+
 def steps(integers: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return integers.to(dtype) * scale.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)  # sums are beyond what float16 holds
+    return (integers.to(wide) * scale.to(wide)).to(dtype)
 
 
 def computed(smooth, integers: torch.Tensor, scale: torch.Tensor, like: Quantised) -> Quantised:
@@ -120,14 +126,34 @@ def grouped(t: torch.Tensor, groups: int) -> torch.Tensor:
     return t.reshape(-1, groups, t.shape[-1] // groups)
 
 
-class QuantAct(nn.Module):
+class _Bits:
+    """Of a module with `bits`: its state_dict holds them, and one without leaves them as they are."""
+
+    def get_extra_state(self):
+        return torch.tensor(self.bits)
+
+    def set_extra_state(self, state):
+        self.bits = int(state)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        missing_keys[:] = [key for key in missing_keys if key != f"{prefix}_extra_state"]
+
+
+class QuantAct(_Bits, nn.Module):
     """Activations in steps of one scale, `max(|low|, |high|) / (2^(bits - 1) - 1)` of the range that was seen.
 
-    `low` and `high` [groups] are buffers: in training, moving averages of what each batch holds; the first batch, or a
-    calibration, sets them. `groups`: that many runs of channels have a scale of their own (queries, keys, values).
+    `low` and `high` [groups] are buffers, in float32 whatever the model is cast to: in training, moving averages of
+    what each batch holds; the first batch, or a calibration, sets them. `groups`: that many runs of channels have a
+    scale of their own (queries, keys, values).
     Called with a float tensor it quantises, with a :class:`Quantised` it requantises by
     :func:`torch.ops.effvit.requantize`, with a residual, whose scale may be another, in the same pass.
     The gradient is that of a clamp to what does not saturate.
+
+    Raises:
+        ValueError: NaN or infinity in training, which leaves the range as it was, or in a calibration.
+        TypeError: a float tensor with a residual or a norm, which are for a Quantised.
+        RuntimeError: it has seen no data.
     """
 
     def __init__(self, bits: int = 8, groups: int = 1, momentum: float = 0.95):
@@ -150,7 +176,10 @@ class QuantAct(nn.Module):
             return
         low = torch.stack([v.amin((0, 2)) for v in values]).amin(0).float()
         high = torch.stack([v.amax((0, 2)) for v in values]).amax(0).float()
-        if self.histogram is not None:
+        finite = bool((low.isfinite() & high.isfinite()).all())
+        if not (finite or self.calibrating):  # of a calibration the end does, which names the layer
+            raise _checks.value_error("QuantAct", "x", "finite", "NaN or infinity")
+        if self.histogram is not None and finite:
             for v in values:
                 self.histogram.add(v.transpose(0, 1).flatten(1).abs().float())
         if self.calibrating:
@@ -173,16 +202,24 @@ class QuantAct(nn.Module):
     def calibrated(self, method: str = "max", percentile: float = 99.99) -> None:
         """End it."""
         histogram, self.histogram, self.calibrating = self.histogram, None, False
+        self.seen()  # or an error, before a histogram, in which NaN and infinity are not, cuts the range
         if histogram is None or histogram.counts is None:
             return
         most = histogram.percentile(percentile) if method == "percentile" else histogram.least_error(self.bits)
         self.low.copy_(torch.maximum(self.low, -most))
         self.high.copy_(torch.minimum(self.high, most))
 
+    def seen(self) -> list[tuple[float, float]]:
+        """(low, high) of every group that has seen anything. ValueError: a calibration has seen NaN or infinity."""
+        found = [x for x in zip(self.low.tolist(), self.high.tolist(), strict=True) if x != (math.inf, -math.inf)]
+        if not all(math.isfinite(a) and math.isfinite(b) for a, b in found):
+            raise _checks.value_error("QuantAct", "what it has seen", "finite: calibrate again", found)
+        return found
+
     @property
     def scale(self) -> torch.Tensor:
         """[groups] in float64."""
-        most = [max(abs(a), abs(b)) for a, b in zip(self.low.tolist(), self.high.tolist(), strict=True) if a <= b]
+        most = [max(abs(a), abs(b)) for a, b in self.seen()]
         if len(most) < self.groups:
             raise RuntimeError("effvit::QuantAct: has seen no data: train it, or calibrate the model first")
         steps = [(m if m > 0 else 1.0) / ends(self.bits)[1] for m in most]
@@ -219,10 +256,14 @@ class QuantAct(nn.Module):
         """x: a float tensor or Quantised. residual: Quantised, or a float parameter that takes on this scale. also:
         float tensors that will be quantised with this scale, for its range. norm: of x, normalised in the same pass,
         where a bias of any size has its place."""
+        given = isinstance(x, torch.Tensor)
+        if not given or norm is not None:
+            check_quantised("QuantAct", "x", x)
+        if given and residual is not None:
+            raise _checks.type_error("QuantAct", "x", "a Quantised where there is a residual", "a float tensor")
         if norm is not None and x.integers is not None:
             return self._normalised(norm, x)
         x = x if norm is None else norm(x)
-        given = isinstance(x, torch.Tensor)
         x = Quantised(x) if given else x
         observing = self.calibrating or (self.training and self.observing)
         added = None if residual is None else residual if isinstance(residual, torch.Tensor) else residual.value
@@ -231,7 +272,7 @@ class QuantAct(nn.Module):
             total = x.value if added is None else x.value + added
         if observing:
             self.observe(total, *also)
-        if x.integers is None and not (given and self.quantising and residual is None):
+        if x.integers is None and not (given and self.quantising):
             return Quantised(total)
         count = x.shape[-1]
         scale = self.channels(count)
@@ -259,8 +300,16 @@ class QuantAct(nn.Module):
     def _bounds(self, scale: torch.Tensor, dtype: torch.dtype) -> list:
         """What rounds to the ends of the range begins and ends there."""
         low, high = ends(self.bits)
-        scale = scale.to(dtype) if scale.dim() else float(scale)
-        return [end * scale for end in (low - 0.5, high + 0.5)]
+        bounds = [end * scale for end in (low - 0.5, high + 0.5)]
+        return [b.to(dtype) if b.dim() else float(b) for b in bounds]
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name) for name in ("low", "high")}
+        super()._apply(fn, recurse)
+        for name, t in kept.items():
+            if getattr(self, name).dtype != torch.float32:
+                setattr(self, name, t.to(getattr(self, name).device))
+        return self
 
     def extra_repr(self):
         return f"bits={self.bits}, groups={self.groups}"
@@ -330,8 +379,16 @@ def int_linear(x, weight, m, c, bias, residual=None, rm=None, rc=None, *, bits=N
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-class _Weights:
+class _Weights(_Bits):
     """What QuantLinear and QuantConv2d share: a scale for every output channel."""
+
+    def copied(self, layer: nn.Module):
+        """With the weight and bias that the layer has now, be they parameters or what a parametrisation makes."""
+        with torch.no_grad():
+            self.weight.copy_(layer.weight)
+            if self.bias is not None:
+                self.bias.copy_(layer.bias)
+        return self.train(layer.training)
 
     def weight_scale(self, x_scale: torch.Tensor) -> torch.Tensor:
         """[N] in float64: max |w| / (2^(bits - 1) - 1); more where a bias would not fit into int32."""
@@ -355,6 +412,7 @@ class _Weights:
     def product(self, x: Quantised) -> Quantised:
         """x [..., K] -> [..., N] int32"""
         name = type(self).__name__
+        check_quantised(name, "x", x)
         if x.integers is None:
             return Quantised(F.linear(x.value, self.weight.flatten(1), self.bias))
         if x.integers.dtype != torch.int8 or x.scale.dim():
@@ -384,8 +442,7 @@ class QuantLinear(_Weights, nn.Linear):
         """With copies of its parameters."""
         w = linear.weight
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, bits, w.device, w.dtype)
-        layer.load_state_dict({k: v.detach() for k, v in linear.state_dict().items() if k in ("weight", "bias")})
-        return layer.train(linear.training)
+        return layer.copied(linear)
 
 
 def patches(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -403,6 +460,7 @@ class QuantConv2d(_Weights, nn.Conv2d):
         self.bits = _checks.as_int("QuantConv2d", "bits", bits, (2, 8))
 
     def forward(self, x: Quantised) -> Quantised:
+        check_quantised("QuantConv2d", "x", x)
         if x.shape[-2] % self.kernel_size[0] or x.shape[-1] % self.kernel_size[1]:
             raise _checks.value_error("QuantConv2d", "x", f"whole patches of {self.kernel_size}", list(x.shape))
         return self.product(x.map(lambda t: patches(t, self.kernel_size)))
@@ -416,8 +474,7 @@ class QuantConv2d(_Weights, nn.Conv2d):
         layer = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.bias is not None, bits, w.device, w.dtype
         )
-        layer.load_state_dict({k: v.detach() for k, v in conv.state_dict().items() if k in ("weight", "bias")})
-        return layer.train(conv.training)
+        return layer.copied(conv)
 
 
 class QuantMatMul(nn.Module):
@@ -428,6 +485,9 @@ class QuantMatMul(nn.Module):
         self.transpose_b = transpose_b  # b is [..., N, K]
 
     def forward(self, a: Quantised, b: Quantised) -> Quantised:
+        for name, t in (("a", a), ("b", b)):
+            check_quantised("QuantMatMul", name, t)
+
         def smooth():
             return a.value @ (b.value.mT if self.transpose_b else b.value)
 
@@ -451,16 +511,17 @@ def largest_n(x0: int) -> int:
     return min(MOST_N, (LARGEST // -x0).bit_length() - 1)
 
 
-class _Exponential(nn.Module):
-    """What Shiftmax and ShiftGELU share: x0 from the scale, and n, which a calibration may choose."""
+class _Exponential(_Bits, nn.Module):
+    """What Shiftmax and ShiftGELU share: x0 from the scale, and n, which is chosen by the first batch in training that
+    has integers, or by a calibration; `usual_n` until then. One that is given changes by a calibration alone."""
 
-    name, factor = "", 1.0
+    factor, usual_n = 1.0, LEAST_N
 
-    def __init__(self, n: int, bits: int):
+    def __init__(self, n: int | None, bits: int):
         super().__init__()
         self.bits = _checks.as_int(type(self).__name__, "bits", bits, (2, 16))
-        n = _checks.as_int(type(self).__name__, "n", n, (LEAST_N, MOST_N))
-        self.register_buffer("n", torch.tensor(n, dtype=torch.int64))
+        n = 0 if n is None else _checks.as_int(type(self).__name__, "n", n, (LEAST_N, MOST_N))
+        self.register_buffer("n", torch.tensor(n, dtype=torch.int64))  # 0: not chosen yet
         self.samples = None  # rows, while it is calibrated
 
     def options(self, scale: torch.Tensor) -> dict[str, int]:
@@ -468,7 +529,7 @@ class _Exponential(nn.Module):
         x0 = math.floor(-1.0 / (self.factor * float(scale)))
         if -x0 > LARGEST >> LEAST_N:
             raise _checks.value_error(type(self).__name__, "scale", "such that x0 fits into int32", float(scale))
-        return {"x0": x0, "n": min(int(self.n), largest_n(x0)), "bits": self.bits}
+        return {"x0": x0, "n": min(int(self.n) or self.usual_n, largest_n(x0)), "bits": self.bits}
 
     def sample(self, x: torch.Tensor) -> None:
         rows = x.detach().reshape(-1, x.shape[-1])
@@ -476,6 +537,7 @@ class _Exponential(nn.Module):
         if len(self.samples) > 16:
             self.samples = self.samples[::2]
 
+    @torch.no_grad()
     def choose_n(self, scale: torch.Tensor) -> None:
         """The n whose results on the samples are nearest to those of the smooth function; the larger of equals."""
         if self.samples:
@@ -492,23 +554,34 @@ class _Exponential(nn.Module):
         self.samples = None
 
     def forward(self, x: Quantised) -> Quantised:
+        check_quantised(type(self).__name__, "x", x)
         if x.integers is None:
             if self.samples is not None:
                 self.sample(x.value)
             return Quantised(self.float_function(x.value))
         if x.scale.dim():
             raise _checks.value_error(type(self).__name__, "x", "of one scale", "a scale for each channel")
+        if self.training and x.integers.numel() and not int(self.n):
+            self.samples = []
+            self.sample(x.value)
+            self.choose_n(x.scale)
         q, scale = self.integers(x.integers.contiguous(), x.scale, self.options(x.scale))
         return computed(lambda: self.smooth(x.value), q, scale, x)
 
     def extra_repr(self):
-        return f"n={int(self.n)}, bits={self.bits}"
+        return f"n={int(self.n) or None}, bits={self.bits}"
 
 
 class IntSoftmax(_Exponential):
-    """Shiftmax over the last dim, in steps of 2^(1 - bits). The gradient is softmax's."""
+    """Shiftmax over the last dim, in steps of 2^(1 - bits). The gradient is softmax's.
 
-    def __init__(self, bits: int = 16, n: int = 15):
+    n: bits after the point of its exponential. None: the best for the first batch in training, or for a calibration;
+    I-ViT's 15 until then.
+    """
+
+    usual_n = 15
+
+    def __init__(self, bits: int = 16, n: int | None = None):
         super().__init__(n, bits)
 
     def integers(self, q, scale, options):
@@ -526,12 +599,13 @@ class IntSoftmax(_Exponential):
 class IntGELU(_Exponential):
     """ShiftGELU over rows, x * sigmoid(1.702 x): int32, in steps of the scale times 2^(1 - bits).
 
-    The gradient is that of x * sigmoid(1.702 x). Not quantised it is GELU, or `approximate` as nn.GELU has it.
+    The gradient is that of x * sigmoid(1.702 x). Not quantised it is GELU, or `approximate` as nn.GELU has it. n: as of
+    :class:`IntSoftmax`; 23 until it is chosen.
     """
 
-    factor = FACTOR
+    factor, usual_n = FACTOR, 23
 
-    def __init__(self, bits: int = 8, n: int = 23, approximate: str = "none"):
+    def __init__(self, bits: int = 8, n: int | None = None, approximate: str = "none"):
         super().__init__(n, bits)
         self.approximate = approximate
 
@@ -569,6 +643,7 @@ class IntLayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
     def forward(self, x: Quantised) -> Quantised:
+        check_quantised("IntLayerNorm", "x", x)
         if x.integers is None:
             return Quantised(self.smooth(x.value))
         if x.scale.dim():

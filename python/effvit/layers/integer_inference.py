@@ -78,9 +78,10 @@ class IntegerLinear(Integers):
     the residual. On a CPU the kernels read a packed copy, derived from weight.
     """
 
+    constants = ("bits",)
+
     def __init__(self, weight, bias, constants=None, residual_constants=None, bits: int = 8):
-        super().__init__()
-        self.bits = bits if constants is not None else 32
+        super().__init__(bits=bits if constants is not None else 32)
         self.out_features, self.in_features = weight.shape
         self.hold("weight", weight)
         self.hold("bias", bias)
@@ -91,6 +92,7 @@ class IntegerLinear(Integers):
         self.derive()
 
     def derive(self):
+        super().derive()
         on_cpu = self.weight.device.type == "cpu"
         self.packed = torch.ops.effvit.int8_prepack(self.weight) if on_cpu else None
 
@@ -111,9 +113,10 @@ class IntegerLinear(Integers):
 class IntegerLayerNorm(Integers):
     """int16 or int8 [..., C] -> [..., C] in `bits` bits: `int_layer_norm`, requantised in the same pass."""
 
+    constants = ("bits",)
+
     def __init__(self, bias, multiplier, shift, offset=None, bits: int = 8):
-        super().__init__()
-        self.bits = bits
+        super().__init__(bits=bits)
         self.hold("bias", bias)
         self.hold("multiplier", multiplier)
         self.hold("shift", shift)
@@ -121,6 +124,7 @@ class IntegerLayerNorm(Integers):
         self.derive()
 
     def derive(self):
+        super().derive()
         self.has_offset = not self.offset.is_meta and bool(self.offset.any())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -132,9 +136,10 @@ class IntegerLayerNorm(Integers):
 class IntegerRequantise(Integers):
     """[..., C] of steps of one scale in those of another: `requantize`."""
 
+    constants = ("bits",)
+
     def __init__(self, constants, bits: int = 8):
-        super().__init__()
-        self.bits = bits
+        super().__init__(bits=bits)
         self.hold("multiplier", constants[0])
         self.hold("shift", constants[1])
 

@@ -21,6 +21,7 @@ from .integer import (
     Quantised,
     QuantLinear,
     QuantMatMul,
+    check_quantised,
     computed,
 )
 from .integer_inference import (
@@ -171,6 +172,7 @@ class QuantAttention(nn.Module):
         ]
 
     def forward(self, x: Quantised) -> Quantised:
+        check_quantised("QuantAttention", "x", x)
         size = x.shape[1:3]
         if self.windows is not None:
             x = x.map(self.windows.split)
@@ -419,6 +421,7 @@ class QuantPatchMerging(nn.Module):
         self.reduction, self.reduction_act = reduction, QuantAct(bits.residual)
 
     def forward(self, x: Quantised) -> Quantised:
+        check_quantised("QuantPatchMerging", "x", x)
         return self.reduction_act(self.reduction(self.norm_act(x.map(merged), norm=self.norm)))
 
     def deployed(self) -> tuple[IntegerPatchMerging, torch.Tensor]:

@@ -7,6 +7,7 @@ import effvit.ops
 
 from ..ops import _checks
 from ..reference.pam_matmul import pam_matmul as _definition
+from ._ops import as_parameter
 
 DERIVATIVES = ("mimic", "exact")
 
@@ -61,9 +62,9 @@ class PAMLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear, derivative="mimic"):
-        """The layer of an nn.Linear; it shares weight and bias."""
+        """The layer of an nn.Linear; it shares weight and bias, but for what a parametrisation makes."""
         layer = cls(linear.in_features, linear.out_features, False, derivative, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.weight, layer.bias = as_parameter(linear.weight), as_parameter(linear.bias)
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

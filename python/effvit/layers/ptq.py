@@ -9,6 +9,7 @@ from torch import nn
 from .. import ops
 from ..ops import _checks
 from ..quantizers import Quantizer
+from ._ops import as_parameter
 from .int8 import Int8Linear
 
 
@@ -111,9 +112,10 @@ class PTQLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> PTQLinear:
-        """A layer with the parameters of `linear`, nothing quantised yet."""
+        """A layer with the parameters of `linear` (of a parametrised one, with what they are now), nothing quantised
+        yet."""
         layer = cls(linear.in_features, linear.out_features, False, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.weight, layer.bias = as_parameter(linear.weight), as_parameter(linear.bias)
         layer.weight_scale = torch.ones(linear.out_features, dtype=torch.float32, device=linear.weight.device)
         layer.act = FakeQuantizer().to(linear.weight.device)
         layer.training = linear.training
@@ -138,9 +140,9 @@ class PTQLinear(nn.Linear):
         """What multiplies x."""
         if not self.weight_bits:
             return self.weight
-        scale = self.weight_scale[:, None].to(self.weight.dtype)
-        y = (self.weight / scale).clamp(-self.largest, self.largest)
-        return (y + (y.round() - y).detach()) * scale
+        scale = self.weight_scale[:, None]  # in float32, as weight_codes has it
+        y = (self.weight.float() / scale).clamp(-self.largest, self.largest)
+        return ((y + (y.round() - y).detach()) * scale).to(self.weight.dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.linear(self.act(input), self.effective_weight(), self.bias)

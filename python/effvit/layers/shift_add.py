@@ -10,6 +10,7 @@ import effvit.ops
 
 from ..ops import _checks
 from ..reference.pow2_linear import pow2_codes, pow2_values
+from ._ops import as_parameter
 
 FORMS = ("int8", "fixed")
 
@@ -31,9 +32,9 @@ class Pow2Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear, bits=4, per_channel=True):
-        """The layer of an nn.Linear; it shares weight and bias."""
+        """The layer of an nn.Linear; it shares weight and bias, but for what a parametrisation makes."""
         layer = cls(linear.in_features, linear.out_features, False, bits, per_channel, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.weight, layer.bias = as_parameter(linear.weight), as_parameter(linear.bias)
         return layer
 
     @torch.no_grad()
@@ -83,23 +84,35 @@ class DeployedPow2Linear(nn.Module):
         packed = effvit.ops.int8_prepack(pow2_values(codes).to(torch.int8)) if packs else None
         self.register_buffer("packed", packed, persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        scale = self.scale  # stays in float32, whatever the model is cast to
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        return self
+
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
         if self.packed is not None:
             self.packed = effvit.ops.int8_prepack(pow2_values(self.weight).to(torch.int8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.dtype == torch.float64  # the kernels end at float32
+        dtype = torch.float32 if wide else x.dtype
+        bias = self.bias if self.bias is None or self.bias.dtype != torch.float64 else self.bias.float()
         if self.form == "fixed":
             bound = 2.0**31 - 1
             q = torch.round(x.double() * 2.0**self.fraction).clamp(-bound - 1, bound).to(torch.int32)
-            step = torch.full((1,), 2.0**-self.fraction, device=x.device)
-            options = {"bits": self.bits, "right": self.right, "out_dtype": x.dtype}
-            return effvit.ops.pow2_linear(q, self.weight, step, self.scale, self.bias, **options)
-        q, step = effvit.ops.quantize_int8(x)
+            step = torch.full((1,), 2.0**-self.fraction, dtype=torch.float32, device=x.device)
+            y = effvit.ops.pow2_linear(
+                q, self.weight, step, self.scale, bias, bits=self.bits, right=self.right, out_dtype=dtype
+            )
+            return y.to(x.dtype)
+        q, step = effvit.ops.quantize_int8(x.to(dtype))
         if self.packed is not None and x.device.type == "cpu":
-            return effvit.ops.int8_linear(q, self.packed, step, self.scale, self.bias, out_dtype=x.dtype)
-        options = {"bits": self.bits, "out_dtype": x.dtype}
-        return effvit.ops.pow2_linear(q, self.weight, step, self.scale, self.bias, **options)
+            return effvit.ops.int8_linear(q, self.packed, step, self.scale, bias, out_dtype=dtype).to(x.dtype)
+        y = effvit.ops.pow2_linear(q, self.weight, step, self.scale, bias, bits=self.bits, out_dtype=dtype)
+        return y.to(x.dtype)
 
 
 def _step(x, on):

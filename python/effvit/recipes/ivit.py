@@ -1,8 +1,8 @@
 """I-ViT on a small ViT: `python -m effvit.recipes.ivit` trains it, converts it to integers alone, fine-tunes, measures.
 
 The recipe of I-ViT (arXiv:2207.01405): a float model is calibrated and converted as it is (PTQ), and fine-tuned with
-the integers in its forward passes (QAT). What is deployed runs without floating point and computes the same integers
-on every backend and instruction set, which is checked here. The data is scikit-learn's digits.
+the integers in its forward passes (QAT). What is deployed runs without floating point; that its integers are those of
+the operators' definitions on every instruction set of the CPU is checked here. The data is scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class OnReference(TorchDispatchMode):
 
 
 def same_everywhere(model: nn.Module, x: torch.Tensor) -> list[str]:
-    """The backends on which the model gives the same integers as the definition; RuntimeError where one does not."""
+    """The definition and the CPU's instruction sets, which give the same integers; RuntimeError where one does not."""
     with torch.no_grad():
         with OnReference():
             expected = model(x)
@@ -102,7 +102,7 @@ class Settings:
 
 @dataclasses.dataclass
 class Result:
-    """Percent of the test images, milliseconds of a batch, and on which backends the integers were the same."""
+    """Percent of the test images, milliseconds of a batch, and where on this CPU the integers were the same."""
 
     accuracy_float: float
     accuracy_int8: float
