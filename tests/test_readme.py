@@ -20,4 +20,4 @@ def test_the_blocks_run(capsys):
     exec(compile(program, "README.md", "exec"), names)
     assert names["logits"].shape == (8, 10) and "logits: error" in str(names["report"])
     shown = capsys.readouterr().out
-    assert "effvit" in shown and "blocks.0.attn" in shown
+    assert "layers.0.blocks.0" in shown  # what was patched

@@ -130,7 +130,7 @@ def test_attention_trains():
     torch.manual_seed(0)
     m, x, y = BinaryAttention(16, 2), torch.randn(4, 9, 16), torch.randn(4, 9, 16)
     optimizer, losses = torch.optim.Adam(m.parameters(), lr=0.02), []
-    for _ in range(30):
+    for _ in range(60):
         loss = F.mse_loss(m(x), y)
         optimizer.zero_grad()
         loss.backward()
