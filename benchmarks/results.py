@@ -43,7 +43,6 @@ FAMILIES = {
         "rnn_scan",
     ),
     "linear_attention": ("linear_attention", "soft", "rbf_gram", "newton_pinv"),
-    "gated_linear_attention": ("gated_linear_attention", "selective_scan2d"),
 }
 
 

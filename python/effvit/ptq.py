@@ -15,6 +15,7 @@ from torch import nn
 from . import _ptq_search, _quantizable, _quantize_attention
 from ._calibrate import evaluating, run
 from ._progress import progress
+from ._ptq_relevance import hessian, relevance
 from ._report import Report, Row, class_name
 from .layers.ptq import FakeQuantizer, PTQLinear
 from .ops import _checks
@@ -45,7 +46,10 @@ class PTQConfig:
             least mean deviation from them (DopQ-ViT, arXiv:2408.03291), which outliers do not move.
         weights: "mse": the scale of least squared error; "percentile"; "max".
         average_bits: a budget: linear layers get bits of `bit_choices`, for weight and input alike, of which the mean
-            over all weights is at most that; layers with more relevance get more (LRP-QViT, arXiv:2401.11243).
+            over all weights is at most that; layers with more relevance get more.
+        sensitivity: what a layer's error is weighted with there: "lrp", its relevance (LRP-QViT, arXiv:2401.11243), or
+            "hessian", the second derivatives of the loss by its outputs, channel by channel (Q-HyViT,
+            arXiv:2303.12557).
         bit_choices: 2 to 8.
         skip: patterns of names of linear layers to leave alone, or one pattern.
         batches: how many of the calibration data to use; None: all.
@@ -64,6 +68,7 @@ class PTQConfig:
     target: str = "mean"
     weights: str = "mse"
     average_bits: float | None = None
+    sensitivity: str = "lrp"
     bit_choices: Sequence[int] = (4, 6, 8)
     skip: Sequence[str] = ("head", "head.*", "head_dist", "*patch_embed*", "classifier", "heads.*")
     batches: int | None = None
@@ -90,6 +95,7 @@ class PTQConfig:
         _checks.index_of(_NAME, "zero", self.zero, ("extra", "last"))
         _checks.index_of(_NAME, "target", self.target, ("mean", "median"))
         _checks.index_of(_NAME, "weights", self.weights, ("mse", "percentile", "max"))
+        _checks.index_of(_NAME, "sensitivity", self.sensitivity, ("lrp", "hessian"))
         _checks.as_bool(_NAME, "reparameterize", self.reparameterize)
         if self.average_bits is not None:
             least = min(self.bit_choices)
@@ -230,57 +236,6 @@ def _batches(calibration: Iterable, config: PTQConfig) -> list:
     return found
 
 
-# ---- relevance -------------------------------------------------------------------------------------------------------
-
-
-def relevance(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable, bar: bool = False
-) -> dict[str, float]:
-    """{name: share of the relevance that passes through the layer's input}, of the largest logits; they sum to 1.
-
-    Layer-wise relevance propagation by the epsilon rule, as gradient times input, which it equals for layers that are
-    linear or ReLU; LayerNorm, softmax and GELU are taken for linear at what they see. A layer's score is the sum of
-    the absolute relevances of its inputs, so that relevances of both signs do not cancel.
-    """
-    scores, found = dict.fromkeys(layers, 0.0), []
-
-    def watch(name):
-        def before(module, args):
-            x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()  # the model's own input
-            found.append((name, x))
-            return (x, *args[1:])
-
-        return before
-
-    handles = [m.register_forward_pre_hook(watch(name)) for name, m in layers.items()]
-    try:
-        with evaluating(model):
-            for batch in progress(batches, "relevance", enabled=bar):
-                found.clear()
-                with torch.enable_grad():
-                    y = _output(model, batch)
-                    if not isinstance(y, torch.Tensor) or y.dim() != 2:
-                        given = _checks.shape(y) if isinstance(y, torch.Tensor) else type(y).__name__
-                        raise _checks.value_error(
-                            _NAME, "model", "a classifier that returns logits [B, classes]", given
-                        )
-                    inputs = [x for _, x in found]
-                    grads = torch.autograd.grad(y.amax(1).sum(), inputs, allow_unused=True) if inputs else ()
-                for (name, x), g in zip(found, grads, strict=True):
-                    scores[name] += 0.0 if g is None else float((g.double() * x.detach().double()).abs().sum())
-    finally:
-        for handle in handles:
-            handle.remove()
-    total = sum(scores.values())
-    return {name: x / total if total else 1 / len(scores) for name, x in scores.items()}
-
-
-def _output(model, batch):
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +250,7 @@ class Plan:
     weight_scale: torch.Tensor | None
     weight_error: float
     error: float
+    squares: torch.Tensor  # [out]: of the errors of an output, on average
 
 
 @dataclasses.dataclass
@@ -342,10 +298,10 @@ class Target:
             n = 2 ** (weight_bits - 1) - 1
             rounded = (weight / scale[:, None]).round().clamp(-n, n) * scale[:, None]
         act = FakeQuantizer().use_int8(int8_scale, x.device) if int8_scale else FakeQuantizer().use(quantizer, x.device)
-        total = relative(output(act, rounded), truth)
-        return Plan(
-            (weight_bits, activation_bits), quantizer, int8_scale, ranges, scale, relative(rounded, weight), total
-        )
+        result = output(act, rounded)
+        squares = (result - truth).double().flatten(0, -2).square().mean(0)
+        return Plan((weight_bits, activation_bits), quantizer, int8_scale, ranges, scale, relative(rounded, weight),
+                    relative(result, truth), squares)  # fmt: skip
 
     def apply(self, plan: Plan, config: PTQConfig) -> None:
         if plan.ranges is not None:
@@ -356,12 +312,15 @@ class Target:
             self.layer.act.use(plan.quantizer)
         self.layer.use_weight(plan.bits[0], plan.weight_scale)
 
-    def row(self, plan: Plan, relevance: float | None) -> Row:
+    def row(self, plan: Plan, sensitivity: float | torch.Tensor | None) -> Row:
         layer, before = self.layer, self.layer.weight.numel() * self.layer.weight.element_size()
         after = (layer.weight.numel() * plan.bits[0] + 7) // 8 + 4 * layer.out_features if plan.bits[0] else before
         detail = f"W{plan.bits[0] or 'float'}, {self.role}: {layer.act.text}"
         detail += ", re-parameterised" if plan.ranges is not None else ""
-        detail += f", relevance {relevance:.3f}" if relevance is not None else ""
+        if isinstance(sensitivity, torch.Tensor):
+            detail += f", adds {float(sensitivity @ plan.squares) / 2:.1e} to the loss of a token"
+        elif sensitivity is not None:
+            detail += f", relevance {sensitivity:.3f}"
         return Row(self.name, "Linear", True, detail, plan.weight_error, plan.error, before, after)
 
 
@@ -539,7 +498,8 @@ def calibrate_ptq(
         else:
             rows.append(Row(name, class_name(layer), False, "never called on the calibration data"))
     if config.average_bits is not None:
-        shares = relevance(quantised, {t.name: t.layer for t in targets}, batches, config.progress)
+        measured = hessian if config.sensitivity == "hessian" else relevance
+        shares = measured(quantised, {t.name: t.layer for t in targets}, batches, config.progress)
     plans = _plans(targets, shares, config)
     changed = []
     for target in targets:
@@ -557,8 +517,15 @@ def calibrate_ptq(
     return quantised, report
 
 
-def _plans(targets: Sequence[Target], shares: Mapping[str, float], config: PTQConfig) -> dict[str, Plan]:
-    """For every layer; with a budget, bits by relevance times squared error: a knapsack, solved greedily."""
+def _cost(plan: Plan, sensitivity: float | torch.Tensor) -> float:
+    """Of a plan, such that its square is what is added up over layers."""
+    if isinstance(sensitivity, torch.Tensor):
+        return float(sensitivity @ plan.squares) ** 0.5
+    return sensitivity**0.5 * plan.error
+
+
+def _plans(targets: Sequence[Target], shares: Mapping[str, float | torch.Tensor], config: PTQConfig) -> dict[str, Plan]:
+    """For every layer; with a budget, bits by squared error times sensitivity: a knapsack, solved greedily."""
     found: dict[str, dict[int, Plan]] = {}
     for target in progress(targets, "layers", enabled=config.progress):
         if config.average_bits is None:
@@ -569,7 +536,7 @@ def _plans(targets: Sequence[Target], shares: Mapping[str, float], config: PTQCo
         return {name: plans[0] for name, plans in found.items()}
     sizes = {t.name: t.layer.weight.numel() for t in targets}
     options = {
-        name: {bits: (bits * sizes[name], shares[name] ** 0.5 * plan.error) for bits, plan in plans.items()}
+        name: {bits: (bits * sizes[name], _cost(plan, shares[name])) for bits, plan in plans.items()}
         for name, plans in found.items()
     }
     chosen = choose(options, config.average_bits * sum(sizes.values())) if options else {}

@@ -113,13 +113,6 @@ LAYERS = {
     "MPCViTAttention": (lambda: layers.MPCViTAttention(C, 2), TOKENS, None),
     "MultiScaleAttentionBlock": (
         lambda: layers.MultiScaleAttentionBlock(C, 2, 4, merge_ratio=2, local2global=2), (2, 4, 4, C),
-        lambda m, x: torch.cat([t.reshape(len(x), -1, C) for t in m(m.tokens(x))], dim=1),
-    ),
-    "MultiScaleRetention": (
-        lambda: layers.MultiScaleRetention(hidden_size=C, num_heads=2), SHORT, None
-    ),
-    "MultiScaleAttentionBlock": (
-        lambda: layers.MultiScaleAttentionBlock(C, 2, 4, merge_ratio=2, local2global=2), (2, 4, 4, C),
         lambda m, x: torch.cat([t.reshape(x.shape[0], -1, C) for t in m(m.tokens(x))], dim=1),
     ),
     "MultiScaleRetention": (
