@@ -6,7 +6,7 @@ import torch
 
 from ..reference.dwconv_glu import ACTIVATIONS
 from ..reference.dwconv_glu import dwconv_glu as _definition
-from ._checks import index_of, shape, value_error
+from ._checks import check_tensor, index_of, shape, value_error
 from ._op import op
 
 NAMES = tuple(ACTIVATIONS)  # the schema's int is an index into these
@@ -25,7 +25,8 @@ def _derive(op, dims, options, tensors):
     else:
         if dims["D"] != channels:
             raise value_error(op, "x", f"[B, H, W, C] with the {channels} channels of weight", shape(x))
-        dims["G"] = v.shape[3] if isinstance(v, torch.Tensor) and v.dim() == 4 else 0
+        check_tensor(op, "v", v)
+        dims["G"] = v.shape[3] if v.dim() == 4 else 0
         if dims["G"] > channels:
             raise value_error(op, "v", f"[B, H, W, G] with at most {channels} channels", shape(v))
 
