@@ -330,6 +330,20 @@ def test_public_function_refuses(error, match, change):
         gated_linear_attention(**call)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "state", "initial_state"])
+def test_public_functions_refuse_nested_tensors(name):
+    q, k, v = _tokens(2, 9, 2, 16, 8, dtype=torch.float32)
+    states = torch.zeros(2, 2, 16, 8)
+    call = {"q": q, "k": k, "v": v, "g": -torch.rand(2, 9, 2), "initial_state": states}
+    step = {"q": q[:, 0], "k": k[:, 0], "v": v[:, 0], "g": -torch.rand(2, 2), "state": states}
+    for function, args in ((gated_linear_attention, call), (gated_linear_attention_step, step)):
+        if name in args:
+            args[name] = torch.nested.nested_tensor([*args[name]], layout=torch.jagged)
+            of = {"g": "g_token"}.get(name, name)
+            with pytest.raises(TypeError, match=f"effvit::{function.__name__}: {of} must be a dense .*, got nested"):
+                function(**args)
+
+
 def test_compiled_whole_with_dynamic_length():
     compiled = torch.compile(gated_linear_attention, fullgraph=True, backend="aot_eager", dynamic=True)
     for L in (8, 50):
