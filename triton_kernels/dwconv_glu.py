@@ -306,16 +306,15 @@ def backward(grad_out, x, weight, v=None, bias=None, *, act=1, gate_first=False)
 def aot_signatures():
     """Representative launches for tests/test_triton_aot.py: (name, kernel, signature, constexprs, attrs, options)."""
     cases = {
-        "convglu": ((8, 56, 56, 768), (384, 3, 3), 1, False),
-        "gnconv": ((8, 56, 56, 128), (96, 7, 7), 5, True),
-        "silu": ((8, 28, 28, 200), (100, 5, 5), 2, False),
+        "convglu-bf16": (torch.bfloat16, (8, 56, 56, 768), (384, 3, 3), 1, False),
+        "gnconv-fp32": (torch.float32, (8, 56, 56, 128), (96, 7, 7), 5, True),
+        "silu-fp16": (torch.float16, (8, 28, 28, 200), (100, 5, 5), 2, False),
     }
-    for name, (shape, weight_shape, act, gate_first) in cases.items():
-        for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-            x = torch.empty(shape, dtype=dtype, device="meta")
-            weight = torch.empty(weight_shape, dtype=torch.float32, device="meta")
-            bias = weight.new_empty(weight_shape[0])
-            out, launches = _plan_forward(x, None, weight, bias, act=act, gate_first=gate_first)
-            _, backward_launches = _plan_backward(out, x, weight, None, bias, act=act, gate_first=gate_first)
-            for launch in launches + backward_launches:
-                yield launch.aot(f"{name}-{short}")
+    for name, (dtype, shape, weight_shape, act, gate_first) in cases.items():
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        weight = torch.empty(weight_shape, dtype=torch.float32, device="meta")
+        bias = weight.new_empty(weight_shape[0])
+        out, launches = _plan_forward(x, None, weight, bias, act=act, gate_first=gate_first)
+        _, backward_launches = _plan_backward(out, x, weight, None, bias, act=act, gate_first=gate_first)
+        for launch in launches + backward_launches:
+            yield launch.aot(name)

@@ -23,7 +23,7 @@ def _sample(
         w, b = torch.randn(C, k, k, generator=generator) / k, torch.randn(C, generator=generator)
         if packed:
             x, v = torch.cat((v, x) if gate_first else (x, v), -1), None
-        place = layout or (lambda t: t)
+        place = lambda t: layout(t) if layout and t.numel() else t
         x, v = (None if t is None else place(t.to(device, dtype)) for t in (x, v))
         w, b = (t.to(device, weights or dtype) for t in (w, b))
         return (x, v, w, b if bias else None), {"act": act, "gate_first": gate_first}
@@ -159,7 +159,7 @@ def good_call():
 
 def _bad(name, match, **changes):
     make = lambda: split_call(changed(good_call(), changes), OPS["dwconv_glu"].names)
-    return BadInput(name, make, ValueError, match)
+    return BadInput(name, make, ValueError, match, declared=True)
 
 
 BAD_INPUTS = [

@@ -28,7 +28,7 @@ def _sample(
         optional = {n: randn(*shape) for n, shape in shapes.items()}
         optional["q_scale"] = torch.rand(h, H * W, generator=generator) + 0.5
         optional["tokens"] = randn(h, d, T) * d**-0.5
-        place = layout or (lambda t: t)
+        place = lambda t: layout(t) if layout and t.numel() else t
         maps = [place(t.to(device, dtype)) for t in maps]
         return (*maps, *(optional[n].to(device) if n in chosen else None for n in EXTRAS)), {"window": window}
 
