@@ -57,6 +57,7 @@ KNOWN_SPILLS = {
     ("sm_90", "window8-halo2-pads-fp32", "window_attention_fwd_kernel"): 40,
     ("sm_100", "d256-weight-bf16", "linear_attention_bwd_dq_kernel"): 8,
     ("sm_100", "d256-causal-bf16", "linear_attention_state_kernel"): 32,
+    ("sm_90", "d64-channel-fp32", "gated_linear_attention_out_kernel"): 8,
     ("sm_100", "d64-token-bf16", "gated_linear_attention_state_kernel"): 16,
     ("sm_100", "window16-fp32", "window_attention_bwd_dkv_kernel"): 16,
     ("sm_100", "window16-fp32", "window_attention_bwd_dq_kernel"): 40,
