@@ -301,7 +301,9 @@ def aft_bwd_dbias_kernel(
                             mean + item, lse + item, row, L, one, grad_out_stride_l, q_stride_l, C, HAS_GRAD_MEAN,
                             HAS_GRAD_LSE)  # fmt: skip
                         top_c = tl.maximum(tl.max(tl.where((key < M)[:, None], k_c, LOW), 0), LOW)
-                        here = (top_c[None, :] + (w_top[:, None] - lse_c) > MOST) & (row < L)[:, None]
+                        here = (
+                            (top_c[None, :] + (w_top[:, None] - lse_c) > MOST) & (row < L)[:, None] & (one < C)[None, :]
+                        )
                         p = tl.exp(tl.trans(k_c) + (w - lse_c))
                         p = tl.where(here & (key < M)[None, :], p, 0.0)
                         rest += p * (gy_c * tl.trans(v_c) - gm_c)

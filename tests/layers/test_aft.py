@@ -1,11 +1,13 @@
 """effvit.layers.AFTFull, AFTLocal, AFTSimple and AFTConv against the paper's sums over all pairs of tokens."""
 
+import copy
 import functools
 
 import pytest
 import torch
 from layer_suite import DTYPES, check, check_everything_else, randomise, spread, tokens
 
+from effvit._accuracy import assert_close_to_truth
 from effvit.layers import AFTConv, AFTFull, AFTLocal, AFTSimple
 
 H, W, DIM = 4, 5, 12
@@ -22,6 +24,10 @@ def mixed(m, x, w, order="forward"):
         terms, values = terms.flip(2), values.flip(2)
     weights = (terms - terms.amax(2, keepdim=True)).exp()
     mean = (weights * values).sum(2) / weights.sum(2)
+    if order == "products":  # exp(w) exp(k), the largest of each taken off
+        e, u = (k.to(wide) - k.to(wide).amax(1, keepdim=True)).exp(), w.to(wide)
+        u = (u - u.amax(2, keepdim=True)).exp()
+        mean = (u * (e * v.to(wide))[:, None]).sum(2) / (u * e[:, None]).sum(2)
     return m.proj((torch.sigmoid(q.to(wide)) * mean).to(q.dtype))
 
 
@@ -46,7 +52,18 @@ def conv(m, x, order="forward"):
     inside = (dy >= 0) & (dy <= 2 * p) & (dz >= 0) & (dz <= 2 * p)
     weight = spread(m, "weight", (x.shape[0], *m.weight.shape))
     w = weight[:, :, dy.clamp(0, 2 * p), dz.clamp(0, 2 * p)] * inside  # [B, heads, L, L]
+    if order == "products":  # the paper's equation: what differs from a bias of zero, and the sum of all
+        q, k, v = m.to_q(x), m.to_k(x), m.to_v(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        e = (k.to(wide) - k.to(wide).amax(1, keepdim=True)).exp()
+        u = w.to(wide).expm1().repeat_interleave(m.channels, 1).permute(0, 2, 3, 1)
+        num, den = ((u * t[:, None]).sum(2) + t.sum(1, keepdim=True) for t in (e * v.to(wide), e))
+        return m.proj((torch.sigmoid(q.to(wide)) * num / den).to(q.dtype))
     return mixed(m, x, w.repeat_interleave(m.channels, 1).permute(0, 2, 3, 1), order)
+
+
+def forms(formula):
+    return [functools.partial(formula, order=order) for order in ("reversed", "products")]
 
 
 def on_map(m, x):
@@ -68,14 +85,13 @@ CASES = {
 def test_like_the_formula(case, dtype):
     make, formula, call = CASES[case]
     m = randomise(make()).to(dtype)
-    check(m, formula, tokens(2, L, DIM, dtype=dtype), also=[functools.partial(formula, order="reversed")], call=call)
+    check(m, formula, tokens(2, L, DIM, dtype=dtype), also=forms(formula), call=call)
 
 
 @pytest.mark.parametrize("case", ["full", "simple", "conv"])
 def test_autocast(case):
     make, formula, call = CASES[case]
-    also = [functools.partial(formula, order="reversed")]
-    check(randomise(make()), formula, tokens(2, L, DIM), also=also, call=call, autocast=torch.bfloat16)
+    check(randomise(make()), formula, tokens(2, L, DIM), also=forms(formula), call=call, autocast=torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -85,12 +101,20 @@ def test_the_rest(case):
 
 
 def test_far_keys():
-    """Keys of several hundred: the largest is taken off before any exponential."""
+    """Keys of several hundred: the largest is taken off before any exponential. A gradient's error is then that of the
+    logarithm of the sum in float32."""
     for make, formula, call in CASES.values():
-        m = randomise(make())
+        m, x = randomise(make()), tokens(1, L, DIM)
         with torch.no_grad():
             m.to_k.weight.mul_(300)
-        check(m, formula, tokens(1, L, DIM), also=[functools.partial(formula, order="reversed")], call=call)
+            truth = formula(copy.deepcopy(m).double(), x.double())
+            yardsticks = [formula(m, x), formula(m, x, order="reversed")]
+        x.requires_grad_()
+        y = (call or (lambda m, x: m(x)))(m, x)
+        magnitude = truth.abs().amax(-1, keepdim=True).expand_as(truth)
+        assert_close_to_truth(y.detach(), truth, yardsticks, magnitude=magnitude)
+        y.sum().backward()
+        assert all(t.grad.isfinite().all() for t in (x, *m.parameters()))
 
 
 def test_initialisation():

@@ -1,5 +1,6 @@
 """effvit.layers.FlashLSTM, FlashGRU and FlashSLSTM against their equations, torch.nn.LSTM and torch.nn.GRU."""
 
+import copy
 import functools
 
 import pytest
@@ -87,7 +88,7 @@ def test_is_torchs(kind, bias):
     own = LAYERS[kind].from_torch(original)
     x, g = tokens(3, L, DIM), tokens(3, L, HIDDEN, seed=2)
     results = []
-    for m in (own, original, original.double()):
+    for m in (own, original, copy.deepcopy(original).double()):
         dtype = next(m.parameters()).dtype
         leaf = x.to(dtype).requires_grad_()
         y, state = m(leaf)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import effvit
-from effvit._accuracy import assert_close_to_truth
+from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.reference.aft import aft as reference
 from effvit.testing import backends
 from effvit.testing.aft import SPEC
@@ -13,6 +13,12 @@ from op_suite import OpSuite
 
 class TestAft(OpSuite):
     spec = SPEC
+
+    def test_public_function(self, framework_sample):
+        """It returns the first output."""
+        args, kwargs = framework_sample.build()
+        assert_bitwise_equal(effvit.aft(*args, **kwargs), self.spec.op()(*args, **kwargs)[0])
+        assert_bitwise_equal(effvit.aft(*args), self.spec.op()(*args)[0])
 
 
 def _inputs(B=2, L=7, M=7, C=5):

@@ -15,6 +15,18 @@ from op_suite import OpSuite
 class TestRnnScan(OpSuite):
     spec = SPEC
 
+    def test_public_function(self, framework_sample):
+        """Its second result are the states after the last token; the cell has a name, by default the schema's first."""
+        args, kwargs = framework_sample.build()
+        out, trace = self.spec.op()(*args, **kwargs)
+        name = CELLS[kwargs["cell"]]
+        assert_bitwise_equal(effvit.rnn_scan(*args, cell=name), out)
+        found = effvit.rnn_scan(*args, cell=name, return_state=True)
+        assert_bitwise_equal(found[0], out)
+        assert_bitwise_equal(found[1], trace[:, -1])
+        if name == CELLS[0]:
+            assert_bitwise_equal(effvit.rnn_scan(*args), out)
+
 
 def _randn(*shape, seed=1, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

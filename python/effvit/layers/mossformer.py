@@ -113,11 +113,12 @@ class GatedJointAttention(nn.Module):
     def _before(self, q, k, v):
         """q (k^T v) / g over the groups before."""
         B, L, g = q.shape[0], q.shape[1], self.group_size
-        padded = (F.pad(t, (0, 0, 0, -L % g)).unflatten(1, (-1, g)).flatten(0, 1) for t in (q / g, k, v))
+        groups = -(-L // g)
+        padded = (F.pad(t, (0, 0, 0, -L % g)).unflatten(1, (groups, g)).flatten(0, 1) for t in (q / g, k, v))
         q, k, v = self._heads(*padded)
-        state = linear_state(k, v).unflatten(0, (B, -1))
+        state = linear_state(k, v).unflatten(0, (B, groups))
         state = F.pad(state.cumsum(1), (0, 0, 0, 0, 0, 0, 1, -1))
-        return apply_state(q, state.flatten(0, 1)).unflatten(0, (B, -1)).flatten(1, 2).flatten(2)[:, :L]
+        return apply_state(q, state.flatten(0, 1)).unflatten(0, (B, groups)).flatten(1, 2).flatten(2)[:, :L]
 
     def extra_repr(self):
         return f"group_size={self.group_size}, causal={self.causal}, shift_tokens={self.shift_tokens}"

@@ -126,7 +126,7 @@ def _bad(name, match, **changes):
         call = good_call()
         return split_call(call | {n: change(call[n]) for n, change in changes.items()}, OPS[NAME].names)
 
-    return BadInput(name, make, ValueError, match, public="cell" not in changes)
+    return BadInput(name, make, ValueError, match, declared=True)
 
 
 def _wide(t):
