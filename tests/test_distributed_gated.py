@@ -7,7 +7,8 @@ import torch
 from test_distributed import SPLITS, gathered, main, run_ranks
 
 import effvit
-from effvit.testing import assert_bitwise_equal, assert_close_to_truth
+from effvit.testing import assert_bitwise_equal, assert_close_to_truth, oracle_of
+from effvit.testing.gated_linear_attention import SPEC
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not built in")
 
@@ -64,25 +65,11 @@ def definition(q, k, v, g=None, *, scale=None, reverse=False, bidirectional=Fals
     return scale * out
 
 
-def with_gradients(whole, options, grad_out, dtype=None):
-    """out and the gradient of every argument, in another dtype if one is given."""
-    leaves = {n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in whole.items()}
-    out = definition(*leaves.values(), **options)
-    return {"out": out.detach()} | dict(
-        zip(leaves, torch.autograd.grad(out, [*leaves.values()], grad_out.to(out.dtype)), strict=True)
-    )
-
-
-def check(found, whole, options, grad_out, dtype):
-    """By the error rule; the same with absolute values adds up all terms."""
-    truth = with_gradients(whole, options, grad_out, torch.float64)
-    absolute = {n: t if n == "g" else t.abs() for n, t in whole.items()}
-    magnitude = with_gradients(absolute, options, grad_out.abs(), torch.float64)
-    yardstick = with_gradients(whole, options, grad_out, torch.float32)
-    for n, t in truth.items():
-        y = yardstick[n].to(found[n].dtype)
-        eps = torch.finfo(dtype).eps
-        assert_close_to_truth(found[n], t, y, magnitude=magnitude[n], eps=eps, name=n)
+def oracle(whole, options, grad_out):
+    """One process: the definition in float64, with its error in the tokens' dtype."""
+    scale, direction = options.get("scale", K**-0.5), 2 if options.get("bidirectional") else int("reverse" in options)
+    args = tuple(whole.get(n) for n in SPEC.tensors)
+    return oracle_of(SPEC, args, {"scale": scale, "direction": direction}, (grad_out, None))
 
 
 def whole_of(mesh, name, t):
@@ -115,7 +102,14 @@ def sequence_parallel(mesh, name, dtype=torch.float32, autocast=False):
         whole = {n: t if n == "g" else t.bfloat16() for n, t in whole.items()}
     found = {"out": gathered(out)} | {n: whole_of(mesh, n, g) for n, g in zip(mine, grads, strict=True)}
     if mesh.get_rank() == 0:  # the same on every rank
-        check(found, whole, options, grad_out, torch.bfloat16 if autocast else dtype)
+        gate = {1: "g_head", 3: "g_token", 4: "g_channel"}
+        named = lambda given: {gate[t.dim()] if n == "g" else n: t for n, t in given.items()}
+        expected = oracle(named(whole), options, grad_out)
+        assert_close_to_truth(
+            found.pop("out"), expected.outputs["out"], expected.output_yardsticks["out"],
+            magnitude=expected.output_magnitudes["out"], eps=expected.eps, name="out",
+        )  # fmt: skip
+        expected.check_gradients(named(found))
 
 
 def sequence_parallel_bfloat16(mesh, name):
