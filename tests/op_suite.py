@@ -49,6 +49,12 @@ def threads(n):
         torch.set_num_threads(before)
 
 
+# What takes seconds a sample, and says the same of each: how many samples of an operator `make test` tries it on.
+COSTLY = {
+    "test_decompositions": 1, "test_linearize": 1, "test_opcheck": 2, "test_compile_dynamic": 2, "test_export": 2,
+    "test_nested_vmap": 2, "test_batched_gradients": 2, "test_emulator_in_other_orders": 2,
+}  # fmt: skip
+
 # `make test` runs a covering part of samples x dtypes x backends, `make test-all` the whole product.
 EVERYTHING = os.environ.get("EFFVIT_TEST_ALL", "0") not in ("", "0")
 
@@ -116,6 +122,8 @@ class ForwardSuite(FrameworkSuite):
             metafunc.parametrize("framework_sample, native", cases)
         elif "framework_sample" in names:
             samples = spec.tagged("framework")
+            if not EVERYTHING:
+                samples = samples[: COSTLY.get(metafunc.function.__name__)]
             metafunc.parametrize("framework_sample", samples, ids=[s.name for s in samples])
         elif "tiny_sample" in names:
             samples = spec.tagged("tiny")
