@@ -30,7 +30,8 @@ def _sample(
         optional["tokens"] = randn(h, d, T) * d**-0.5
         place = lambda t: layout(t) if layout and t.numel() else t
         maps = [place(t.to(device, dtype)) for t in maps]
-        return (*maps, *(optional[n].to(device) if n in chosen else None for n in EXTRAS)), {"window": window}
+        wide = torch.promote_types(dtype, torch.float32)
+        return (*maps, *(optional[n].to(device, wide) if n in chosen else None for n in EXTRAS)), {"window": window}
 
     return Sample(name, make, frozenset(tags.split()), dtypes)
 
@@ -57,7 +58,7 @@ def random_sample(name, choose):
 # fmt: off
 SAMPLES = [
     _sample("transnext_28x28", 1, 28, 28, 2, 24, 49, extras="all", tags="vit"),
-    _sample("small", 2, 4, 5, 2, 8, 4, extras="all", tags="small framework"),
+    _sample("small", 2, 4, 5, 2, 8, 4, extras="all", size=0.5, tags="small framework"),
     _sample("small_plain", 2, 3, 6, 1, 5, 3, tags="small framework"),
     _sample("small_5", 1, 5, 4, 2, 6, 5, 5, extras="q_scale tokens pool_bias", tags="small"),
     _sample("small_7", 1, 3, 2, 1, 4, 2, 7, extras="local_bias q_embed token_bias", tags="small"),

@@ -26,7 +26,7 @@ def _sample(
         if initial and cell == SLSTM:
             state[:, 2] = state[:, 2].abs() + 0.5
         x, weight, b = (None if t is None else t.to(device, dtype) for t in (x, weight, b))
-        state = None if state is None else state.to(device)
+        state = None if state is None else state.to(device, torch.promote_types(dtype, torch.float32))
         if layout:
             x, weight, b, state = layout(x, weight, b, state)
         return (x, weight, b, state), {"cell": cell}
@@ -88,8 +88,8 @@ def _largest(t, *dims):
 
 def magnitudes(args, kwargs, output_grads, eps):
     """Errors grow along the recurrence and are measured against the largest number of a token, the formula's own being
-    the yardstick. Gradients of weights and bias are sums over tokens: of the absolute values of the gradients of
-    pre-activations, times those of the state before."""
+    the yardstick. Gradients of weights and bias are sums over tokens: of the largest gradient of a token's
+    pre-activations, which that gradient's error relates to, times the state before."""
     x, weight, bias, initial = args
     leaves = [None if t is None else t.detach().requires_grad_() for t in args]
     out, trace = reference(*leaves, **kwargs)
@@ -101,10 +101,10 @@ def magnitudes(args, kwargs, output_grads, eps):
     results, grads = zip(*pairs, strict=True)
     found = torch.autograd.grad(results, given, grads, materialize_grads=True)
     found = dict(zip((n for n, t in zip(OPS[NAME].names, args, strict=True) if t is not None), found, strict=True))
-    dx, h = found["x"].abs(), trace.detach()[:, :, 0].abs()
+    dx, h = _largest(found["x"], 2, 4), trace.detach()[:, :, 0].abs()
     start = torch.zeros_like(x[:, :1, 0]) if initial is None else initial[:, None, 0].abs()
     before = torch.cat((start, h), 1)[:, : x.shape[1]]
-    gradients = {"x": _largest(found["x"], 2, 4), "weight": torch.einsum("btgho,bthi->hgoi", dx, before)}
+    gradients = {"x": dx, "weight": torch.einsum("btgho,bthi->hgoi", dx, before)}
     if bias is not None:
         gradients["bias"] = dx.sum((0, 1))
     if initial is not None:
