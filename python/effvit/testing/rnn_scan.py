@@ -26,7 +26,7 @@ def _sample(
         if initial and cell == SLSTM:
             state[:, 2] = state[:, 2].abs() + 0.5
         x, weight, b = (None if t is None else t.to(device, dtype) for t in (x, weight, b))
-        state = None if state is None else state.to(device)
+        state = None if state is None else state.to(device, torch.promote_types(dtype, torch.float32))
         if layout:
             x, weight, b, state = layout(x, weight, b, state)
         return (x, weight, b, state), {"cell": cell}
@@ -88,8 +88,8 @@ def _largest(t, *dims):
 
 def magnitudes(args, kwargs, output_grads, eps):
     """Errors grow along the recurrence, and states and gates are differences of terms as large as any of their token:
-    measured against the largest of it. Gradients of weights and bias are sums over tokens: of the absolute values of the gradients of
-    pre-activations, times those of the state before."""
+    measured against the largest of it. Gradients of weights and bias are sums over tokens: of the absolute values of
+    the gradients of pre-activations, times those of the state before."""
     x, weight, bias, initial = args
     leaves = [None if t is None else t.detach().requires_grad_() for t in args]
     out, trace = reference(*leaves, **kwargs)
