@@ -305,7 +305,7 @@ def rnn_scan_bwd_kernel(
                         forget = tl.exp(kept - top)
                         dforget = (dc * c_old + dn * n_old) * forget
                         dm -= din + dforget
-                        share = tl.where(kept > i, 1.0, tl.where(kept == i, 0.5, 0.0))
+                        share = tl.where(kept > i, 1.0, 0.0)
                         dkept = dforget + dm * share
                         d0 = din + dm * (1.0 - share)
                         d1 = dkept * _sigmoid(-f)

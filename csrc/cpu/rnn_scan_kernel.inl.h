@@ -311,7 +311,7 @@ struct Backward : Scan<T, kCell> {
         const vf dc = grad[1] + dy / now[2], dn = grad[2] - dy * ratio / now[2];
         const vf din = (dc * z + dn) * in, dforget = (dc * old[1] + dn * old[2]) * forget;  // of the exponents
         const vf dm = grad[3] - din - dforget;
-        const vf share = kept > i ? set1(1.f) : kept == i ? set1(0.5f) : vf{};
+        const vf share = kept > i ? set1(1.f) : vf{};
         const vf dkept = dforget + dm * share;
         dpre[0] = din + dm * (1.f - share);
         dpre[1] = dkept * sigmoid(-f);

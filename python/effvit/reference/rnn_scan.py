@@ -26,7 +26,7 @@ def _slstm(x, rec, h, c, n, m):
     """Gates i, f, z, o of xLSTM: exponential input gate, sigmoid forget gate; c and n are divided by exp(m)."""
     i, f, z, o = (x + rec).unbind(1)
     kept = F.logsigmoid(f) + m
-    top = torch.maximum(kept, i)
+    top = torch.where(kept > i, kept, i)
     i, f = torch.exp(i - top), torch.exp(kept - top)
     c = f * c + i * torch.tanh(z)
     n = f * n + i

@@ -87,13 +87,13 @@ def _largest(t, *dims):
 
 
 def magnitudes(args, kwargs, output_grads, eps):
-    """Errors grow along the recurrence and are measured against the largest number of a token, the formula's own being
-    the yardstick. Gradients of weights and bias are sums over tokens: of the largest gradient of a token's
-    pre-activations, which that gradient's error relates to, times the state before."""
+    """Errors grow along the recurrence, and states and gates are differences of terms as large as any of their token:
+    measured against the largest of it. Gradients of weights and bias are sums over tokens: of the absolute values of
+    the gradients of pre-activations, times those of the state before."""
     x, weight, bias, initial = args
     leaves = [None if t is None else t.detach().requires_grad_() for t in args]
     out, trace = reference(*leaves, **kwargs)
-    outputs = {"out": _largest(out.detach(), 2, 3), "trace": _largest(trace.detach(), 3, 4)}
+    outputs = {"out": _largest(out.detach(), 0, 2, 3), "trace": _largest(trace.detach(), 0, 3, 4)}
     if output_grads is None:
         return outputs, {}
     pairs = [(o, g) for o, g in zip((out, trace), output_grads, strict=True) if g is not None]
@@ -101,14 +101,14 @@ def magnitudes(args, kwargs, output_grads, eps):
     results, grads = zip(*pairs, strict=True)
     found = torch.autograd.grad(results, given, grads, materialize_grads=True)
     found = dict(zip((n for n, t in zip(OPS[NAME].names, args, strict=True) if t is not None), found, strict=True))
-    dx, h = _largest(found["x"], 2, 4), trace.detach()[:, :, 0].abs()
+    dx, h = found["x"].abs(), trace.detach()[:, :, 0].abs()
     start = torch.zeros_like(x[:, :1, 0]) if initial is None else initial[:, None, 0].abs()
     before = torch.cat((start, h), 1)[:, : x.shape[1]]
-    gradients = {"x": dx, "weight": torch.einsum("btgho,bthi->hgoi", dx, before)}
+    gradients = {"x": _largest(found["x"], 0, 2, 3, 4), "weight": torch.einsum("btgho,bthi->hgoi", dx, before)}
     if bias is not None:
         gradients["bias"] = dx.sum((0, 1))
     if initial is not None:
-        gradients["initial"] = _largest(found["initial"], 1, 3)
+        gradients["initial"] = _largest(found["initial"], 0, 1, 2, 3)
     return outputs, gradients
 
 
