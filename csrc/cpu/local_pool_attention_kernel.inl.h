@@ -57,7 +57,7 @@ struct Forward : Band {
       enter(unit / g.bands % p.h, p.H * band / g.bands, p.H * (band + 1) / g.bands);
       for (int64_t b = p.B * group / g.groups; b < p.B * (group + 1) / g.groups; ++b) {
         load_image(b);
-        for (int64_t x = 0; x < positions; x += kTile) tile(b, x, tile_of(x, positions));
+        for (int64_t x = 0; x < positions; x += g.tile) tile(b, x, tile_of(x, positions));
       }
     }
   }
@@ -206,7 +206,7 @@ struct Backward : Band {
 
   // dk and dv of the rows of this unit, each from the positions whose windows it is in.
   void gather(int64_t b) {
-    for (int64_t x = own_begin; x < own_end; x += kTile) {
+    for (int64_t x = own_begin; x < own_end; x += g.tile) {
       const int n = tile_of(x, own_end);
       const int64_t count = std::min<int64_t>(n, own_end - x);
       const float *w[kMaxTaps], *from[kMaxTaps];
@@ -244,7 +244,7 @@ struct Backward : Band {
         transpose(grad, g.ldx, grad_rows, positions);
         const int64_t parts[] = {0, own_begin, own_end, positions};
         for (int part = 0; part < 3; ++part) {
-          for (int64_t x = parts[part]; x < parts[part + 1]; x += kTile) {
+          for (int64_t x = parts[part]; x < parts[part + 1]; x += g.tile) {
             const int n = tile_of(x, parts[part + 1]);
             tile(b, x, n, std::min<int64_t>(n, parts[part + 1] - x), part == 1, sums);
           }
