@@ -25,9 +25,9 @@ def _sample(
         maps = [randn(B, H, W, h, d) for _ in range(3)] + [randn(B, P, h, d) for _ in range(2)]
         maps = [t * size * d**-0.25 if i in (0, 1, 3) else t for i, t in enumerate(maps)]
         shapes = {"local_bias": (h, T), "pool_bias": (h, H * W, P), "q_embed": (h, d), "token_bias": (h, T)}
-        optional = {n: randn(*shape) for n, shape in shapes.items()}
+        optional = {n: randn(*shape) * 0.5 for n, shape in shapes.items()}
         optional["q_scale"] = torch.rand(h, H * W, generator=generator) + 0.5
-        optional["tokens"] = randn(h, d, T) * d**-0.5
+        optional["tokens"] = randn(h, d, T) * d**-0.5 * 0.5
         place = lambda t: layout(t) if layout and t.numel() else t
         maps = [place(t.to(device, dtype)) for t in maps]
         wide = torch.promote_types(dtype, torch.float32)
