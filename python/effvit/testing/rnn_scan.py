@@ -101,7 +101,7 @@ def magnitudes(args, kwargs, output_grads, eps):
     results, grads = zip(*pairs, strict=True)
     found = torch.autograd.grad(results, given, grads, materialize_grads=True)
     found = dict(zip((n for n, t in zip(OPS[NAME].names, args, strict=True) if t is not None), found, strict=True))
-    dx, h = found["x"].abs(), trace.detach()[:, :, 0].abs()
+    dx, h = _largest(found["x"], 2, 4), trace.detach()[:, :, 0].abs()
     start = torch.zeros_like(x[:, :1, 0]) if initial is None else initial[:, None, 0].abs()
     before = torch.cat((start, h), 1)[:, : x.shape[1]]
     gradients = {"x": _largest(found["x"], 0, 2, 3, 4), "weight": torch.einsum("btgho,bthi->hgoi", dx, before)}
