@@ -125,7 +125,7 @@ def aft_fwd_kernel(
         lost = (den < LEAST) & there
         total = k_top[None, :] + w_top[:, None]
         if tl.max(lost.to(tl.int32)) > 0:
-            top = tl.full([BLOCK_L, BLOCK_C], LOW, tl.float32)
+            top = tl.full([BLOCK_L, BLOCK_C], float("-inf"), tl.float32)
             for j in range(0, _loop_bound(M)):
                 w_j = tl.max(_load_bias(bias, row, L, j + tl.arange(0, 1), M, bias_stride_l, bias_stride_m, window), 1)
                 k_j = _load_row(k_item + tl.cast(j, tl.int64) * k_stride_l, column, C)

@@ -134,7 +134,8 @@ def rnn_scan_fwd_kernel(
         x1 = _load(x_t + x_stride_g, row, B, x_stride_b, column, D)
         x2 = _load(x_t + 2 * x_stride_g, row, B, x_stride_b, column, D)
         new = trace + (tl.cast(t, tl.int64) * S * H + head) * D
-        new_stride = L * S * H * D
+        tokens = tl.cast(L, tl.int64)
+        new_stride = tokens * S * H * D
         if CELL == GRU:
             reset = _sigmoid(x0 + r0)
             z = _sigmoid(x1 + r1)
@@ -153,8 +154,8 @@ def rnn_scan_fwd_kernel(
                 h = o * _tanh(c)
             else:
                 top = i
-                c = n
-                norm = tl.full([BLOCK_B, BLOCK_D], 1.0, tl.float32)
+                norm = tl.exp(i - top)  # 1; NaN where i is no number
+                c = norm * n
                 if HAS_BEFORE:
                     kept = _log_sigmoid(f) + _load(old + 3 * H * D, row, B, before_stride_b, column, D)
                     top = tl.maximum(kept, i)
@@ -167,7 +168,7 @@ def rnn_scan_fwd_kernel(
                 _store(new + 3 * H * D, row, B, new_stride, column, D, top)
             _store(new + H * D, row, B, new_stride, column, D, c)
         _store(new, row, B, new_stride, column, D, h)
-        _store(out + (tl.cast(t, tl.int64) * H + head) * D, row, B, L * H * D, column, D, h)
+        _store(out + (tl.cast(t, tl.int64) * H + head) * D, row, B, tokens * H * D, column, D, h)
 
 
 @device_function
@@ -211,12 +212,13 @@ def rnn_scan_bwd_kernel(
     for step in range(0, _loop_bound(count)):
         head, row, column = _place(first + step, d_blocks, b_blocks, BLOCK_B, BLOCK_D)
         t64 = tl.cast(t, tl.int64)
+        tokens = tl.cast(L, tl.int64)
         own = carried + head * D
         dh = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
         if not LAST:
             dh = _passed_back(
-                drec + ((t64 + 1) * G * H + head) * D, weight + head * weight_stride_h, row, B, L * G * H * D, H * D,
-                weight_stride_g, weight_stride_o, column, D, G, BLOCK_K)  # fmt: skip
+                drec + ((t64 + 1) * G * H + head) * D, weight + head * weight_stride_h, row, B, tokens * G * H * D,
+                H * D, weight_stride_g, weight_stride_o, column, D, G, BLOCK_K)  # fmt: skip
             if CELL == GRU:
                 dh += _load(own, row, B, S * H * D, column, D)
         if FINAL:
@@ -236,7 +238,7 @@ def rnn_scan_bwd_kernel(
             x2 = _load(x_t + 2 * x_stride_g, row, B, x_stride_b, column, D)
             now = trace + (t64 * S * H + head) * D
             moved = grad_trace + (t64 * S * H + head) * D
-            stride = L * S * H * D
+            stride = tokens * S * H * D
             dh += _load(
                 grad_out + (t64 * grad_out_stride_l + head * grad_out_stride_h), row, B, grad_out_stride_b, column, D
             )
@@ -244,7 +246,7 @@ def rnn_scan_bwd_kernel(
                 dh += _load(moved, row, B, stride, column, D)
             rec = drec + (t64 * G * H + head) * D
             to = dx + (t64 * G * H + head) * D
-            g_stride = L * G * H * D
+            g_stride = tokens * G * H * D
             if CELL == GRU:
                 reset = _sigmoid(x0 + r0)
                 z = _sigmoid(x1 + r1)

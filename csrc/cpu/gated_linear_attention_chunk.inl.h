@@ -117,7 +117,7 @@ struct GateSum {
   }
   EFFVIT_INLINE void keep(int n) { high = first_lanes(high, n), low = first_lanes(low, n); }
   EFFVIT_INLINE vf exp() const {
-    const vf x = EFFVIT_ISA_NAME::exp(high);
+    const vf x = EFFVIT_ISA_NAME::exp(min(set1(88.f), high));  // beyond, exp's bits wrap; a NaN stays
     return fma(x, low, x);
   }
 };

@@ -26,7 +26,7 @@ void run_units(const Params& p, int64_t begin, int64_t end) {
       const float g = p.gate == GateKind::kNone ? 0.f : load_scalar(p.g, p.gate_dtype, gate);
       for (int c = 0; c < Kp; c += kLanes) store(decay + c, set1(g));
     }
-    for (int c = 0; c < Kp; c += kLanes) store(decay + c, exp(load(decay + c)));
+    for (int c = 0; c < Kp; c += kLanes) store(decay + c, exp(min(set1(88.f), load(decay + c))));
     zero(out, Vp);
     const float* const from = p.state + unit * p.K * p.V;
     float* const to = p.new_state + unit * p.K * p.V;

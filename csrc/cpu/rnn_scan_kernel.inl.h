@@ -69,7 +69,7 @@ EFFVIT_INLINE vf log_sigmoid(vf x) {
   return x == x ? y : x;
 }
 
-// exp(x - top) for x up to top, both possibly -infinity: then 0.
+// exp(x - top), x up to top; NaN where both are -infinity, as in the definition.
 EFFVIT_INLINE vf exp_below(vf x, vf top) { return exp(x - top); }
 
 // ---- weights -------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ namespace gated_linear_attention_impl {
 inline bool is_both(const GatedLinearAttentionParams& p) { return p.direction == GateDirection::kBoth; }
 inline int64_t count_chunks(const GatedLinearAttentionParams& p) { return ceil_div(p.L, kChunk); }
 inline int64_t count_slots(const GatedLinearAttentionParams& p) {
+  if (p.N == 0) return 0;  // of offsets there is but the first
   return p.cu_seqlens != nullptr ? p.L / kChunk + p.N : p.N * count_chunks(p);
 }
 inline int64_t block_count(int64_t dim, int block) { return ceil_div(dim, block); }

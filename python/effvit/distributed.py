@@ -172,7 +172,7 @@ def _sums_until_end(g, L, reverse):
 
     g [B, L, ..], or [H] for each of L tokens.
     """
-    g = g.float()
+    g = g.float().clamp(min=-1000.0)  # -inf too: 0 tokens of it are none
     if g.dim() == 1:
         walked = torch.arange(L, device=g.device, dtype=g.dtype)
         after = walked if reverse else L - 1 - walked

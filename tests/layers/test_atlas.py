@@ -108,6 +108,9 @@ def test_parameter_names_are_the_originals():
     [
         ({"num_heads": 3}, "dim must be a multiple of num_heads 3, got 8"),
         ({"local2global": 3}, "local2global must be a divisor of 4 above 1, got 3"),
+        ({"local2global": 1}, "local2global must be a divisor of 4 above 1, got 1"),
+        ({"local2global": 0}, "local2global must be a divisor of 4 above 1, got 0"),
+        ({"merge_ratio": 0}, "merge_ratio must be at least 1, got 0"),
         ({"resolution": 18}, "resolution must be such that windows of 4 divide the scales, got 18"),
     ],
 )

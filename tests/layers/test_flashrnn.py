@@ -145,6 +145,17 @@ def test_bad_arguments():
         FlashLSTM.from_torch(torch.nn.LSTM(3, 4, batch_first=True, proj_size=2))
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_no_tokens(kind):
+    """The states are those of before, in float64 as in float32."""
+    m = LAYERS[kind](DIM, HIDDEN, 3)
+    for dtype in (torch.float32, torch.float64):
+        y, state = m.to(dtype)(torch.zeros(2, 0, DIM, dtype=dtype))
+        assert y.shape == (2, 0, HIDDEN) and state.shape[0] == 2
+        again = m(torch.zeros(2, 0, DIM, dtype=dtype), state)[1]
+        assert torch.equal(again, state)
+
+
 def test_initialisation():
     torch.manual_seed(0)
     m = FlashGRU(8, 64, 4)

@@ -80,6 +80,14 @@ def test_a_state_dict_of_the_original_loads():
     m.load_state_dict(m.state_dict() | {"lmu.fft_H": torch.fft.rfft(m.lmu.H, n=24)})
 
 
+def test_memory_is_float32_under_autocast():
+    m = LMU(DIM, **SIZES).lmu
+    u = tokens(2, 12, seed=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(m.memory(u), m.memory(u.clone())) and m.memory(u).dtype == torch.float32
+    torch.testing.assert_close(m.memory(u), m.double().memory(u.double()).float())
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="effvit::LMU: dim must be a multiple of num_heads 8, got 12"):
         LMU(12)

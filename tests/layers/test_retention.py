@@ -82,6 +82,19 @@ def test_in_parts():
     packed = torch.cat([x[:1, :3], x[1:, 3:]], 1)
     offsets = torch.tensor([0, 3, L], dtype=torch.int32)
     torch.testing.assert_close(m(packed, cu_seqlens=offsets), torch.cat([m(x[:1, :3]), m(x[1:, 3:])], 1))
+    parts = []
+    state, before = None, torch.zeros(2, dtype=torch.int64)
+    for lengths in ((2, 4), (1, L - 7)):  # of both sequences, which go on where they were
+        pack = torch.cat(
+            [x[i : i + 1, b : b + n] for i, (b, n) in enumerate(zip(before.tolist(), lengths, strict=True))], 1
+        )
+        offsets = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
+        y, state = m(pack, state, offsets, before, return_state=True)
+        parts.append(y.split(lengths, 1))
+        before = before + torch.tensor(lengths)
+    for i in range(2):
+        whole = torch.cat([p[i] for p in parts], 1)
+        torch.testing.assert_close(whole, m(x[i : i + 1, : whole.shape[1]]))
 
 
 def vir(m, x, form=retained):

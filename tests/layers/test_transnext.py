@@ -143,6 +143,11 @@ def test_dropout_of_attention():
     assert float((drawn.mean(0) - expected).abs().max()) < 6 * float(drawn.std(0).max()) / 200**0.5
 
 
+def test_positions_of_one_row():
+    index, table = get_relative_position_cpb((1, 7), (1, 1))
+    assert index.shape == (7,) and torch.isfinite(table).all() and (table[:, 0] == 0).all()
+
+
 def test_relative_positions():
     """The table's rows are offsets to pooled positions in eighths of the map, on a logarithmic scale."""
     index, table = get_relative_position_cpb((4, 6), (2, 3), (8, 8))

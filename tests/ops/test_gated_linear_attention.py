@@ -186,6 +186,7 @@ EXTREMES = {
     "-1e-6": _constant(-1e-6),
     "-20": _constant(-20.0),
     "-1000": _constant(-1000.0),
+    "-inf": _constant(float("-inf")),
     "mixed": _mixed,
     "0 or -20": lambda randn, shape: torch.where(randn(*shape) > 0, 0.0, -20.0),
 }

@@ -62,7 +62,7 @@ MUTANTS = [
     Mutant("row_of_outer", PARAMS, "(row - outer * p.size[k])", "(row - outer)", "outside"),
     Mutant("half_bit", MATH, "& e.mask) << (e.n - q)", ") << (e.n - q)", ""),
     Mutant("remainder", MATH, "+ q * e.x;", "- q * e.x;", ""),
-    Mutant("power", MATH, "- (d >> 4)", "- (d >> 3)", ""),
+    Mutant("power", MATH, "- (U)(d >> 4)", "- (U)(d >> 3)", ""),
     Mutant("ties", MATH, "- 1 + (u >> c & 1)", "", ""),
     Mutant("offset_of_rounding", MATH, "static_cast<int64_t>(offset >> c)",
            "static_cast<int64_t>(offset >> c) - 1", ""),

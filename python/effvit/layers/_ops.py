@@ -10,6 +10,7 @@ import effvit.reference
 
 from ..ops import _dispatcher
 from ..ops.int8_attention import NAMES as _EXPONENTIALS
+from ..ops.rnn_scan import last_state
 from ..reference import int8_attention as _int8_attention
 from ..reference.block_sparse_linear import block_sparse_linear as _block_sparse_definition
 from ..reference.sparse24_compress import sparse24_decompress
@@ -240,4 +241,4 @@ def rnn_scan(x, weight, bias=None, initial=None, *, cell):
         initial = None if initial is None else initial.float()
         return effvit.ops.rnn_scan(x, weight, bias, initial, cell=cell, return_state=True)
     out, trace = _reference("rnn_scan", x, weight, bias, initial, cell=cell)
-    return out.to(x.dtype), trace[:, -1]
+    return out.to(x.dtype), last_state(trace, initial, cell)

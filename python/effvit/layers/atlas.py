@@ -118,13 +118,18 @@ class MultiScaleAttentionBlock(nn.Module):
         self.merge_ratio = merge_ratio
         self.local2global = local2global
         self.multiscale_layout = []
+        if merge_ratio < 1:
+            raise ValueError(f"effvit::MultiScaleAttentionBlock: merge_ratio must be at least 1, got {merge_ratio}")
+        if local2global < 2 or merge_ratio % local2global:
+            raise ValueError(
+                f"effvit::MultiScaleAttentionBlock: local2global must be a divisor of {merge_ratio} above 1, "
+                f"got {local2global}"
+            )
         sides = [resolution]
         while sides[-1] > merge_ratio:
             sides.append(sides[-1] // local2global)
         for name, ok, expected, got in (
             ("dim", num_heads >= 1 and dim % num_heads == 0, f"a multiple of num_heads {num_heads}", dim),
-            ("local2global", local2global > 1 and merge_ratio % local2global == 0,
-             f"a divisor of {merge_ratio} above 1", local2global),
             ("resolution", all(s % merge_ratio == 0 for s in sides[:-1]) and sides[-1] > 0,
              f"such that windows of {merge_ratio} divide the scales", resolution),
         ):  # fmt: skip

@@ -23,7 +23,7 @@ class _HeadwiseRNN(nn.Module):
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_heads = num_heads
-        if num_heads < 1 or hidden_size % num_heads:
+        if num_heads < 1 or hidden_size < 1 or hidden_size % num_heads:
             raise ValueError(
                 f"effvit::{type(self).__name__}: hidden_size must be a multiple of num_heads {num_heads}, "
                 f"got {hidden_size}"

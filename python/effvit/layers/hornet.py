@@ -23,7 +23,9 @@ class GnConv(nn.Module):
 
     def __init__(self, dim, order=5, gflayer=None, h=14, w=8, s=1.0, device=None, dtype=None):
         super().__init__()
-        if order < 1 or dim % 2 ** (order - 1):
+        if order < 1:
+            raise ValueError(f"effvit::GnConv: order must be at least 1, got {order}")
+        if dim % 2 ** (order - 1):
             raise ValueError(f"effvit::GnConv: dim must be a multiple of 2^(order - 1) = {2 ** (order - 1)}, got {dim}")
         factory = {"device": device, "dtype": dtype}
         self.order = order

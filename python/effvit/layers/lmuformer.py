@@ -1,5 +1,7 @@
 """LMUFormer: the Legendre memory unit as a linear recurrence, in parallel over all tokens or one after another."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -68,12 +70,13 @@ class LMUFFTCell(nn.Module):
         H = wide(self.H)
         longer = L > self.seq_len
         H = impulse_response(self.A.double(), self.B.double(), L).to(H.dtype) if longer else H[:, :L]
-        u = wide(u)
-        if L <= TOEPLITZ:
-            toeplitz = F.pad(u, (L - 1, 0)).unfold(1, L, 1)  # [B, L, L]: row t is u_(t-L+1) .. u_t
-            return toeplitz @ H.flip(1).mT
-        spectrum = torch.fft.rfft(u, n=2 * L).unsqueeze(1) * torch.fft.rfft(H, n=2 * L)
-        return torch.fft.irfft(spectrum, n=2 * L)[..., :L].mT
+        u, device = wide(u), u.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            if L <= TOEPLITZ:
+                toeplitz = F.pad(u, (L - 1, 0)).unfold(1, L, 1)  # [B, L, L]: row t is u_(t-L+1) .. u_t
+                return toeplitz @ H.flip(1).mT
+            spectrum = torch.fft.rfft(u, n=2 * L).unsqueeze(1) * torch.fft.rfft(H, n=2 * L)
+            return torch.fft.irfft(spectrum, n=2 * L)[..., :L].mT
 
     def forward(self, x):
         m = self.memory(F.relu(self.W_u(x)).squeeze(-1)).to(x.dtype)

@@ -12,8 +12,18 @@ from .gla import GatedMixer
 ROTATIONS = ("half", "pairs")
 
 
-def rotate(x, kind, base=10000.0, offset=0):
-    """Rotary encoding of x [B, L, h, K] at positions offset .. offset + L - 1, computed in float32 and rounded once.
+def positions_of(L, offset, cu_seqlens, device):
+    """[L]: offset .. offset + L - 1, or in each packed sequence from its own offset on, a number or [N] of them."""
+    position = torch.arange(L, device=device)
+    if cu_seqlens is None:
+        return position + offset
+    n = torch.searchsorted(cu_seqlens[1:].contiguous(), position.to(cu_seqlens.dtype), right=True)
+    n = n.clamp(max=max(cu_seqlens.shape[0] - 2, 0))
+    return position - cu_seqlens[n] + (offset[n] if isinstance(offset, torch.Tensor) else offset)
+
+
+def rotate(x, kind, base=10000.0, position=None):
+    """Rotary encoding of x [B, L, h, K] at `position` [L], 0 .. L - 1 if None, computed in float32 and rounded once.
 
     "half" turns channels i and i + K/2 by position * base^(-2i/K), as fla does; "pairs" turns channels 2i and 2i + 1 by
     position * base^(-i/(K/2 - 1)), as torchscale does.
@@ -22,7 +32,8 @@ def rotate(x, kind, base=10000.0, offset=0):
     x = wide(x)
     i = torch.arange(n, device=x.device, dtype=x.dtype)
     theta = base ** -(i / n if kind == "half" else i / max(n - 1, 1))
-    angles = (torch.arange(x.shape[1], device=x.device, dtype=x.dtype) + offset).unsqueeze(-1) * theta
+    position = torch.arange(x.shape[1], device=x.device) if position is None else position
+    angles = position.to(x.dtype).unsqueeze(-1) * theta
     cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)  # [L, 1, K/2]
     a, b = x.chunk(2, dim=-1) if kind == "half" else x.unflatten(-1, (n, 2)).unbind(-1)
     turned = (a * cos - b * sin, b * cos + a * sin)
@@ -38,7 +49,8 @@ class MultiScaleRetention(GatedMixer):
 
     hidden_states [B, L, hidden_size] -> the same shape; with `return_state` also the state after the last token
     [B, heads, K, V], float32. `initial_state` takes it up, with `offset` the number of tokens before. `cu_seqlens`
-    packs sequences: what counts of the rotations is relative. `bidirectional=True` adds the recurrence from the last
+    packs sequences, whose positions start anew, or at `offset`, [N] of them where states are taken up.
+    `bidirectional=True` adds the recurrence from the last
     token to the first, each token's own term once; it has no state.
 
     `rotary` is "half" (fla's order of channels), "pairs" (torchscale's order and frequencies) or None. The paper's xpos
@@ -74,7 +86,8 @@ class MultiScaleRetention(GatedMixer):
         x = hidden_states
         q, k, v = self.project(x, cu_seqlens)
         if self.rotary is not None:
-            q, k = (rotate(t, self.rotary, offset=offset) for t in (q, k))
+            position = positions_of(x.shape[1], offset, cu_seqlens, x.device)
+            q, k = (rotate(t, self.rotary, position=position) for t in (q, k))
         h = torch.arange(self.num_heads, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         g = torch.log1p(-torch.exp2(-5 - h))
         return self.attend(q, k, v, g, x, initial_state, cu_seqlens, return_state)

@@ -48,7 +48,8 @@ class ScaleAwareModulation(nn.Module):
             self.bn = nn.BatchNorm2d(dim * expand_ratio, **factory)
             self.proj1 = nn.Conv2d(dim * expand_ratio, dim, 1, **factory)
         else:
-            self.scale = qk_scale or head_dim(self, dim, sa_num_heads) ** -0.5
+            size = head_dim(self, dim, sa_num_heads)
+            self.scale = qk_scale or size**-0.5
             self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
             self.attn_drop = nn.Dropout(attn_drop)
             self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)

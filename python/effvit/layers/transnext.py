@@ -85,7 +85,7 @@ def get_relative_position_cpb(query_size, key_size, pretrain_size=None, device=N
     offsets = []
     for query, key, trained in zip(query_size, key_size, pretrain_size or query_size, strict=True):
         at = torch.arange(query, dtype=torch.float32, device=device)
-        offsets.append((at[:, None] - F.adaptive_avg_pool1d(at[None], key)) * (8 / (trained - 1)))
+        offsets.append((at[:, None] - F.adaptive_avg_pool1d(at[None], key)) * (8 / max(trained - 1, 1)))
     y, x = offsets[0][:, None, :, None], offsets[1][None, :, None, :]
     pairs = torch.stack(torch.broadcast_tensors(y, x), dim=-1).flatten(0, 3)
     table, index = torch.unique(pairs, return_inverse=True, dim=0)

@@ -50,7 +50,8 @@ def aft(
 
     The weights exp(w_ij) and exp(k_j), each relative to its largest, meet in matrix products. Where that leaves next to
     nothing of a sum, because the largest k and the largest w are far apart, the sum is computed from exp(k_j + w_ij),
-    relative to the largest of these: nothing overflows or underflows, whatever k and w.
+    relative to the largest of these: nothing overflows or underflows, whatever k and w. Gradients carry the float32
+    rounding of the logarithm of the sum, a relative error of about 6e-8 times that logarithm.
 
     Args:
         q: [B, L, C].

@@ -338,7 +338,7 @@ def linear_attention(
     if isinstance(cu_seqlens, torch.Tensor) and cu_seqlens.dtype == torch.int64:
         if cu_seqlens.dim() == 1 and cu_seqlens.shape[0] and _are_tokens(q):
             _check_offsets(OP.name, cu_seqlens, q.shape[1])  # before they are cut to 32 bits
-        cu_seqlens = cu_seqlens.to(torch.int32)
+        cu_seqlens = cu_seqlens.clamp(0, 2**31 - 1).to(torch.int32)
     as_bool(OP.name, "return_state", return_state)
     options = {
         "feature_map": index_of(OP.name, "feature_map", feature_map, FEATURE_MAPS),

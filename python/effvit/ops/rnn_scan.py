@@ -89,11 +89,16 @@ def rnn_scan(
     out, trace = OP(x, weight, bias, initial, cell=index)
     if not return_state:
         return out
+    return out, last_state(trace, initial, cell)
+
+
+def last_state(trace: torch.Tensor, initial: torch.Tensor | None, cell: str) -> torch.Tensor:
+    """The states after the last token, of trace [B, L, S, H, D]; without tokens those that it starts from."""
     if trace.shape[1]:
-        return out, trace[:, -1]
+        return trace[:, -1]
     if initial is not None:
-        return out, initial.clone()
+        return initial.clone()
     state = trace.new_zeros(trace.shape[0], *trace.shape[2:])
     if cell == "slstm":
         state[:, 3] = -torch.inf
-    return out, state
+    return state

@@ -53,14 +53,16 @@ def selective_scan2d(
     CrossScan: 0 row after row, 1 column after column, 2 and 3 the same two from the last token to the first.
 
     Every tensor lies in the order of the map, channels last, whatever the direction: projections of the tokens are used
-    as they are, and no sequence is written to memory.
+    as they are, and no sequence is copied. (In Triton the directions' results are four maps of float32, added up at the
+    end.)
 
     Args:
         x: [B, H, W, D]: batch, map, channels.
         dt: [B, H, W, 4, D], the step sizes of the four directions.
         b, c: [B, H, W, 4, N], what enters the N states and what is read of them; N from 1 to 256.
             These four float32, bfloat16 or float16 (one dtype), any strides with a last stride of 1.
-        a: [4, D, N] float32, usually ``-exp(A_log)``: at most 0, or states grow. delta * a above 87 counts as 87.
+        a: [4, D, N] float32, usually ``-exp(A_log)``: at most 0, or states grow. delta * a above 87 counts
+            as 87, also in its derivative.
         d: [4, D] float32, the skip; None: 0.
         dt_bias: [4, D] float32; None: 0.
         softplus: False takes ``dt + dt_bias`` as delta.
@@ -70,8 +72,9 @@ def selective_scan2d(
         the inputs alone and computes the states again.
 
     States are float32. Deterministic; results do not depend on the number of threads. On the CPU the backward takes
-    at most 16 MiB and a state in every 32 tokens beyond inputs and outputs; gradients of half precision are rounded
-    after each direction. Under autocast nothing is cast.
+    about 16 MiB, sums of parameters, and a state in every 32 tokens or more beyond inputs and outputs; in Triton it
+    takes float32 maps [B, H, W, 4, N] of db and dc for each block of channels. Gradients of half precision are rounded
+    after each direction on the CPU. Under autocast nothing is cast.
 
     Raises:
         TypeError: a tensor argument is not a dense tensor or has the wrong dtype; softplus is not a bool.

@@ -174,8 +174,9 @@ def magnitudes(args, kwargs, output_grads, eps):
     """Sums of the absolute values of the terms behind every component of the outputs and gradients, in float64.
 
     Outputs and gradients are sums of products with decays, which are positive: the definition itself, applied to
-    absolute values, adds up the absolute terms, and its derivative those of the gradients. The chunkwise gradient of a
-    gate is a sum over the chunk's tokens of q dq - k dk, in which what lies wholly before or behind the gate cancels.
+    absolute values, adds up the absolute terms, and its derivative those of the gradients. On the CPU the gradient of a
+    channel's gate is a sum over the chunk's tokens of q dq - k dk, in which what lies wholly before or behind it
+    cancels.
     """
     args = (*args, *(None,) * (len(TENSORS) - len(args)))
     given = dict(zip(TENSORS, args, strict=True))
@@ -194,11 +195,9 @@ def magnitudes(args, kwargs, output_grads, eps):
         [y for y, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True, materialize_grads=True
     )
     gradients = dict(zip(leaves, found, strict=True))
-    for name in filter(is_gate, floats):
+    if "g_channel" in gradients:
         products = sum(leaves[n].detach() * gradients[n] for n in ("q", "k"))  # [B, L, H, K]
-        near = _near(products)
-        shares = {"g_channel": near, "g_token": near.sum(-1), "g_head": near.sum((0, 1, 3))}
-        gradients[name] = gradients[name] + shares[name]
+        gradients["g_channel"] = gradients["g_channel"] + _near(products)
     return outputs, gradients
 
 
