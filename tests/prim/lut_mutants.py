@@ -31,7 +31,7 @@ MUTANTS = [
            "outside"),
     Mutant("tail_of_store", KERNEL, "if (e < n) prim::store_global", "prim::store_global", "outside|written twice"),
     Mutant("gap", KERNEL, "row_start(p, row) + column", "row * p.columns + column"),
-    Mutant("next_group", KERNEL, "groups; i += step", "groups; i += groups", "hole|not written"),
+    Mutant("next_group", KERNEL, "groups; i += step", "groups; i += groups", "unwritten"),
     Mutant("ascending", KERNEL, "p.descending ? p.codes - 1 - code : code", "p.descending ? p.codes - code : code"),
     Mutant("beyond", KERNEL, "code < p.codes ? values.load(code) : prim::bit_cast<float>(0x7fc00000u)",
            "values.load(code)", "uninitialised"),

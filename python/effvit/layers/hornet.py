@@ -56,7 +56,7 @@ class GnConv(nn.Module):
 
     def forward(self, x, mask=None, dummy=False):
         """x [B, dim, H, W] -> [B, dim, H, W], channels last."""
-        x = convolve(self.proj_in, x.contiguous(memory_format=torch.channels_last))
+        x = convolve(self.proj_in, x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))  # channels last, in vmap too
         x, *gates = self._convolve_and_gate(x).split(self.dims, dim=1)
         for pw, gate in zip(self.pws, gates, strict=True):
             x = convolve(pw, x) * gate
