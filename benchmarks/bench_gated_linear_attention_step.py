@@ -32,7 +32,7 @@ class Shape:
         def cost(args, kwargs, backward):
             q, k, v, state, g = args
             gates = (None, g.float()) if self.gate == "token" else (None, None, g.float())
-            return SPEC.cost((q, k, v, state.float(), *gates), kwargs, backward)
+            return SPEC.cost((q, k, v, state.float(), *gates), kwargs, False)
 
         gate = (B, H, D) if self.gate == "channel" else (B, H)
         return price_of(cost, [*((B, H, D),) * 3, (B, H, D, D), gate])
