@@ -105,6 +105,18 @@ def reference_path(shape):
     return make
 
 
+def magnitudes(shape):
+    def of(inputs, grad_out, eps):
+        q, k, v, g = (t.detach() for t in inputs.values())
+        gates = (g if name == shape.gate else None for name in ("head", "token", "channel"))
+        options = {"scale": shape.D**-0.5, "direction": 2 if shape.bidirectional else 0}
+        grads = None if grad_out is None else (grad_out, None)
+        outputs, gradients = SPEC.magnitudes((q, k, v, *gates), options, grads, eps)
+        return {"out": outputs["out"]} | {"d" + name[:1]: m for name, m in gradients.items()}
+
+    return of
+
+
 # ---- peers ---------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +219,7 @@ def cases():
             peers=peers,
             reference=reference_path(shape),
             cost=shape.price(),
+            magnitudes=magnitudes(shape),
             wrt=("q", "k", "v", "g"),
             memory=shape.memory,
             tags=shape.tags,

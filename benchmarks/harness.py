@@ -83,7 +83,8 @@ class Case:
     A contender is a builder ``make(**inputs) -> fn`` with ``fn() -> Tensor``; it may instead return
     ``(fn, {name: [tensors to differentiate]})``; the default is to differentiate the inputs in ``wrt``.
     ``reference`` is a builder that receives the inputs in float64. The contender named ``baseline`` is the plain
-    formula in PyTorch, the yardstick of effvit's error. ``compiled`` names the one given to torch.compile as well.
+    formula in PyTorch, the yardstick of effvit's error; ``magnitudes(inputs, grad_out, eps)``, of the inputs in float64,
+    are by name what it is measured against, where sums cancel. ``compiled`` names the one given to torch.compile too.
     One in ``unchecked`` computes something else: it is timed, not compared. ``approximate``: allowed relative errors.
     """
 
@@ -98,6 +99,7 @@ class Case:
     compiled: str | None = "eager"
     unchecked: tuple[str, ...] = ()
     approximate: dict[str, float] = field(default_factory=dict)
+    magnitudes: Callable | None = None
     memory: bool = False
     products: torch.dtype | None = None  # of its matrix products, where that is not the dtype: int8
     directions: tuple[str, ...] = DIRECTIONS
@@ -157,10 +159,12 @@ def relative_error(got, want):
     return error if math.isfinite(error) else math.inf
 
 
-def why_wrong(got, want, yardstick):
+def why_wrong(got, want, yardstick, magnitudes):
     """Why effvit's results are not right (the rule of effvit.testing, as in the tests), or None."""
     for name, truth in want.items():
-        report = measure(got[name], truth, None if yardstick is None else yardstick[name])
+        report = measure(
+            got[name], truth, None if yardstick is None else yardstick[name], magnitude=magnitudes.get(name)
+        )
         if not report.ok:
             return f"{name}: {report}"
     return None
@@ -461,8 +465,11 @@ def run_case(case, dtype, direction, device, timer, roofline, facts, options):
                 traceback.print_exc()
             statuses[name] = f"failed: {short_error(error)}"
     wide_grad = None if grad_out is None else grad_out.to(REFERENCE_DTYPE)
-    reference = Call(case.reference, widen(case, inputs, direction), case, direction, wide_grad)
-    want, yardstick, got = reference.named(reference()), None, None
+    wide = widen(case, inputs, direction)
+    reference = Call(case.reference, wide, case, direction, wide_grad)
+    want, yardstick, got, magnitudes = reference.named(reference()), None, None, {}
+    if case.magnitudes:
+        magnitudes = case.magnitudes(wide, wide_grad, torch.finfo(dtype).eps)
     for name in [n for n in calls if n not in case.unchecked]:
         try:
             got = calls[name].named(calls[name]())
@@ -474,12 +481,12 @@ def run_case(case, dtype, direction, device, timer, roofline, facts, options):
         errors[name] = max(relative_error(got[key], want[key]) for key in want)
         yardstick = got if name == case.baseline else yardstick
         bound = case.approximate.get(name, math.sqrt(torch.finfo(dtype).eps))
-        wrong = why_wrong(got, want, yardstick) if name == "effvit" and name not in case.approximate else None
+        wrong = why_wrong(got, want, yardstick, magnitudes) if name == "effvit" and name not in case.approximate else None
         if wrong is None and not errors[name] <= bound:
             wrong = f"relative error {errors[name]:.1e}: it computes something else"
         if wrong:
             statuses[name] = f"wrong: {wrong}"
-    del want, reference, yardstick, got
+    del want, reference, yardstick, got, wide, magnitudes
     calls = {name: call for name, call in calls.items() if statuses[name] == "ok"}
 
     cost = case.cost(direction, dtype) if case.cost else None
