@@ -83,6 +83,7 @@ def absolute_terms(module, found):
 
     For linear layers, convolutions and norms: sums over tokens, often of terms much larger than the sum.
     A term is as large as the largest channel of its token's gradient, which is what that gradient's error relates to.
+    found["input"]: those of the input's gradient, of all linear layers that read it.
     """
     handles = []
     norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.RMSNorm)
@@ -95,6 +96,7 @@ def absolute_terms(module, found):
             channels = 1 if isinstance(m, (nn.Conv2d, norms[0])) else y.dim() - 1
             others = [d for d in range(y.dim()) if d != channels]
             x = args[0].detach().abs()
+            reads_input = args[0].is_leaf and args[0].requires_grad and not isinstance(args[0], nn.Parameter)
             if isinstance(m, norms):  # the gradient of the weight sums g * normalised
                 along = [-1 if d == channels else 1 for d in range(y.dim())]
                 shift = 0 if getattr(m, "bias", None) is None else m.bias.detach().view(along)
@@ -103,6 +105,8 @@ def absolute_terms(module, found):
             def backward(g):
                 if g.shape[channels] == 0:
                     return
+                if reads_input and isinstance(m, nn.Linear):
+                    found["input"] = found.get("input", 0.0) + g.abs() @ m.weight.detach().abs()
                 g = g.abs().amax(channels, keepdim=True).expand_as(g)
                 if isinstance(m, nn.Conv2d):
                     weight = nn.grad.conv2d_weight(x, m.weight.shape, g, m.stride, m.padding, m.dilation, m.groups)
@@ -147,8 +151,8 @@ def check(module, plain, x, *, yardsticks=(), also=(), autocast=None, is_map=Fal
     plain(module, x) computes the same from the module's parameters, in any dtype: the truth in float64, a yardstick in
     the module's dtype. `also` are other ways to write that formula and `yardsticks` further modules of the same
     state_dict, with a forward of their own: more yardsticks. Outputs and input gradients are measured against the
-    largest channel of their token, parameter gradients, which are sums over all tokens, against the sum of their
-    absolute terms, never less than their largest entry.
+    largest channel of their token, gradients against the sum of their absolute terms where that is larger: those of
+    parameters are sums over all tokens, and never measured against less than their largest entry.
     """
     call = call or (lambda m, x: m(x))
     double = copy.deepcopy(module).double()
@@ -172,7 +176,10 @@ def check(module, plain, x, *, yardsticks=(), also=(), autocast=None, is_map=Fal
     eps = torch.finfo(autocast or x.dtype).eps
     for name, t in truth.items():
         if name in ("output", "input"):
-            magnitude = t.abs().amax(1 if is_map else -1, keepdim=True).expand_as(t)
+            magnitude = t.abs()
+            if name in terms and not is_map:
+                magnitude = torch.maximum(magnitude, terms[name])
+            magnitude = magnitude.amax(1 if is_map else -1, keepdim=True).expand_as(t)
             assert got[name].shape == others[0][name].shape
         else:
             magnitude = t.abs().max().expand_as(t)
