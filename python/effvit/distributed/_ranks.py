@@ -197,6 +197,15 @@ def gather_rows(parts, sizes, runs, dim, group):
     return _Gather.apply(sizes, runs, dim, group, *parts)
 
 
+def own_runs(runs, sizes):
+    """The same runs with zeros where the rows are not the rank's own."""
+    starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
+    return tuple(
+        tuple((start + first, n) if source == rank else (-1, n) for source, first, n in _pieces(of_rank, sizes))
+        for rank, (of_rank, start) in enumerate(zip(runs, starts, strict=True))
+    )
+
+
 def scatter_rows(gathered, sizes, runs, dim, group):
     """What ranks hold for the rows of `runs`, added up where these rows are."""
     return _Scatter.apply(sizes, runs, dim, group, *gathered)

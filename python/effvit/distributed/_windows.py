@@ -9,7 +9,11 @@ def as_runs(rows):
     """Row indices -> ((first, rows), ...) of consecutive ones; -1 stands for a row of zeros."""
     runs = []
     for row in rows:
-        if runs and (row == runs[-1][0] + runs[-1][1] if row >= 0 else runs[-1][0] < 0) and (row < 0) == (runs[-1][0] < 0):
+        if (
+            runs
+            and (row == runs[-1][0] + runs[-1][1] if row >= 0 else runs[-1][0] < 0)
+            and (row < 0) == (runs[-1][0] < 0)
+        ):
             runs[-1] = (runs[-1][0], runs[-1][1] + 1)
         else:
             runs.append((row, 1))

@@ -18,7 +18,6 @@ from .window_attention import window_attention
 
 __all__ = [
     "aft", "block_relu2_attention", "dwconv", "dwconv_glu", "fft_conv", "gated_linear_attention",
-    "gated_linear_attention_step",
-    "glu", "linear_attention", "local_pool_attention", "newton_pinv", "rbf_gram", "rnn_scan", "selective_scan2d",
-    "window_attention",
+    "gated_linear_attention_step", "glu", "linear_attention", "local_pool_attention", "newton_pinv", "rbf_gram",
+    "rnn_scan", "selective_scan2d", "window_attention",
 ]  # fmt: skip
