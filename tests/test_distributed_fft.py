@@ -47,7 +47,7 @@ ATTENTIONS = {
     "shifted_even": {"window": 4, "shift": (1, 2), "even": True, "scale": 0.7},
     "rolled_before_padding": {"window": 4, "shift": 3, "roll_before_pad": True, "bias": True},
     "halo": {"window": 4, "halo": (5, 1), "bias": True},
-    "dilated": {"window": (3, 2), "shift": 1, "dilation": (2, 1), "tau": True, "pads": True},
+    "dilated": {"window": (3, 2), "shift": (2, 1), "dilation": (2, 1), "tau": True, "pads": True},
     "one_window": {"window": 24, "shift": 5, "mask_value": -2.0},
 }
 FFTS = {
@@ -417,7 +417,7 @@ SAME = [f"same:{function}.{name}" for function, cases in CASES.items() for name 
 
 
 def test_on_one_rank(tmp_path):
-    alone = [test.replace("same", "alone") for test in SAME]
+    alone = [test.replace("same", "alone", 1) for test in SAME]
     run_ranks(1, tmp_path / "store", *EXCHANGED, *alone, "refused:", file=__file__)
 
 
@@ -470,7 +470,7 @@ def test_rows_that_windows_need():
                 assert mine[row] == whole[row], (sizes, geometry, row)
             first += size
             smaller += 0 < len(rows) < sum(sizes)
-    assert smaller > 200
+    assert smaller > 100
 
 
 def test_bad_calls():
