@@ -184,7 +184,7 @@ def part(mesh, t, dim, sizes):
 
 def summed(t):
     """The sum of all ranks' parts of a gradient."""
-    total = t.detach().float()
+    total = t.detach().to(torch.promote_types(t.dtype, torch.float32))
     torch.distributed.all_reduce(total)
     return total.to(t.dtype)
 
@@ -235,6 +235,12 @@ def same(mesh, function_and_name, dtype=torch.float32, autocast=False):
     whole, outs, grad_outs, found = results(mesh, function, name, dtype, autocast)
     if mesh.get_rank():  # the same on every rank
         return
+    if function == "attention" and not autocast:  # a window sees the same numbers, wherever it is computed
+        leaves = {n: t.clone().requires_grad_() for n, t in whole.items()}
+        expected = plain_call(function, options, leaves)
+        (dq,) = torch.autograd.grad(expected, leaves["q"], grad_outs)
+        for f, t, n in zip((*outs, found["q"]), (*expected, dq), ("out", "lse", "gradient of q"), strict=True):
+            assert_bitwise_equal(f, t, name=n)
     lift = lambda n, t: lifted(function, options, n, t)
     if autocast:
         assert outs[0].dtype == torch.bfloat16
@@ -265,6 +271,14 @@ def alone(mesh, function_and_name):
     whole, outs, _, _ = results(mesh, function, name, torch.float32, False)
     for found, expected in zip(outs, plain_call(function, options, whole), strict=True):
         assert_bitwise_equal(found, expected)
+
+
+def in_float64(mesh, function_and_name):
+    function, name = function_and_name.split(".")
+    whole, outs, _, _ = results(mesh, function, name, torch.float64, False)
+    expected = plain_call(function, CASES[function][name], whole)[0]
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(outs[0], expected, rtol=0, atol=64 * torch.finfo(torch.float64).eps * largest)
 
 
 def again(mesh, function_and_name):
@@ -432,7 +446,18 @@ def test_on_two_ranks(tmp_path):
         f"compiled:{name}" for name in ("dwconv.gated", "dwconv.causal_dilated", "attention.shifted", "fft.gated")
     ]
     second = [f"twice:{name}" for name in ("dwconv.map", "dwconv.causal_dilated", "fft.gated", "attention.straddling")]
-    run_ranks(2, tmp_path / "store", *EXCHANGED, *SAME, *half, *traced, *second, "refused:", file=__file__)
+    run_ranks(
+        2,
+        tmp_path / "store",
+        *EXCHANGED,
+        *SAME,
+        *half,
+        *traced,
+        *second,
+        "in_float64:fft.gated",
+        "refused:",
+        file=__file__,
+    )
 
 
 def test_on_four_ranks(tmp_path):

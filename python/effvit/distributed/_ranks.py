@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -9,6 +10,17 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as collectives
 
 from ..ops._checks import is_int, type_error, value_error
+
+
+def cached(function):
+    """A function of hashable arguments that remembers its results; torch.compile, which would warn, traces it."""
+    remembered = functools.lru_cache(maxsize=256)(function)
+
+    @functools.wraps(function)
+    def call(*args):
+        return (function if torch.compiler.is_compiling() else remembered)(*args)
+
+    return call
 
 
 def process_group(op, group):
@@ -88,6 +100,7 @@ def _pieces(runs, sizes):
     return pieces
 
 
+@cached
 def _traffic(sizes, runs, rank):
     """This rank's pieces; what it sends to every rank; whether any rank sends anything."""
     pieces = [_pieces(of_rank, sizes) for of_rank in runs]
@@ -103,7 +116,8 @@ class _Gather(torch.autograd.Function):
     """Rows that a rank needs, of every tensor, from all ranks: in the order of its runs. One all-to-all."""
 
     @staticmethod
-    def forward(ctx, sizes, runs, dim, group, *parts):
+    def forward(ctx, *args):  # tensors first: torch.compile takes a first tuple for ctx
+        *parts, sizes, runs, dim, group = args
         ctx.plan = sizes, runs, dim, group
         rank = dist.get_rank(group)
         mine, sent, moves = _traffic(sizes, runs, rank)
@@ -130,17 +144,19 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return None, None, None, None, *_Scatter.apply(*ctx.plan, *grads)
+        return *_Scatter.apply(*grads, *ctx.plan), None, None, None, None
 
 
-def _joined(intervals):
-    """Union of intervals, as a sorted list of disjoint ones."""
-    union = []
-    for first, end in sorted(intervals):
+def _joined(sent):
+    """Union of the runs that are sent, as a sorted list of disjoint (first, end)."""
+    ends, union = {}, []
+    for first, n in [run for to in sent for run in to]:
+        ends[first] = max(ends.get(first, 0), first + n)
+    for first in sorted(ends):  # of ints: torch.compile does not sort tuples
         if union and first <= union[-1][1]:
-            union[-1] = (union[-1][0], max(end, union[-1][1]))
+            union[-1] = (union[-1][0], max(ends[first], union[-1][1]))
         else:
-            union.append((first, end))
+            union.append((first, ends[first]))
     return union
 
 
@@ -148,7 +164,8 @@ class _Scatter(torch.autograd.Function):
     """The transpose of _Gather: gathered rows back to where they came from, where they are added, lower ranks first."""
 
     @staticmethod
-    def forward(ctx, sizes, runs, dim, group, *gathered):
+    def forward(ctx, *args):
+        *gathered, sizes, runs, dim, group = args
         ctx.plan = sizes, runs, dim, group
         rank = dist.get_rank(group)
         mine, sent, moves = _traffic(sizes, runs, rank)
@@ -173,7 +190,7 @@ class _Scatter(torch.autograd.Function):
         shapes = [[_with_size(g.shape, dim, n) for _, n in to for g in gathered] for to in sent]
         arrived = _swap(chunks, shapes, gathered[0], group)
         for i, part in enumerate(parts):
-            for low, high in _joined((first, first + n) for to in sent for first, n in to):
+            for low, high in _joined(sent):
                 # Rounded once, however many ranks add to it.
                 total = part.narrow(dim, low, high - low).to(torch.promote_types(part.dtype, torch.float32))
                 for to, pieces in zip(sent, arrived, strict=True):
@@ -185,7 +202,7 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return None, None, None, None, *_Gather.apply(*ctx.plan, *grads)
+        return *_Gather.apply(*grads, *ctx.plan), None, None, None, None
 
 
 def gather_rows(parts, sizes, runs, dim, group):
@@ -194,9 +211,10 @@ def gather_rows(parts, sizes, runs, dim, group):
     parts: tensors of one dtype whose `dim` is split across the ranks, all alike. sizes: how many rows every rank has.
     runs: for every rank the rows of the whole that it needs, as a tuple of (first, rows); first -1: that many zeros.
     """
-    return _Gather.apply(sizes, runs, dim, group, *parts)
+    return _Gather.apply(*parts, sizes, runs, dim, group)
 
 
+@cached
 def own_runs(runs, sizes):
     """The same runs with zeros where the rows are not the rank's own."""
     starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
@@ -208,7 +226,7 @@ def own_runs(runs, sizes):
 
 def scatter_rows(gathered, sizes, runs, dim, group):
     """What ranks hold for the rows of `runs`, added up where these rows are."""
-    return _Scatter.apply(sizes, runs, dim, group, *gathered)
+    return _Scatter.apply(*gathered, sizes, runs, dim, group)
 
 
 # ---- another dim split ---------------------------------------------------------------------------------------------

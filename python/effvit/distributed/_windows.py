@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from ._ranks import cached
 
 
 def as_runs(rows):
@@ -28,7 +28,7 @@ def _positions(size, padded, shift, roll_before_pad):
     return [row if row < size else -1 for row in rolled]
 
 
-@functools.lru_cache(maxsize=256)
+@cached
 def window_rows(sizes, window, shift, dilation, halo, roll_before_pad):
     """For every rank (rows, shift): a smaller map in which its rows are in the same windows, with the same keys.
 

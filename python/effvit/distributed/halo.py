@@ -295,15 +295,13 @@ def halo_window_attention(
         RuntimeError: torch.distributed is not initialised.
     """
     op = "halo_window_attention"
-    options = {
-        "window": window, "shift": shift, "dilation": dilation, "halo": halo, "scale": scale, "mask_value": mask_value,
-        "roll_before_pad": roll_before_pad,
-    }  # fmt: skip
-    named = WINDOW_OP.named(op)
-    if torch.compiler.is_compiling():  # there the operator's fake kernel validates
-        options = named.complete(options)
-    else:
-        options = named.validate(q, k, v, bias_table, logit_scale, pad_k, pad_v, **options)
+    options = {"scale": scale, "mask_value": mask_value, "roll_before_pad": roll_before_pad}
+    for name, pair, least in (
+        ("window", window, 1), ("shift", shift, 0), ("dilation", dilation, 1), ("halo", halo, 0),
+    ):  # fmt: skip
+        options[name] = as_pair(op, name, pair, (least, 32768))
+    if not torch.compiler.is_compiling():  # there the operator's fake kernel validates
+        options = WINDOW_OP.named(op).validate(q, k, v, bias_table, logit_scale, pad_k, pad_v, **options)
     check_sizes(op, sizes)
     group = process_group(op, group)
     sizes = sizes_of_ranks(op, sizes, q.shape[1], group, q.device)
