@@ -73,3 +73,20 @@ def test_autograd_below_autograd():
     library.impl("kernel", kernel, "CompositeExplicitAutograd")
     torch.ops.effvit_test.kernel(torch.tensor([3.0]))
     assert found[0].item() == 6.0
+
+
+def test_sees_conjugates():
+    """In a dispatch mode torch leaves conjugate views unresolved inside of a kernel."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    library = torch.library.Library("effvit_test", "FRAGMENT")
+    library.define("conjugates(Tensor x) -> Tensor")
+    library.impl("conjugates", _dispatcher.sees_conjugates(lambda x: x.conj() + 0), "CompositeExplicitAutograd")
+    x = torch.tensor([1 + 2j])
+    with Mode():
+        found = torch.ops.effvit_test.conjugates(x)
+    assert found.item() == torch.ops.effvit_test.conjugates(x).item() == 1 - 2j

@@ -1,4 +1,4 @@
-"""Operators on tensors that are split across the ranks of a process group."""
+"""Linear attention, also gated, over sequences that are split across ranks: states travel, tokens do not."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as collectives
 
-from .ops._checks import as_bool, index_of, type_error, value_error
-from .ops.gated_linear_attention import GATES, default_scale, gate_of
-from .ops.gated_linear_attention import OP as GATED_OP
-from .ops.linear_attention import FEATURE_MAPS, NORMALIZERS, OP
+from ..ops._checks import as_bool, index_of, value_error
+from ..ops.gated_linear_attention import GATES, default_scale, gate_of
+from ..ops.gated_linear_attention import OP as GATED_OP
+from ..ops.linear_attention import FEATURE_MAPS, NORMALIZERS, OP
+from ._ranks import of_all_ranks, process_group
 
 __all__ = ["sequence_parallel_gated_linear_attention", "sequence_parallel_linear_attention"]
 
@@ -27,36 +28,18 @@ class _Sum(torch.autograd.Function):
         return _Sum.apply(grad, ctx.group), None
 
 
-def _of_all_ranks(x, group):  # [ranks, *x.shape]
-    return collectives.wait_tensor(collectives.all_gather_tensor(x[None].contiguous(), 0, group))
-
-
 class _SumOfOtherRanks(torch.autograd.Function):
     """Sum over the lower ranks, in their order, or over the higher ones: each is the other's derivative."""
 
     @staticmethod
     def forward(ctx, x, group, lower):
         ctx.group, ctx.lower = group, lower
-        every, rank = _of_all_ranks(x, group), dist.get_rank(group)
+        every, rank = of_all_ranks(x, group), dist.get_rank(group)
         return (every[:rank] if lower else every[rank + 1 :]).sum(0)
 
     @staticmethod
     def backward(ctx, grad):
         return _SumOfOtherRanks.apply(grad, ctx.group, not ctx.lower), None, None
-
-
-def _process_group(op, group):
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError(f"effvit::{op}: torch.distributed must be initialised, got no process group")
-    if isinstance(group, dist.DeviceMesh):
-        if group.ndim != 1:
-            raise value_error(op, "group", "a mesh of one dimension", f"{group.ndim}")
-        return group.get_group()
-    if group is None:
-        return dist.group.WORLD
-    if not isinstance(group, dist.ProcessGroup):
-        raise type_error(op, "group", "a ProcessGroup, a DeviceMesh or None", type(group).__name__)
-    return group
 
 
 def sequence_parallel_linear_attention(
@@ -111,7 +94,7 @@ def sequence_parallel_linear_attention(
         options = OP.named(op).validate(q, k, v, q_den, k_den, weight, **options)
     if causal and normalize == "mean":
         raise value_error(op, "normalize", "none, sum or clamp when causal is True", normalize)
-    group = _process_group(op, group)
+    group = process_group(op, group)
     linear_attention = torch.ops.effvit.linear_attention.default
     B, _, H, K = q.shape
     V = v.shape[3]
@@ -150,7 +133,7 @@ class _StateBefore(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, state, log_decay, group, lower):
-        every = _of_all_ranks(torch.cat((state, log_decay.unsqueeze(-1)), -1), group)
+        every = of_all_ranks(torch.cat((state, log_decay.unsqueeze(-1)), -1), group)
         rank = dist.get_rank(group)
         before = torch.zeros_like(state)
         for r in range(rank) if lower else range(every.shape[0] - 1, rank, -1):
@@ -247,7 +230,7 @@ def sequence_parallel_gated_linear_attention(
     options = {"scale": default_scale(q) if scale is None else scale}
     if not torch.compiler.is_compiling():  # there the operator's fake kernel validates
         options = GATED_OP.named(op).validate(q, k, v, *gates, **options)
-    group = _process_group(op, group)
+    group = process_group(op, group)
     outs = []
     for direction in (0, 1) if bidirectional else (int(reverse),):
         state, log_decay = _own_state(q, k, v, g, reverse=direction == 1)
