@@ -257,6 +257,17 @@ def dwconv_tokens(x, weight, bias=None, *, causal=True, dilation=1, act="none"):
     return _reference("dwconv", x.unsqueeze(1), weight, bias, **options).squeeze(1).to(x.dtype)
 
 
+def dwconv_same(x, weight, bias=None):
+    """effvit.dwconv of a map [B, H, W, C], which keeps its size; float64 in plain PyTorch."""
+    x = _dense(x)
+    if _covered(x.dtype, 0):
+        return effvit.ops.dwconv(x, weight, bias)
+    reach = [n - 1 for n in weight.shape[-2:]]
+    before = [n // 2 for n in reach]
+    after = [n - b for n, b in zip(reach, before, strict=True)]
+    return _reference("dwconv", x, weight.squeeze(1), bias, before=before, after=after).to(x.dtype)
+
+
 def fft_conv(
     u, k=None, d=None, *, pregate=None, postgate=None, k_rev=None, spectrum=None, mode="causal", channels_last=False,
     act="none", kernel_scale=1.0,

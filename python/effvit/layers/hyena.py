@@ -6,8 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from ._ops import fft_conv
-from ._tokens import convolve_tokens
+from ._ops import dwconv_tokens, fft_conv
 
 ACTIVATIONS = {
     "id": nn.Identity, "identity": nn.Identity, "linear": nn.Identity, None: nn.Identity, "gelu": nn.GELU,
@@ -196,7 +195,7 @@ class HyenaOperator(nn.Module):
 
     def forward(self, u):
         taps = min(u.shape[1], self.l_max)
-        x = convolve_tokens(self.short_filter, self.in_proj(u))
+        x = dwconv_tokens(self.in_proj(u), self.short_filter.weight, self.short_filter.bias)
         *x, v = x.split(self.d_model, dim=-1)
         filters = self._filters(self.filter_fn.filter(taps))
         after = self._filters(self.filter_fn.filter_rev(taps)) if self.bidirectional else [None] * (self.order - 1)

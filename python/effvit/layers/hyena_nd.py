@@ -5,8 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ._ops import fft_conv
-from ._tokens import convolve
+from ._ops import dwconv_same, fft_conv
 from .hyena import FilterPositions, Sine, implicit_filter, parameter_or_buffer, require, without_autocast
 
 WINDOWS = ("standard", "learn", "symettric", "no")  # spelled as in the authors' code
@@ -67,7 +66,12 @@ class HyenaFilter2d(nn.Module):
             self,
             ("emb_dim", emb_dim >= 3 and emb_dim % 2 == 1, "odd and at least 3 (time, sines and cosines)", emb_dim),
             ("window_mode", window_mode in WINDOWS, f"one of {WINDOWS}", repr(window_mode)),
-            ("window_mode", window_mode != "symettric" or hyena2d_filter, "another without hyena2d_filter", "symettric"),
+            (
+                "window_mode",
+                window_mode != "symettric" or hyena2d_filter,
+                "another without hyena2d_filter",
+                "symettric",
+            ),
         )
         factory = {"device": device, "dtype": dtype}
         self.hyena2d_filter = hyena2d_filter
@@ -175,9 +179,11 @@ class HyenaND(nn.Module):
         if u.dim() == 3:
             side = math.isqrt(u.shape[1])
             if side * side != u.shape[1]:
-                raise ValueError(f"effvit::HyenaND: u must be [B, H, W, C], or [B, N, C] with a square N, got {[*u.shape]}")
+                raise ValueError(
+                    f"effvit::HyenaND: u must be [B, H, W, C], or [B, N, C] with a square N, got {[*u.shape]}"
+                )
             return self.forward(u.unflatten(1, (side, side))).flatten(1, 2)
-        x = convolve(self.short_filter, self.in_proj(u).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = dwconv_same(self.in_proj(u), self.short_filter.weight, self.short_filter.bias)
         *x, v = x.split(self.d_model, dim=-1)
         everywhere = self.directional_mode in ("4dir", "4dirp")
         if everywhere:

@@ -243,7 +243,9 @@ class LongConv(PointwiseOutput):
         return self.activation(y.flatten(1, 2).to(u.dtype))
 
     def extra_repr(self):
-        return f"d_model={self.d_model}, l_max={self.l_max}, channels={self.channels}, bidirectional={self.bidirectional}"
+        return (
+            f"d_model={self.d_model}, l_max={self.l_max}, channels={self.channels}, bidirectional={self.bidirectional}"
+        )
 
 
 class FlashButterfly(LongConv):
