@@ -128,7 +128,7 @@ def test_block_fft_starts_as_an_fft(n):
 
 def test_butterfly_starts_as_a_convolution():
     m, butterflies = layer(bidirectional=True, lam=0.0), layer(FlashButterfly, bidirectional=True, lam=0.0)
-    state = {k: v for k, v in randomise(m).state_dict().items()}
+    state = dict(randomise(m).state_dict())
     butterflies.load_state_dict(state | {k: v for k, v in butterflies.state_dict().items() if k.startswith("block")})
     torch.testing.assert_close(butterflies(tokens(2, L, DIM)), m(tokens(2, L, DIM)))
 

@@ -127,7 +127,8 @@ def test_keys():
     """Those of the original's state_dict."""
     m = MultiHeadEMA(DIM, 3, bidirectional=True)
     shapes = {n: tuple(p.shape) for n, p in m.state_dict().items()}
-    assert shapes == {n: (2 * DIM, 3, 1) for n in ("delta", "alpha", "beta")} | {"gamma": (2 * DIM, 3), "omega": (DIM,)}
+    three = (2 * DIM, 3, 1)
+    assert shapes == {"delta": three, "alpha": three, "beta": three, "gamma": (2 * DIM, 3), "omega": (DIM,)}
     assert (m.beta[:, 1] < -0.8).all() and (m.beta[:, ::2] > 0.8).all()
 
 

@@ -68,9 +68,9 @@ class HyenaFilter2d(nn.Module):
             ("window_mode", window_mode in WINDOWS, f"one of {WINDOWS}", repr(window_mode)),
             (
                 "window_mode",
-                window_mode != "symettric" or hyena2d_filter,
+                hyena2d_filter or window_mode != "symettric",
                 "another without hyena2d_filter",
-                "symettric",
+                window_mode,
             ),
         )
         factory = {"device": device, "dtype": dtype}

@@ -97,8 +97,8 @@ def _roots(power, n, dtype):
 class BlockFFT(nn.Module):
     """FlashButterfly's transform: Cooley and Tukey's steps with learned matrices in place of small DFTs.
 
-    `forward(x, N)`: x [.., H, n <= N] -> complex [.., H, N], N made a power of two, zeros behind x. With N = m n and m =
-    max_m, and T the twiddle factors exp(-2 pi i a b / N)::
+    `forward(x, N)`: x [.., H, n <= N] -> complex [.., H, N], N made a power of two, zeros behind x. With N = m n,
+    m = max_m, and T the twiddle factors exp(-2 pi i a b / N)::
 
         X = M_n (T * (M_m reshape(x, [m, n]))^T)
 

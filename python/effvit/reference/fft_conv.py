@@ -55,7 +55,7 @@ def kernel_spectrum(
         k_rev = None if k_rev is None else _wrapped(k_rev, 2 + axis, size, 0)
     spectrum = torch.fft.rfftn(k, dim=(-3, -2, -1))
     if k_rev is not None:
-        spectrum = spectrum + torch.fft.rfftn(k_rev, dim=(-3, -2, -1)).conj()
+        spectrum = spectrum + torch.fft.rfftn(k_rev, dim=(-3, -2, -1)).conj_physical()
     return kept(spectrum * scale, sizes, keep)
 
 
