@@ -6,6 +6,20 @@ from layer_suite import spread
 from torch import nn
 
 
+def shared(module, name, shape):
+    """layer_suite.spread of a parameter that is used several times: all of its terms are found."""
+    p = getattr(module, name)
+    y = p.expand(shape)
+    if hasattr(module, "absolute_terms"):
+        found, prefix = module.absolute_terms
+
+        def add(g):
+            found[prefix + name] = found.get(prefix + name, 0) + g.abs().sum_to_size(p.shape)
+
+        y.register_hook(add)
+    return y
+
+
 def wide(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
@@ -55,7 +69,7 @@ def fourier2d(u, k, d, scale):
 def sine_mlp(mlp, h):
     """Linear layers, and sin(freq h) in between."""
     for layer in mlp:
-        h = layer(h) if isinstance(layer, nn.Linear) else torch.sin(spread(layer, "freq", h.shape) * h)
+        h = layer(h) if isinstance(layer, nn.Linear) else torch.sin(shared(layer, "freq", h.shape) * h)
     return h
 
 

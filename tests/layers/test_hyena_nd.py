@@ -39,7 +39,8 @@ def taps(f, rows, columns):
         h, modulation = sine_mlp(getattr(f, f"{axis}implicit_filter"), z[:n]), getattr(f, f"{axis}modulation")
         if modulation.mode != "no":
             decay = torch.exp(-t[:n, None] * modulation.deltas[0, 0].abs())
-            h = h * ((decay.sqrt() if modulation.sqrt_decay else decay) + modulation.shift)
+            shift = modulation.shift if isinstance(modulation.shift, float) else modulation.shift[0]
+            h = h * ((decay.sqrt() if modulation.sqrt_decay else decay) + shift)
         axes.append(h)
     return torch.einsum("id,jd->dij", *axes)
 
@@ -154,7 +155,7 @@ def test_bad_arguments():
         ({"l_max": 0}, "HyenaND: l_max must be >= 1, got 0"),
         ({"directional_mode": "parallel"}, "HyenaND: directional_mode must be one of .*, got 'parallel'"),
         ({"window_mode": "hann"}, "HyenaFilter2d: window_mode must be one of .*, got 'hann'"),
-        ({"window_mode": "symettric"}, "HyenaFilter2d: window_mode must be another without hyena2d_filter"),
+        ({"window_mode": "symettric"}, "HyenaFilter2d: window_mode must be another for one axis, got symettric"),
         ({"emb_dim": 2}, "HyenaFilter2d: emb_dim must be odd and at least 3 .*, got 2"),
     ):
         with pytest.raises(ValueError, match=f"effvit::{message}"):

@@ -50,19 +50,42 @@ def softmax(m, x):
     return m.proj(((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
-def plain(m, x, attend=softmax):
+def by_transforms(h, N):
+    """The same steps by torch.fft: functions that halve [B, N, C] to low and high, and back."""
+    K = len(h)
+    g = h.flip(0) * torch.tensor([-((-1.0) ** j) for j in range(K)]).to(h.dtype)[:, None]
+    places = (torch.arange(K) - K // 2) % N
+    spectra = [torch.fft.fft(torch.zeros(N, DIM, dtype=h.dtype).index_add(0, places, f), dim=0) for f in (h, g)]
+
+    def halve(x):
+        return torch.cat([torch.fft.ifft(torch.fft.fft(x, dim=1) * s, dim=1).real[:, ::2] for s in spectra], dim=1)
+
+    def double(y):
+        spread = torch.stack((y, torch.zeros_like(y)), dim=2).flatten(1, 2).chunk(2, dim=1)
+        parts = zip(spread, spectra, strict=True)
+        return sum(torch.fft.ifft(torch.fft.fft(t, dim=1) * s.conj(), dim=1).real for t, s in parts)
+
+    return halve, double
+
+
+def by_matrices(h, N):
+    W = analysis(h, N)
+    return lambda x: torch.einsum("cnm,bmc->bnc", W, x), lambda y: torch.einsum("cnm,bnc->bmc", W, y)
+
+
+def plain(m, x, attend=softmax, step=by_matrices):
     N = -(-x.shape[1] // 2**m.level) * 2**m.level
     low = nn.functional.pad(wide(x), (0, 0, 0, N - x.shape[1]))
     h, steps, high = low_pass(m), [], []
     for level in range(m.level):
-        W = analysis(h, N >> level)
-        low, detail = torch.einsum("cnm,bmc->bnc", W, low).chunk(2, dim=1)
-        steps.append(W)
+        halve, double = step(h, N >> level)
+        low, detail = halve(low).chunk(2, dim=1)
+        steps.append(double)
         high.append(detail)
     parts = [attend(a, p.to(x.dtype)) for a, p in zip(m.attentions, [low, *reversed(high)], strict=True)]
     low = wide(parts[0])
-    for detail, W in zip(parts[1:], reversed(steps), strict=True):
-        low = torch.einsum("cnm,bnc->bmc", W, torch.cat((low, wide(detail)), dim=1))
+    for detail, double in zip(parts[1:], reversed(steps), strict=True):
+        low = double(torch.cat((low, wide(detail)), dim=1))
     return low[:, : x.shape[1]].to(x.dtype)
 
 
@@ -85,7 +108,8 @@ def layer(**kwargs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS.keys())
 def test_like_the_formula(kwargs, dtype):
-    check(randomise(layer(**kwargs)).to(dtype), plain, tokens(2, L, DIM, dtype=dtype))
+    also = [functools.partial(plain, step=by_transforms)]
+    check(randomise(layer(**kwargs)).to(dtype), plain, tokens(2, L, DIM, dtype=dtype), also=also)
 
 
 @pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS.keys())

@@ -66,12 +66,7 @@ class HyenaFilter2d(nn.Module):
             self,
             ("emb_dim", emb_dim >= 3 and emb_dim % 2 == 1, "odd and at least 3 (time, sines and cosines)", emb_dim),
             ("window_mode", window_mode in WINDOWS, f"one of {WINDOWS}", repr(window_mode)),
-            (
-                "window_mode",
-                hyena2d_filter or window_mode != "symettric",
-                "another without hyena2d_filter",
-                window_mode,
-            ),
+            ("window_mode", hyena2d_filter or window_mode != "symettric", "another for one axis", window_mode),
         )
         factory = {"device": device, "dtype": dtype}
         self.hyena2d_filter = hyena2d_filter

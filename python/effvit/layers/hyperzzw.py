@@ -127,12 +127,11 @@ class MixedConvolution(nn.Module):
         self.channel_mixer = nn.Conv2d(channels, channels, 1, **factory)
         nn.init.kaiming_normal_(self.channel_mixer.weight)
         nn.init.zeros_(self.channel_mixer.bias)
-        self.batch_std = nn.BatchNorm2d(channels, affine=False, track_running_stats=False, **factory)
 
     def forward(self, kernel, x):
         y = dwconv_same(x.permute(0, 2, 3, 1), kernel).permute(0, 3, 1, 2)
         y = convolve(self.channel_mixer, y)
-        return F.gelu(self.batch_std(y) if y.numel() else y)
+        return F.gelu(F.batch_norm(y, None, None, training=True) if y.shape[0] else y)
 
 
 class HyperZZWLocal(nn.Module):

@@ -102,12 +102,10 @@ class SGConv(PointwiseOutput):
         for i, w in enumerate(self.kernel_list):
             stretch = 2 ** ((i if "sum" in self.mode else max(0, i - 1)) + self.init_scale)
             w = wide(w) * wide(self.multiplier) ** (self.num_scales - i - 1)
-            # no more than what the taps up to `length` are interpolated from
+            # no more than what the taps up to `length` are interpolated from, and at least one: all get gradients
             w = w[..., : math.ceil(max(length - ("cat" in self.mode) * total, 0) / stretch) + 1]
             pieces.append(F.interpolate(w, scale_factor=float(stretch), mode=how))
             total += pieces[-1].shape[-1]
-            if "cat" in self.mode and total >= length:
-                break
         if "cat" in self.mode:
             k = torch.cat(pieces, dim=-1)[..., :length]
         else:
