@@ -66,17 +66,18 @@ def fourier2d(u, k, d, scale):
     return (y + wide(d) * wide(u)).to(u.dtype)
 
 
-def sine_mlp(mlp, h):
-    """Linear layers, and sin(freq h) in between."""
+def sine_mlp(mlp, h, owner=None):
+    """Linear layers, and sin(freq h) in between, the freq of `owner` or of the first of them."""
+    owner = mlp[1] if owner is None else owner
     for layer in mlp:
-        h = layer(h) if isinstance(layer, nn.Linear) else torch.sin(shared(layer, "freq", h.shape) * h)
+        h = layer(h) if isinstance(layer, nn.Linear) else torch.sin(shared(owner, "freq", h.shape) * h)
     return h
 
 
 def implicit_taps(f, L, mlp="implicit_filter"):
     """The taps [channels, L] of a HyenaFilter: an MLP of the positions, and exponential windows."""
     z = spread(f.pos_emb, "z", f.pos_emb.z.shape)[0, :L]
-    h = sine_mlp(getattr(f, mlp), z)
+    h = sine_mlp(getattr(f, mlp), z, f.implicit_filter[1])
     if f.normalized:
         h = h / h.abs().sum(-1)[:, None]
     if f.modulate:

@@ -36,7 +36,8 @@ def taps(f, rows, columns):
         return h.permute(2, 0, 1)
     axes = []
     for axis, n in (("X", rows), ("Y", columns)):
-        h, modulation = sine_mlp(getattr(f, f"{axis}implicit_filter"), z[:n]), getattr(f, f"{axis}modulation")
+        h = sine_mlp(getattr(f, f"{axis}implicit_filter"), z[:n], f.Yimplicit_filter[1])
+        modulation = getattr(f, f"{axis}modulation")
         if modulation.mode != "no":
             decay = torch.exp(-t[:n, None] * modulation.deltas[0, 0].abs())
             shift = modulation.shift if isinstance(modulation.shift, float) else modulation.shift[0]

@@ -45,11 +45,11 @@ def parameter_or_buffer(module, name, value, learned, device=None, dtype=None):
 
 
 class Sine(nn.Module):
-    """sin(freq * x), freq one learned number per channel."""
+    """sin(freq * x), freq [1, dim] one learned number per channel."""
 
-    def __init__(self, dim, w=1.0, device=None, dtype=None):
+    def __init__(self, freq):
         super().__init__()
-        self.freq = nn.Parameter(torch.full((1, dim), float(w), device=device, dtype=dtype))
+        self.freq = freq
 
     def forward(self, x):
         return torch.sin(self.freq * x)
@@ -83,11 +83,16 @@ class ExponentialModulation(nn.Module):
         return h * (torch.exp(-t * self.deltas.abs()) + self.shift)
 
 
-def implicit_filter(emb_dim, order, dim, inner, sine, factory):
-    """The MLP from positions to taps. One `sine` for all of its layers, as in the papers' code."""
-    layers = [nn.Linear(emb_dim, order, **factory), sine]
+def frequencies(order, w, device=None, dtype=None):
+    """freq of all layers of a filter's MLPs: they share one, as in the papers' code."""
+    return nn.Parameter(torch.full((1, order), float(w), device=device, dtype=dtype))
+
+
+def implicit_filter(emb_dim, order, dim, inner, freq, factory):
+    """The MLP from positions to taps. One `freq`, but a module each: functional_call restores no module twice."""
+    layers = [nn.Linear(emb_dim, order, **factory), Sine(freq)]
     for _ in range(inner):
-        layers += [nn.Linear(order, order, **factory), sine]
+        layers += [nn.Linear(order, order, **factory), Sine(freq)]
     return nn.Sequential(*layers, nn.Linear(order, dim, bias=False, **factory))
 
 
@@ -119,10 +124,10 @@ class HyenaFilter(nn.Module):
         self.normalized = normalized
         self.bias = nn.Parameter(torch.randn(d_model, **factory))
         self.pos_emb = FilterPositions(emb_dim, seq_len, lr_pos_emb != 0, **factory)
-        sine = Sine(order, w, **factory)
-        self.implicit_filter = implicit_filter(emb_dim, order, d_model, num_inner_mlps, sine, factory)
+        freq = frequencies(order, w, **factory)
+        self.implicit_filter = implicit_filter(emb_dim, order, d_model, num_inner_mlps, freq, factory)
         if bidirectional:
-            self.implicit_filter_rev = implicit_filter(emb_dim, order, d_model, num_inner_mlps, sine, factory)
+            self.implicit_filter_rev = implicit_filter(emb_dim, order, d_model, num_inner_mlps, freq, factory)
         self.modulation = ExponentialModulation(
             d_model, fast_decay_pct, slow_decay_pct, target, shift, modulation_lr != 0, **factory
         )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ._ops import dwconv_same, fft_conv
-from .hyena import FilterPositions, Sine, implicit_filter, parameter_or_buffer, require, without_autocast
+from .hyena import FilterPositions, frequencies, implicit_filter, parameter_or_buffer, require, without_autocast
 
 WINDOWS = ("standard", "learn", "symettric", "no")  # spelled as in the authors' code
 DIRECTIONS = ("standard", "seq", "4dir", "4dirp")
@@ -72,11 +72,11 @@ class HyenaFilter2d(nn.Module):
         self.hyena2d_filter = hyena2d_filter
         self.bias = nn.Parameter(torch.randn(d_model, **factory))
         self.pos_emb = FilterPositions(emb_dim, seq_len, lr_pos_emb != 0, **factory)
-        sine = Sine(order, w, **factory)
+        freq = frequencies(order, w, **factory)
         window = (window_mode, hyena2d_filter, fast_decay_pct, slow_decay_pct, target, shift, sqrt_decay)
         for axis in ("",) if hyena2d_filter else ("Y", "X"):
             inputs = 2 * emb_dim if hyena2d_filter else emb_dim
-            mlp = implicit_filter(inputs, order, d_model, num_inner_mlps, sine, factory)
+            mlp = implicit_filter(inputs, order, d_model, num_inner_mlps, freq, factory)
             setattr(self, f"{axis}implicit_filter", mlp)
             setattr(self, f"{axis}modulation", Window(d_model, *window, **factory))
 

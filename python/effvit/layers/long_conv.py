@@ -17,6 +17,11 @@ def taps_before(k):
     return F.pad(k, (1, 0))
 
 
+def power_of_two(n):
+    """The smallest from n on; a number, in a trace of torch.jit too."""
+    return 1 << max(int(n) - 1, 0).bit_length()
+
+
 class PointwiseOutput(nn.Module):
     """Projection and activation behind a convolution, on channels: the papers' `output_linear`."""
 
@@ -143,7 +148,7 @@ class BlockFFT(nn.Module):
 
     def _transform(self, x):
         """x [.., H, N], complex"""
-        N = x.shape[-1]
+        N = int(x.shape[-1])
         if N <= self.max_m:
             return x if N == 1 else (self._matrix(N, x) @ x.unsqueeze(-1)).squeeze(-1)
         m, n = self.max_m, N // self.max_m
@@ -156,7 +161,7 @@ class BlockFFT(nn.Module):
         return x.flatten(-2)
 
     def forward(self, x, N):
-        N = 1 << max(N - 1, 0).bit_length()
+        N = power_of_two(N)
         x = wide(x) if not x.is_complex() else x
         x = F.pad(x, (0, N - x.shape[-1]))
         with without_autocast(x):
@@ -236,7 +241,7 @@ class LongConv(PointwiseOutput):
         if u.shape[0] == 0:  # an error of PyTorch's FFT
             return u.repeat(1, self.channels, 1)
         L, taps = u.shape[-1], k.shape[-1]
-        N = 1 << max(L + taps - 1, 0).bit_length()
+        N = power_of_two(L + taps)
         k = F.pad(k, (0, N - taps))
         if back is not None:
             k = k + F.pad(back.flip(-1), (N - taps, 0))
