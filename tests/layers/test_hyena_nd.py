@@ -104,7 +104,7 @@ def test_the_scale_is_the_authors():
     """Theirs: the filter's transform divided by 2 l_max, then the whole inverse, at maps of l_max x l_max."""
     m, x = randomise(layer(l_max=4)).double(), tokens(2, 4, 4, DIM).double()
     assert m.kernel_scale == 1 / 8
-    u, k = tokens(2, DIM, 4, 4, seed=3).double(), m.filters(4, 4)[0][0]
+    u, k = tokens(2, DIM, 4, 4, seed=3).double(), m.filters(4, 4)[0]
     theirs = torch.fft.irfft2(torch.fft.rfft2(k, s=(8, 8)) / 8 * torch.fft.rfft2(u, s=(8, 8)), s=(8, 8))[..., :4, :4]
     ours = toeplitz2d(u.permute(0, 2, 3, 1), k, torch.zeros(DIM).double(), m.kernel_scale)
     torch.testing.assert_close(ours.permute(0, 3, 1, 2), theirs)

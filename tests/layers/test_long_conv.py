@@ -141,6 +141,17 @@ def test_transposed_is_the_same():
         torch.testing.assert_close(other(x.mT), m(x).mT)
 
 
+@pytest.mark.parametrize("l_max", [4, L])
+def test_the_second_kernel_as_published(l_max):
+    """Reversed behind the first one, in a transform of L + l_max tokens."""
+    m = randomise(layer(l_max=l_max, bidirectional=True, activation="id", postact=None)).double()
+    u = tokens(2, DIM, L).double()
+    first, second = squashed(m.kernel, L)
+    k = F.pad(first, (0, L)) + F.pad(second.flip(-1), (L, 0))
+    y = torch.fft.irfft(torch.fft.rfft(u, n=L + l_max) * torch.fft.rfft(k, n=L + l_max), n=L + l_max)[..., :L]
+    torch.testing.assert_close(m(u.mT).mT, y + u * m.D[0][:, None])
+
+
 def test_lengths():
     m, x = randomise(layer(bidirectional=True)), tokens(2, L, DIM)
     shorter = x.clone()

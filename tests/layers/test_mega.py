@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fft_formulas import fourier, toeplitz, wide
 from gated_formulas import silu
 from layer_suite import DTYPES, check, check_everything_else, randomise, spread, tokens
@@ -59,6 +60,17 @@ def test_like_the_recurrence(ndim, bidirectional, dtype):
 def test_truncation(bidirectional, dtype):
     m = randomise(MultiHeadEMA(DIM, 3, bidirectional, truncation=4), scale=1.0).to(dtype)
     check(m, convolution, tokens(2, L, DIM, dtype=dtype), also=[functools.partial(convolution, convolve=fourier)])
+
+
+def test_both_directions_as_published():
+    """One kernel of 2 L - 1 taps, of which both have the middle one, and zeros before the tokens."""
+    m, x = randomise(MultiHeadEMA(DIM, 2, bidirectional=True), scale=1.0).double(), tokens(2, DIM, L).double()
+    first, second = m.kernel(L).chunk(2)
+    k = F.pad(first, (L - 1, 0)) + F.pad(second.flip(-1), (0, L - 1))
+    n = 2 * (2 * L - 1)
+    y = torch.fft.irfft(torch.fft.rfft(F.pad(x, (L - 1, 0)), n=n) * torch.fft.rfft(k, n=n), n=n)
+    y = F.silu(y[..., 2 * L - 2 : 3 * L - 2] + x * m.omega[:, None])
+    torch.testing.assert_close(m(x.mT).mT, y)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -268,6 +268,11 @@ def dwconv_same(x, weight, bias=None):
     return _reference("dwconv", x, weight.squeeze(1), bias, before=before, after=after).to(x.dtype)
 
 
+def fft_conv_spectrum(k, size, **options):
+    """effvit.fft_conv_spectrum, in any dtype."""
+    return effvit.ops.fft_conv_spectrum(k, size, **options)
+
+
 def fft_conv(
     u, k=None, d=None, *, pregate=None, postgate=None, k_rev=None, spectrum=None, mode="causal", channels_last=False,
     act="none", kernel_scale=1.0,

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ._ops import dwconv_tokens, fft_conv
+from ._spectra import CachedSpectra
 
 ACTIVATIONS = {
     "id": nn.Identity, "identity": nn.Identity, "linear": nn.Identity, None: nn.Identity, "gelu": nn.GELU,
@@ -148,7 +149,7 @@ class HyenaFilter(nn.Module):
         return self._taps(self.implicit_filter_rev, L)
 
 
-class HyenaOperator(nn.Module):
+class HyenaOperator(CachedSpectra):
     """Hyena's operator (arXiv:2302.10866): the state_dict of the authors' `HyenaOperator`.
 
     u [B, L, d_model] -> [B, L, d_model], any dtype of the operators. order + 1 projections go through a causal
@@ -161,7 +162,8 @@ class HyenaOperator(nn.Module):
     Each step is one `fft_conv` with its gates. `l_max` is the number of taps: a longer input is convolved with l_max
     taps (the authors' code cuts it off). `bidirectional=True` adds a filter of what comes after, whose tap at lag 0
     adds to the other's (k_f + conj(k_rev_f) in the authors' fftconv); the short filter stays causal. `filter_args` are
-    those of `HyenaFilter`: emb_dim, w, num_inner_mlps, shift, ... `dropout` is that of each v x_i.
+    those of `HyenaFilter`: emb_dim, w, num_inner_mlps, shift, ... `dropout` is that of each v x_i. For inference
+    `cache_spectra(L)` makes the filters' transforms once.
 
     Compared with its formula in plain PyTorch. Names are those of HazyResearch/safari,
     src/models/sequence/hyena.py at c1b5c7b. Several heads, blocks and inner_factor, outer_mixing and post_order_ffn
@@ -198,19 +200,25 @@ class HyenaOperator(nn.Module):
         """[taps, d_model (order - 1)] -> [order - 1, d_model, taps]"""
         return h.unflatten(-1, (self.d_model, -1)).permute(2, 1, 0)
 
+    def _kernels(self, size):
+        taps = min(size[0], self.l_max)
+        filters = self._filters(self.filter_fn.filter(taps))
+        if not self.bidirectional:
+            return [{"k": k} for k in filters]
+        after = self._filters(self.filter_fn.filter_rev(taps))
+        return [{"k": k, "k_rev": k_rev} for k, k_rev in zip(filters, after, strict=True)]
+
     def forward(self, u):
-        taps = min(u.shape[1], self.l_max)
         x = dwconv_tokens(self.in_proj(u), self.short_filter.weight, self.short_filter.bias)
         *x, v = x.split(self.d_model, dim=-1)
-        filters = self._filters(self.filter_fn.filter(taps))
-        after = self._filters(self.filter_fn.filter_rev(taps)) if self.bidirectional else [None] * (self.order - 1)
+        kernels = self._convolutions(u, u.shape[1])
         bias = self.filter_fn.bias.unflatten(0, (self.d_model, -1)).unbind(-1)
         for i, x_i in enumerate(reversed(x[1:])):
             if self.training and self.dropout.p > 0:
                 v, x_i = self.dropout(v * x_i), None
             v = fft_conv(
-                v, filters[i], bias[i] if self.filter_fn.use_bias else None, pregate=x_i,
-                postgate=x[0] if i == self.order - 2 else None, k_rev=after[i], channels_last=True,
+                v, d=bias[i] if self.filter_fn.use_bias else None, pregate=x_i,
+                postgate=x[0] if i == self.order - 2 else None, channels_last=True, **kernels[i],
             )  # fmt: skip
         return self.out_proj(self.activation(v))
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ._ops import dwconv_same, fft_conv
+from ._spectra import CachedSpectra
 from .hyena import FilterPositions, frequencies, implicit_filter, parameter_or_buffer, require, without_autocast
 
 WINDOWS = ("standard", "learn", "symettric", "no")  # spelled as in the authors' code
@@ -97,7 +98,7 @@ def _augment(x):
     return torch.cat((x, x.flip(1, 2), x.flip(2), x.flip(1)), dim=0)
 
 
-class HyenaND(nn.Module):
+class HyenaND(CachedSpectra):
     """Hyena N-D's layer on maps (arXiv:2309.13600): the state_dict of the authors' `HyenaOperator2d`.
 
     u [B, H, W, d_model], or tokens [B, N, d_model] of a square map -> the same shape. As `HyenaOperator`, with a 3 x 3
@@ -118,6 +119,7 @@ class HyenaND(nn.Module):
     `kernel_scale` is s: None is 1 / (2 l_max), because the authors' code divides the filter's transform by 2 l_max and
     then uses the full inverse; 1.0 is the convolution itself. Maps may have any size: of a smaller one fewer taps are
     computed, a larger one is convolved with l_max x l_max of them (the authors' code takes l_max x l_max alone).
+    For inference `cache_spectra(H, W)` makes the filters' transforms once.
 
     Compared with its formula in plain PyTorch; names are those of the authors' standalone code. Its directional_mode
     "parallel" is not here, and `filter_args` are those of `HyenaFilter2d`: emb_dim, w, num_inner_mlps, sqrt_decay, ...
@@ -163,12 +165,19 @@ class HyenaND(nn.Module):
             )  # fmt: skip
 
     def filters(self, H, W):
-        """[order - 1, d_model, H, W], and the biases [order - 1, d_model]."""
+        """[order - 1, d_model, H, W]: taps for maps of H x W, l_max x l_max at most."""
         if self.direct_paramtrization:
-            return self.filter[: self.order - 1, :, :H, :W], self.bias[: self.order - 1]
+            return self.filter[: self.order - 1, :, :H, :W]
         h = self.filter_fn.filter2d(min(H, self.l_max), min(W, self.l_max))
-        shape = (self.order - 1, self.d_model)
-        return h.permute(2, 0, 1).unflatten(0, shape), self.filter_fn.bias.unflatten(0, shape)
+        return h.permute(2, 0, 1).unflatten(0, (self.order - 1, self.d_model))
+
+    def _kernels(self, size):
+        return [{"k": k, "kernel_scale": self.kernel_scale} for k in self.filters(*size)]
+
+    def _biases(self):
+        if self.direct_paramtrization:
+            return self.bias[: self.order - 1]
+        return self.filter_fn.bias.unflatten(0, (self.order - 1, self.d_model))
 
     def forward(self, u):
         if u.dim() == 3:
@@ -183,7 +192,7 @@ class HyenaND(nn.Module):
         everywhere = self.directional_mode in ("4dir", "4dirp")
         if everywhere:
             *x, v = (_augment(t) for t in (*x, v))
-        filters, bias = self.filters(*u.shape[1:3])
+        kernels, bias = self._convolutions(u, *u.shape[1:3]), self._biases()
         for i, x_i in enumerate(reversed(x[1:])):
             gate = x[0] if i == self.order - 2 else None
             backwards = self.directional_mode == "seq" and i == 0
@@ -191,9 +200,7 @@ class HyenaND(nn.Module):
                 v, x_i, gate = (t if t is None else t.flip(1, 2) for t in (v, x_i, gate))
             if self.training and self.dropout.p > 0:
                 v, x_i = self.dropout(v * x_i), None
-            v = fft_conv(
-                v, filters[i], bias[i], pregate=x_i, postgate=gate, channels_last=True, kernel_scale=self.kernel_scale
-            )
+            v = fft_conv(v, d=bias[i], pregate=x_i, postgate=gate, channels_last=True, **kernels[i])
             v = v.flip(1, 2) if backwards else v
         return self.out_proj(self._mix(v) if everywhere else v)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._ops import fft_conv, glu, wide
+from ._spectra import CachedSpectra
 from .hyena import activation_of, require, without_autocast
 
 FUSED = {"gelu": "gelu", "silu": "silu", "swish": "silu"}  # activations that are part of fft_conv
@@ -22,7 +23,7 @@ def power_of_two(n):
     return 1 << max(int(n) - 1, 0).bit_length()
 
 
-class PointwiseOutput(nn.Module):
+class PointwiseOutput(CachedSpectra):
     """Projection and activation behind a convolution, on channels: the papers' `output_linear`."""
 
     def _output_linear(self, inputs, dim, postact, factory):
@@ -180,7 +181,8 @@ class LongConv(PointwiseOutput):
     smooth_freq, ma_window_len, kernel_dropout, weight_init. `postact=None` leaves W out. `lengths`, a number or [B] or
     [1] of them, says which tokens there are: those from there on count as zeros. `tie_dropout` drops whole channels.
 
-    `block_fft_conv=True` is FlashButterfly: see there.
+    `block_fft_conv=True` is FlashButterfly: see there. For inference `cache_spectra(L)` makes the kernel's transform
+    once.
 
     Compared with its formula in plain PyTorch. Names are those of HazyResearch/safari,
     src/models/sequence/long_conv.py at bf27ebe, which returns a pair with None. initializer, weight_norm and `rate`
@@ -221,26 +223,33 @@ class LongConv(PointwiseOutput):
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=u.device).reshape(-1, 1, 1)
             u = u * (torch.arange(L, device=u.device) < lengths)
-        y = self._convolve(u, self.kernel()[..., :L])
+        y = self._butterfly(u) if self.block_fft_conv else self._convolve(u)
         y = self._mix(self.dropout(y).mT)
         return y.mT if self.transposed else y
 
-    def _convolve(self, u, k):
+    def _taps(self, L):
+        """Both kernels [channels, d_model, at most L], the second one or None."""
+        k = self.kernel()[..., :L]
+        return k.chunk(2) if self.bidirectional else (k, None)
+
+    def _kernels(self, size):
+        require(self, ("cache_spectra", not self.block_fft_conv, "of an FFT", "learned transforms"))
+        k, back = (t if t is None else t.flatten(0, 1) for t in self._taps(*size))
+        return [{"k": k, "k_rev": None if back is None else taps_before(back)}]
+
+    def _convolve(self, u):
         """u [B, H, L] -> activation(y) [B, channels H, L]"""
-        k, back = k.chunk(2) if self.bidirectional else (k, None)
-        if self.block_fft_conv:
-            return self._butterfly(u, k, back)
-        k, back = (t if t is None else t.flatten(0, 1) for t in (k, back))
-        y = fft_conv(
-            u.repeat(1, self.channels, 1) if self.channels > 1 else u, k, self.D.flatten(),
-            k_rev=None if back is None else taps_before(back), act=self.fused or "none",
-        )  # fmt: skip
+        (kernel,) = self._convolutions(u, u.shape[-1])
+        u = u.repeat(1, self.channels, 1) if self.channels > 1 else u
+        y = fft_conv(u, d=self.D.flatten(), act=self.fused or "none", **kernel)
         return y if self.fused else self.activation(y)
 
-    def _butterfly(self, u, k, back):
+    def _butterfly(self, u):
         if u.shape[0] == 0:  # an error of PyTorch's FFT
             return u.repeat(1, self.channels, 1)
-        L, taps = u.shape[-1], k.shape[-1]
+        L = u.shape[-1]
+        k, back = self._taps(L)
+        taps = k.shape[-1]
         N = power_of_two(L + taps)
         k = F.pad(k, (0, N - taps))
         if back is not None:

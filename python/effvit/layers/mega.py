@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._ops import fft_conv, wide
+from ._spectra import CachedSpectra
 from .hyena import require, without_autocast
 
 
-class MultiHeadEMA(nn.Module):
+class MultiHeadEMA(CachedSpectra):
     """MEGA's exponential moving average (arXiv:2209.10655): arguments and state_dict of the authors' `MultiHeadEMA`.
 
     x [B, L, embed_dim] -> [B, L, embed_dim], any L. Every channel has `ndim` averages h, which forget by q::
@@ -22,7 +23,8 @@ class MultiHeadEMA(nn.Module):
 
     With `return_state` the averages after the last token [B, embed_dim, ndim] as well, in float32 (float64 for
     float64), which `state` takes up; not bidirectional, and without truncation. `step(x, state)` is one token
-    [B, embed_dim] -> the same shape and the state after.
+    [B, embed_dim] -> the same shape and the state after. For inference `cache_spectra(L)` makes the kernel's transform
+    once.
 
     Compared with its formula in plain PyTorch. Names are those of facebookresearch/mega,
     fairseq/modules/exponential_moving_average.py at cfc14f2, where x is [L, B, embed_dim].
@@ -64,6 +66,11 @@ class MultiHeadEMA(nn.Module):
         powers = torch.exp(log_q.unsqueeze(-1) * torch.arange(length, device=log_q.device, dtype=log_q.dtype))
         return ((scale * gamma).unsqueeze(-1) * powers).sum(1)
 
+    def _kernels(self, size):
+        k = self.kernel(size[0] if self.truncation is None else min(size[0], self.truncation))
+        k, back = k.chunk(2) if self.bidirectional else (k, None)
+        return [{"k": k, "k_rev": back}]
+
     def _refuse_state(self):
         if self.bidirectional or self.truncation is not None:
             what = "bidirectional" if self.bidirectional else "truncation"
@@ -73,14 +80,12 @@ class MultiHeadEMA(nn.Module):
         if state is not None or return_state:
             self._refuse_state()
         L = x.shape[1]
-        k, back = self.kernel(L if self.truncation is None else min(L, self.truncation)), None
-        if self.bidirectional:
-            k, back = k.chunk(2)
+        (kernel,) = self._convolutions(x, L)
         if padding_mask is None and state is None:
-            y = fft_conv(x, k, self.omega, k_rev=back, act="silu", channels_last=True)
+            y = fft_conv(x, d=self.omega, act="silu", channels_last=True, **kernel)
             return (y, self._state_after(x, None)) if return_state else y
         u = x if padding_mask is None else x * (1 - padding_mask.to(x.dtype)).unsqueeze(-1)
-        y = wide(fft_conv(wide(u), k, k_rev=back, channels_last=True)) + wide(x) * wide(self.omega)
+        y = wide(fft_conv(wide(u), channels_last=True, **kernel)) + wide(x) * wide(self.omega)
         if state is not None:
             _, log_q, gamma = self._coefficients()
             t = torch.arange(1, L + 1, device=x.device, dtype=log_q.dtype)[:, None, None]

@@ -4,9 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import effvit.ops
-
-from ._ops import dwconv_tokens, fft_conv, wide
+from ._ops import dwconv_tokens, fft_conv, fft_conv_spectrum, wide
 from .hyena import HyenaFilter, activation_of, require, without_autocast
 
 KERNELS = ("absfreq", "corrTime")
@@ -170,16 +168,13 @@ class OrchidOperator(nn.Module):
             h = torch.fft.irfft(h, n=2 * L, norm="forward")[..., :L]
             kernel = {"k": F.pad(k, (0, L - k.shape[-1])) + h, "kernel_scale": scale}
         else:
-            kernel = {"spectrum": self._spectrum(k, L, scale) + h}
+            kernel = {"spectrum": fft_conv_spectrum(k, L, mode="circular", kernel_scale=scale) + h}
         y = fft_conv(v, d=d, pregate=x1, postgate=x0, **kernel, **options)
         if self.residual_long_conv is not None:
             f = self.fixed_conv_res
             k = f.filter(min(L, self.l_max)).mT
             y = y + fft_conv(u, k, f.bias if f.use_bias else None, kernel_scale=scale, **options)
         return self.out_linear(y)
-
-    def _spectrum(self, k, L, scale):
-        return effvit.ops.fft_conv_spectrum(k, L, mode="circular", kernel_scale=scale)
 
     def extra_repr(self):
         n = self.conv_kernel_nn

@@ -22,7 +22,8 @@ class SGConv(PointwiseOutput):
 
     m are `decay_min` .. `decay_max` over the channels, and Z is the norm of the initial kernel of each channel. Beyond
     the last piece k is zero. `channels` > 1 are as many kernels of every channel, whose outputs W takes together.
-    `bidirectional=True` has a second kernel, whose tap j is at lag -(j + 1). `linear=True` is y alone.
+    `bidirectional=True` has a second kernel, whose tap j is at lag -(j + 1). `linear=True` is y alone. For inference
+    `cache_spectra(L)` makes the kernel's transform once.
 
     `mode`: "cat", or "sum", where pieces start at 0, piece i stretched by 2^(i + init_scale), and add up; "randn" or
     "cos", how they start; with "nearest" steps in place of linear interpolation; with "learnable" k is multiplied by
@@ -120,16 +121,17 @@ class SGConv(PointwiseOutput):
         """[channels, d_model, taps]: at most L taps; with `bidirectional` twice as many channels."""
         return self._stretched(L) / wide(self.kernel_norm)
 
-    def forward(self, u):
-        u = u if self.transposed else u.mT
-        k, back = self.kernel(u.shape[-1]), None
+    def _kernels(self, size):
+        k, back = self.kernel(*size), None
         if self.bidirectional:
             k, back = k.chunk(2)
-        y = fft_conv(
-            u.repeat(1, self.channels, 1) if self.channels > 1 else u, k.flatten(0, 1), self.D.flatten(),
-            k_rev=None if back is None else taps_before(back.flatten(0, 1)),
-            act="none" if self.linear else self.fused or "none",
-        )  # fmt: skip
+        return [{"k": k.flatten(0, 1), "k_rev": None if back is None else taps_before(back.flatten(0, 1))}]
+
+    def forward(self, u):
+        u = u if self.transposed else u.mT
+        (kernel,) = self._convolutions(u, u.shape[-1])
+        u = u.repeat(1, self.channels, 1) if self.channels > 1 else u
+        y = fft_conv(u, d=self.D.flatten(), act="none" if self.linear else self.fused or "none", **kernel)
         if self.linear:
             return y if self.transposed else y.mT
         y = self._mix(self.dropout(y if self.fused else self.activation(y)).mT)
