@@ -45,6 +45,26 @@ def outside_of_every_trace():
         yield
 
 
+def sees_conjugates(kernel: Callable) -> Callable:
+    """A kernel in Python whose complex views are conjugate where they say so.
+
+    A dispatch mode (CommDebugMode, a FLOP counter) excludes from what it calls the keys that resolve such views: there
+    `x.conj() + 1` would be `x + 1`, and the derivatives of complex products wrong.
+    """
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Conjugate)
+    keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.Negative)
+
+    @functools.wraps(kernel)
+    def run(*args, **options):
+        exclude = torch._C._dispatch_tls_local_exclude_set()
+        if not exclude.has(torch._C.DispatchKey.Conjugate):
+            return kernel(*args, **options)
+        with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude - keys):
+            return kernel(*args, **options)
+
+    return run
+
+
 def without_autocast():
     """What runs inside computes in the dtypes that it is given."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)

@@ -405,7 +405,7 @@ def _define(o: Op) -> None:
     library = _dispatcher.LIBRARY
     library.define(o.schema, tags=_TAGS)
     for key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):  # the former has not the latter
-        library.impl(o.name, o.reference, key)
+        library.impl(o.name, _dispatcher.sees_conjugates(o.reference), key)
     torch.library.register_fake(
         f"effvit::{o.name}", lambda *args, **options: fake(o, *map(_as_contiguous, args), **options), lib=library
     )
