@@ -122,10 +122,10 @@ Correlate correlate_of(int64_t taps, int columns) {
                         : correlate_of<8>(taps, AllTaps{});
 }
 
-// Row y of a convolution, columns r of it, from `from`: to[.., width] from column r.begin on. What lies behind r.end,
-// up to a tile for every step, is overwritten.
+// Row y of a convolution, columns r of it, from `from`: to[.., to_width] from column r.begin on. What lies behind
+// r.end, up to a tile for every step, is overwritten.
 void convolve(const Axis& ay, const Axis& ax, int columns, const Patch& from, int64_t y, Range r, const float* w,
-              const float* start, float* to, int vectors) {
+              const float* start, float* to, int64_t to_width, int vectors) {
   const int64_t width = from.width, taps = ay.k * ax.k, tile_columns = columns * ax.step;
   const Range i = ay.taps(y, y);
   const auto taps_of = [&](int64_t first) {
@@ -139,19 +139,20 @@ void convolve(const Axis& ay, const Axis& ax, int columns, const Patch& from, in
         const Range other = taps_of(next);
         if (other.begin != j.begin || other.end != j.end) break;
       }
-      float* const result = to + (first - r.begin) * width;
+      float* const result = to + (first - r.begin) * to_width;
       const int64_t parts = std::max<int64_t>(1, ceil_div(j.size(), kMostTaps));
       if (j.empty()) {
         for (int64_t n = 0; n < tiles * columns; ++n) {
-          for (int c = 0; c < vectors * kLanes; c += kLanes) store(result + n * ax.step * width + c, load(start + c));
+          for (int c = 0; c < vectors * kLanes; c += kLanes)
+            store(result + n * ax.step * to_width + c, load(start + c));
         }
       }
       for (int64_t k = 0; k < parts && !j.empty(); ++k) {
         const int64_t j0 = j.begin + part(j.size(), k, parts).begin, n = part(j.size(), k, parts).size();
         const float* const x = from.at(y + i.begin * ay.step - ay.pad, first + j0 * ax.step - ax.pad);
         stencil_of(n, columns)(x, ay.step * from.row, ax.step * width, i.size(), w + (i.begin * ax.k + j0) * kLanes,
-                               ax.k * kLanes, taps * kLanes, k == 0 ? start : nullptr, result, ax.step * width, tiles,
-                               vectors);
+                               ax.k * kLanes, taps * kLanes, k == 0 ? start : nullptr, result, ax.step * to_width,
+                               tiles, vectors);
       }
       first = next;
     }
@@ -332,19 +333,18 @@ struct Pass {
     zero(row, first - row), zero(last, row + to.row - last);
     fill(first);
   }
-  // What an item reads of x, times its gate, and of the state.
-  void fill_x(const Patch& to, int64_t image, const Item& item, const Unit& u) const {
-    const Range rows = g.x_rows(item), columns = g.x_columns(item);
-    const Image at = input(image);
-    for (int64_t y = rows.begin; y < rows.end; ++y) {
+  // Rows [begin, end) of what an item reads of x, times its gate, and of the state.
+  void fill_x(const Patch& to, int64_t begin, int64_t end, const Image& at, const Item& item, const Unit& u) const {
+    const Range columns = g.x_columns(item);
+    const int64_t from_state = std::max<int64_t>(0, std::min(columns.end, before) - columns.begin);
+    const int64_t first = columns.begin + from_state - before, rest = columns.size() - from_state;
+    for (int64_t y = begin; y < end; ++y) {
       fill(to, y, columns, [&](float* data) {
-        const int64_t from_state = std::max<int64_t>(0, std::min(columns.end, before) - columns.begin);
-        const int64_t begin = columns.begin + from_state - before;
         if (from_state)
           fill_row<T>(data, g.width, at.row(state, y, columns.begin, u.first_channel), {nullptr, 0}, from_state,
                       u.channels);
-        fill_row<T>(data + from_state * g.width, g.width, at.row(x, y, begin, u.first_channel),
-                    at.row(pregate, y, begin, u.first_channel), columns.end - before - begin, u.channels);
+        fill_row<T>(data + from_state * g.width, g.width, at.row(x, y, first, u.first_channel),
+                    at.row(pregate, y, first, u.first_channel), rest, u.channels);
       });
     }
   }
@@ -368,14 +368,28 @@ struct Forward : Pass<T> {
       const float* const weights = packed + u.block * g.packed;
       const float* const bias = weights + g.width * g.taps;
       const Item item = this->item(u.items_begin);
-      const int64_t image = this->image(u.items_begin);
+      const Image in = this->input(this->image(u.items_begin)), out = this->output(this->image(u.items_begin));
       const Patch patch = g.x_patch(item, this->x_data);
-      this->fill_x(patch, image, item, u);
-      const Image at = this->output(image);
+      const int64_t first = item.out_x.begin, n = item.out_x.size();
+      // Whole tiles of whole vectors leave from the registers where nothing is left to be done.
+      const bool plain = std::is_same_v<T, float> && p.act == kNone && !p.postgate && g.x.step == 1 &&
+                         u.channels % kLanes == 0 && !past_caches;
+      const int64_t direct = plain ? n / columns * columns : 0;
+      int64_t next = g.x_rows(item).begin;  // the row of x that is filled in next
       for (int64_t y = item.out_y.begin; y < item.out_y.end; ++y) {
-        convolve(g.y, g.x, columns, patch, y, item.out_x, weights, bias, z, u.vectors);
-        finish(z, g.width, at.row(this->postgate, y, item.out_x.begin, u.first_channel),
-               at.row(this->out, y, item.out_x.begin, u.first_channel), item.out_x.size(), u.channels, past_caches);
+        const int64_t end = g.y.reads({y, y + 1}).end;
+        this->fill_x(patch, next, end, in, item, u);
+        next = std::max(next, end);
+        if (direct) {
+          const RowOf<T> to = out.row(this->out, y, first, u.first_channel);
+          if constexpr (std::is_same_v<T, float>)
+            convolve(g.y, g.x, columns, patch, y, {first, first + direct}, weights, bias, to.data, to.stride,
+                     u.vectors);
+        }
+        if (direct == n) continue;
+        convolve(g.y, g.x, columns, patch, y, {first + direct, item.out_x.end}, weights, bias, z, g.width, u.vectors);
+        finish(z, g.width, out.row(this->postgate, y, first + direct, u.first_channel),
+               out.row(this->out, y, first + direct, u.first_channel), n - direct, u.channels, past_caches);
       }
     }
     if (past_caches) stream_fence();
@@ -400,7 +414,7 @@ struct Backward : Pass<T> {
                const Unit& u, const float* weights, const float* bias) const {
     const Range r = item.dz_x;
     const auto grad = at.row(this->grad, y, r.begin, u.first_channel);
-    if (g.needs_z) convolve(g.y, g.x, columns, x, y, r, weights, bias, z, u.vectors);
+    if (g.needs_z) convolve(g.y, g.x, columns, x, y, r, weights, bias, z, g.width, u.vectors);
     this->fill(to, y, r, [&](float* data) {
       if (!g.needs_z) return fill_row<T>(data, g.width, grad, {nullptr, 0}, r.size(), u.channels);
       RowOf<T> dgate = at.row(this->dpostgate, y, item.out_x.begin, u.first_channel);
@@ -439,17 +453,27 @@ struct Backward : Pass<T> {
         const Item item = this->item(i);
         const Image in = this->input(this->image(i)), out = this->output(this->image(i));
         const Patch x = g.x_patch(item, this->x_data), dz = g.dz_patch(item, dz_data);
-        this->fill_x(x, this->image(i), item, u);
+        int64_t next_x = g.x_rows(item).begin, next_dx = item.in_y.begin;
+        const auto write_rows = [&](int64_t end) {  // of dx, those for which dz is there up to row `end`
+          for (; next_dx < item.in_y.end && flipped_y.reads({next_dx, next_dx + 1}).end <= end; ++next_dx) {
+            convolve(flipped_y, flipped_x, flipped_columns, dz, next_dx, item.in_x, flipped, none, z, g.width,
+                     u.vectors);
+            write_dx(next_dx, in, item, u, past_caches);
+          }
+        };
         for (int64_t y = item.dz_y.begin; y < item.dz_y.end; ++y) {
+          const bool own = item.out_y.has(y);
+          const int64_t end = g.needs_z || own ? g.y.reads({y, y + 1}).end : 0;
+          this->fill_x(x, next_x, end, in, item, u);
+          next_x = std::max(next_x, end);
           fill_dz(dz, x, columns, y, out, item, u, weights, flipped + g.width * g.taps);
-          if (!item.out_y.has(y)) continue;
-          correlate_row(g.y, g.x, columns, dz, x, y, item.out_x, sums, u.vectors);
-          if (p.dbias) add_columns(sums + g.width * g.taps, dz, y, item.out_x, u.vectors);
+          if (own) {
+            correlate_row(g.y, g.x, columns, dz, x, y, item.out_x, sums, u.vectors);
+            if (p.dbias) add_columns(sums + g.width * g.taps, dz, y, item.out_x, u.vectors);
+          }
+          write_rows(y + 1);
         }
-        for (int64_t y = item.in_y.begin; y < item.in_y.end; ++y) {
-          convolve(flipped_y, flipped_x, flipped_columns, dz, y, item.in_x, flipped, none, z, u.vectors);
-          write_dx(y, in, item, u, past_caches);
-        }
+        write_rows(g.y.out);
       }
     }
     if (past_caches) stream_fence();
@@ -483,7 +507,7 @@ int64_t forward_floats(const Params& p) {
 }
 int64_t forward_units(const Params& p) { return Plan(p, false).units(); }
 void forward(const Params& p, float* workspace, int64_t begin, int64_t end) {
-  const Plan g(p, false);
+  const Plan g = Plan(p, false).with_scratch();
   dispatch_dtype(p.dtype, [&](auto type) {
     run_pass<Forward<decltype(type)>>(p, g, static_cast<const float*>(workspace), begin, end);
   });
@@ -495,7 +519,7 @@ int64_t backward_floats(const Params& p) {
 }
 int64_t backward_units(const Params& p) { return Plan(p, true).units(); }
 void backward(const Params& p, float* workspace, int64_t begin, int64_t end) {
-  const Plan g(p, true);
+  const Plan g = Plan(p, true).with_scratch();
   float* const partials = workspace + g.blocks * g.packed;
   dispatch_dtype(p.dtype, [&](auto type) {
     run_pass<Backward<decltype(type)>>(p, g, static_cast<const float*>(workspace), partials, begin, end);

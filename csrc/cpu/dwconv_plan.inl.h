@@ -4,7 +4,8 @@ using Params = DwconvParams;
 
 constexpr int kMostTaps = 8, kMostColumns = 8;  // of a stencil in registers
 constexpr int kMostChannels = 64;  // of a block
-constexpr int64_t kSegment = 256;  // columns of a long row that are computed together, at least
+constexpr int64_t kSegment = 64;  // columns of a long row that are computed together, at least
+constexpr int64_t kNearBytes = 20 << 10;  // of a row in scratch that is read by one row alone
 constexpr int64_t kPatchBytes = 256 << 10;  // of the rows of a map in scratch
 constexpr int64_t kUnits = 64;
 constexpr int64_t kSumBytes = 32 << 20;  // of the partial sums of the weights' gradients
@@ -94,14 +95,18 @@ struct Plan {
     int64_t segment = x.out;
     const int64_t grain = kMostColumns * x.step;
     const auto cut = [&](int64_t columns) { segment = std::min(x.out, ceil_div(columns, grain) * grain); };
+    int64_t most = small ? kLanes : kMostChannels;
     if (small) {
       cut(16);
-    } else if (x.out > 2 * kSegment) {
-      cut(std::max(kSegment, 2 * x.reach()));
+    } else if (p.kh == 1) {  // a row is in the nearest cache as it is computed
+      if (x.out > 2 * kSegment) cut(std::max(kSegment, 4 * x.reach()));
+      const int64_t near = kNearBytes / int64_t{sizeof(float)};
+      while (most > kLanes && (segment + x.reach() + grain) * most > near) most /= 2;
+    } else {
+      if (x.out > 4 * kSegment) cut(std::max(2 * kSegment, 2 * x.reach()));
+      while (most > kLanes && !fits(most, segment)) most /= 2;
+      if (!fits(most, segment) && x.out > 2 * kSegment) cut(std::max(kSegment, 2 * x.reach()));
     }
-    int64_t most = small ? kLanes : kMostChannels;
-    while (most > kLanes && !fits(most, segment)) most /= 2;
-    if (!fits(most, segment) && x.out > kSegment) cut(std::max<int64_t>(64, 2 * x.reach()));
     while (!fits(most, segment) && least > std::max<int64_t>(8, y.reach() / 2)) least = least / 2;
     const int64_t even = ceil_div(p.C, ceil_div(p.C, most));
     width = ceil_div(even, kLanes) * kLanes;
@@ -118,7 +123,13 @@ struct Plan {
     sums = width * (taps + 1);
     const int64_t by_memory = kSumBytes / (int64_t{sizeof(float)} * sums * blocks);
     groups = std::max<int64_t>(1, std::min({items, ceil_div(kUnits, blocks), by_memory}));
-    size_scratch();
+  }
+
+  // With the sizes of scratch, which only those need who compute.
+  Plan with_scratch() const {
+    Plan g = *this;
+    g.size_scratch();
+    return g;
   }
 
   int64_t units() const { return blocks * (backward ? groups : items); }
