@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from fft_formulas import fourier2d, sine_mlp, toeplitz2d
+from fft_formulas import fourier2d, shared, sine_mlp, toeplitz2d
 from layer_suite import DTYPES, check, check_everything_else, randomise, spread, tokens
 
 from effvit._accuracy import assert_bitwise_equal
@@ -14,12 +14,23 @@ H, W, DIM = 4, 5, 6
 DIRECTIONS = ((), (1, 2), (2,), (1,))  # axes along which the recurrence runs backwards
 
 
-def window(n, t):
-    """[rows, columns, channels] of exp(-t |deltas|) along each axis, and the shift."""
-    name = {True: ("Xdeltas", "Ydeltas"), False: ("deltas", "deltas")}[hasattr(n, "Xdeltas")]
-    decays = [torch.exp(-u[:, None] * getattr(n, d)[0, 0].abs()) for d, u in zip(name, t, strict=True)]
-    joint = decays[0][:, None] * decays[1]
-    return (joint.sqrt() if n.sqrt_decay else joint) + n.shift
+def terms(n, name, shape):
+    """A number per channel, expanded to `shape`: where it is learned all terms of its gradient are found."""
+    p = getattr(n, name)
+    if not isinstance(p, torch.nn.Parameter):
+        return torch.as_tensor(p).expand(1, *shape)[0]
+    return shared(n, name, (1, *shape)[-max(len(shape), 3) :]).view(shape)  # [1, 1, channels] there
+
+
+def window(n, *t):
+    """[.., channels] of exp(-t |deltas|) along one axis or two, the root of it, and the shift."""
+    names = ("Xdeltas", "Ydeltas") if hasattr(n, "Xdeltas") else ("deltas", "deltas")
+    shape = (*map(len, t), getattr(n, names[0]).shape[-1])
+    decay = 1
+    for axis, (u, name) in enumerate(zip(t, names, strict=False)):
+        u = u.view(-1, *[1] * (len(t) - axis))
+        decay = decay * torch.exp(-u * terms(n, name, shape).abs())
+    return (decay.sqrt() if n.sqrt_decay else decay) + terms(n, "shift", shape).to(decay.dtype)
 
 
 def taps(f, rows, columns):
@@ -32,16 +43,14 @@ def taps(f, rows, columns):
         if f.modulation.mode != "no":
             if f.modulation.mode == "symettric":
                 t = torch.arange(len(t)).to(t.dtype)
-            h = h * window(f.modulation, (t[:rows], t[:columns]))
+            h = h * window(f.modulation, t[:rows], t[:columns])
         return h.permute(2, 0, 1)
     axes = []
     for axis, n in (("X", rows), ("Y", columns)):
         h = sine_mlp(getattr(f, f"{axis}implicit_filter"), z[:n], f.Yimplicit_filter[1])
         modulation = getattr(f, f"{axis}modulation")
         if modulation.mode != "no":
-            decay = torch.exp(-t[:n, None] * modulation.deltas[0, 0].abs())
-            shift = modulation.shift if isinstance(modulation.shift, float) else modulation.shift[0]
-            h = h * ((decay.sqrt() if modulation.sqrt_decay else decay) + shift)
+            h = h * window(modulation, t[:n])
         axes.append(h)
     return torch.einsum("id,jd->dij", *axes)
 
