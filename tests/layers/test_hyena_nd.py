@@ -55,7 +55,7 @@ def taps(f, rows, columns):
     return torch.einsum("id,jd->dij", *axes)
 
 
-def plain(m, x, convolve=toeplitz2d):
+def plain(m, x, convolve=toeplitz2d, last_first=False):
     w = m.in_proj(x)
     padded = torch.nn.functional.pad(w, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)  # [B, H, W, C, 3, 3]
     w = (padded * spread(m.short_filter, "weight", (*w.shape, 1, 3, 3)).squeeze(4)).sum((-2, -1))
@@ -69,14 +69,14 @@ def plain(m, x, convolve=toeplitz2d):
     else:
         k = taps(m.filter_fn, rows, columns).unflatten(0, (filters, DIM))
         bias = spread(m.filter_fn, "bias", (*w.shape[:3], filters * DIM)).split(DIM, dim=-1)
-    outs = []
-    for axes in DIRECTIONS if m.directional_mode.startswith("4") else DIRECTIONS[:1]:
+    directions, outs = DIRECTIONS if m.directional_mode.startswith("4") else DIRECTIONS[:1], []
+    for axes in reversed(directions) if last_first else directions:
         v = v0
         for i in range(filters):
             back = (1, 2) if m.directional_mode == "seq" and i == 0 else axes
             v = convolve((v * x[filters - i]).flip(back), k[i], bias[i].flip(back), m.kernel_scale).flip(back)
         outs.append(v * x[0])
-    y = torch.stack(outs, dim=-1)
+    y = torch.stack(outs[::-1] if last_first else outs, dim=-1)
     if m.directional_mode == "4dir":
         return m.out_proj(m.linear_mix(y).squeeze(-1))
     return m.out_proj(m.linear_mix(y.flatten(-2)) if m.directional_mode == "4dirp" else y.squeeze(-1))
@@ -107,6 +107,13 @@ def layer(**kwargs):
 def test_like_the_formula(kwargs, dtype):
     m = randomise(layer(**kwargs)).to(dtype)
     check(m, plain, tokens(2, H, W, DIM, dtype=dtype), also=[functools.partial(plain, convolve=fourier2d)])
+
+
+@pytest.mark.parametrize("kwargs", [{"order": 3}, {"directional_mode": "4dir"}, {"hyena2d_filter": True}], ids=str)
+def test_autocast(kwargs):
+    m = randomise(layer(**kwargs))
+    also = [functools.partial(plain, convolve=c, last_first=b) for c in (toeplitz2d, fourier2d) for b in (False, True)]
+    check(m, plain, tokens(2, H, W, DIM), also=also, autocast=torch.bfloat16)
 
 
 def test_the_scale_is_the_authors():

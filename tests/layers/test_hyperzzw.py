@@ -67,6 +67,11 @@ def test_local_like_the_formula(num_layers, H, W, dtype):
     check(m, local, tokens(2, DIM, H, W, dtype=dtype), is_map=True)
 
 
+@pytest.mark.parametrize("cls, formula", [(HyperZZWGlobal, products), (HyperZZWLocal, local)])
+def test_autocast(cls, formula):
+    check(randomise(layer(cls)), formula, tokens(2, DIM, SIZE, SIZE), is_map=True, autocast=torch.bfloat16)
+
+
 def test_two_maps():
     """The kernel multiplies or is made of the first one, the second one is multiplied or convolved."""
     x, other = tokens(2, DIM, SIZE, SIZE), tokens(2, DIM, SIZE, SIZE, seed=5)

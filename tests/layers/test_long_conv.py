@@ -118,6 +118,12 @@ def test_butterfly_like_the_formula(kwargs, dtype):
     check(randomise(layer(FlashButterfly, **kwargs)).to(dtype), butterfly, tokens(2, L, DIM, dtype=dtype))
 
 
+@pytest.mark.parametrize("cls, formula", [(LongConv, plain), (FlashButterfly, butterfly)])
+def test_autocast(cls, formula):
+    m = randomise(layer(cls, bidirectional=True))
+    check(m, formula, tokens(2, L, DIM), autocast=torch.bfloat16)
+
+
 @pytest.mark.parametrize("n", [1, 2, 13, 16, 32, 100, 300, 600])
 def test_block_fft_starts_as_an_fft(n):
     x = tokens(3, 2, n).double()

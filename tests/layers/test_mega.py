@@ -88,6 +88,11 @@ def test_padding_enters_no_average(dtype):
     check(m, masked, tokens(2, L, DIM, dtype=dtype), call=lambda m, x: m(x, padding_mask=mask))
 
 
+def test_autocast():
+    m = randomise(MultiHeadEMA(DIM, 3, bidirectional=True), scale=1.0)
+    check(m, recurrence, tokens(2, L, DIM), also=[convolution], autocast=torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_parts_and_token_after_token(dtype):
     """Outputs and states, by the error rule: what is given for all tokens at once is the truth's."""

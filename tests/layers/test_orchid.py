@@ -104,6 +104,11 @@ def test_like_the_formula(kwargs, dtype):
     check(m, plain, x, also=[functools.partial(plain, convolve=fourier)])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_autocast(causal):
+    check(randomise(layer(causal=causal)), plain, tokens(2, L, DIM), autocast=torch.bfloat16)
+
+
 def test_samples_have_their_own_kernels():
     """A sample's output does not depend on the others; its kernel does depend on it."""
     m, x = randomise(layer()).eval(), tokens(3, L, DIM)

@@ -82,6 +82,10 @@ def test_like_the_formula(kwargs, dtype):
     check(m, plain, tokens(2, L, DIM, dtype=dtype), also=[functools.partial(plain, convolve=fourier)])
 
 
+def test_autocast():
+    check(randomise(layer(bidirectional=True)), plain, tokens(2, L, DIM), autocast=torch.bfloat16)
+
+
 @pytest.mark.parametrize("L", [1, 2, 4, 5, 8, 15, 16, 31, 33])
 def test_taps_at_every_length(L):
     """No more taps are interpolated than are needed: they are the first of all."""

@@ -112,6 +112,10 @@ def test_like_the_formula(kwargs, dtype):
     check(randomise(layer(**kwargs)).to(dtype), plain, tokens(2, L, DIM, dtype=dtype), also=also)
 
 
+def test_autocast():
+    check(randomise(layer(learned=True)), plain, tokens(2, L, DIM), autocast=torch.bfloat16)
+
+
 @pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("L", [1, 2, 5, 16, 23])
 def test_the_inverse_is_exact(L, kwargs):
