@@ -1,5 +1,7 @@
 """MEGA's multi-dimensional damped moving average: a long convolution, or a recurrence token after token."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -60,11 +62,19 @@ class MultiHeadEMA(CachedSpectra):
         log_q = torch.log1p(-p * torch.sigmoid(wide(self.alpha.squeeze(-1))))
         return p * wide(self.beta.squeeze(-1)), log_q, wide(self.gamma) * self.scale
 
+    @staticmethod
+    def _powers(log_q, length):
+        """q^(m a) [kernels, a, ndim] and q^b [kernels, ndim, b < m], whose products are the powers below length."""
+        m = max(math.isqrt(max(int(length) - 1, 0)), 1)
+        a, b = (torch.arange(n, device=log_q.device, dtype=log_q.dtype) for n in (-(-int(length) // m), m))
+        return torch.exp(log_q.unsqueeze(1) * (m * a).unsqueeze(-1)), torch.exp(log_q.unsqueeze(-1) * b)
+
     def kernel(self, length):
         """[kernels, length]: the taps of the convolution."""
         scale, log_q, gamma = self._coefficients()
-        powers = torch.exp(log_q.unsqueeze(-1) * torch.arange(length, device=log_q.device, dtype=log_q.dtype))
-        return ((scale * gamma).unsqueeze(-1) * powers).sum(1)
+        whole, rest = self._powers(log_q, length)
+        with without_autocast(whole):
+            return ((whole * (scale * gamma).unsqueeze(1)) @ rest).flatten(1)[:, :length]
 
     def _kernels(self, size):
         k = self.kernel(size[0] if self.truncation is None else min(size[0], self.truncation))
@@ -88,9 +98,10 @@ class MultiHeadEMA(CachedSpectra):
         y = wide(fft_conv(wide(u), channels_last=True, **kernel)) + wide(x) * wide(self.omega)
         if state is not None:
             _, log_q, gamma = self._coefficients()
-            t = torch.arange(1, L + 1, device=x.device, dtype=log_q.dtype)[:, None, None]
+            whole, rest = self._powers(log_q, L)
             with without_autocast(y):
-                y = y + torch.einsum("bdn,ldn->bld", wide(state), gamma * torch.exp(log_q * t))
+                left = wide(state) * gamma * torch.exp(log_q)  # what is left of it at the first token
+                y = y + ((left.unsqueeze(2) * whole) @ rest).flatten(2)[..., :L].mT
         y = F.silu(y).to(x.dtype)
         return (y, self._state_after(u, state)) if return_state else y
 
@@ -98,9 +109,11 @@ class MultiHeadEMA(CachedSpectra):
         """sum_t q^(L - 1 - t) p beta u_t, plus q^L times the state before"""
         scale, log_q, _ = self._coefficients()
         L = u.shape[1]
-        ago = torch.arange(L - 1, -1, -1, device=u.device, dtype=log_q.dtype)[:, None, None]
+        whole, rest = self._powers(log_q, L)
         with without_autocast(u):
-            after = torch.einsum("bld,ldn->bdn", wide(u), scale * torch.exp(log_q * ago))
+            u = F.pad(wide(u).flip(1).mT, (0, whole.shape[1] * rest.shape[2] - L))  # the last token first
+            u = u.unflatten(-1, (whole.shape[1], -1))  # [B, d, a, b]
+            after = ((u @ rest.mT) * whole).sum(2) * scale
         return after if state is None else after + torch.exp(log_q * L) * wide(state)
 
     def step(self, x, state=None):
