@@ -158,6 +158,7 @@ def test_bad_arguments():
         ({"n_layer": 0}, "OrchidOperator: n_layer must be >= 1, got 0"),
         ({"kernel_type": "corrTime"}, "OrchidOperator: causal must be False with 'corrTime', got True"),
         ({"residual_long_conv": "lconv"}, "OrchidOperator: residual_long_conv must be 'sconv' or None, got 'lconv'"),
+        ({"bidirectional": True}, "OrchidOperator: bidirectional must be False: convolutions are circular, got True"),
         ({"emb_dim": 2}, "HyenaFilter: emb_dim must be odd"),
     ):
         with pytest.raises(ValueError, match=f"effvit::{message}"):

@@ -108,10 +108,11 @@ class OrchidOperator(nn.Module):
 
     Compared with its formula in plain PyTorch. Names are those of Karami-m/orchid,
     orchid_standalone/orchid_standalone.py at 061f6df, with dxt="fft", order 2 and one head; its `conv_kernel` settings
-    are arguments here. The paper's |.| is a square there, and so here.
+    are arguments here, and `normalized` filters are so before their windows, not after. The paper's |.| is a square
+    there, and so here.
 
     Raises: ValueError for l_max, conv_filter_size or n_layer < 1, an even conv_filter_size, an unknown kernel_type,
-    network or norm, causal with "corrTime", and what HyenaFilter refuses.
+    network or norm, causal with "corrTime", bidirectional, and what HyenaFilter refuses.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class OrchidOperator(nn.Module):
             ("norm", norm in ("layernorm", "none"), "'layernorm' or 'none'", repr(norm)),
             ("conv_filter_size", odd, "odd", conv_filter_size),
             ("n_layer", n_layer >= 1, ">= 1", n_layer),
+            ("bidirectional", not filter_args.get("bidirectional"), "False: convolutions are circular", True),
             ("causal", not causal or kernel_type == "absfreq", "False with 'corrTime'", causal),
         )
         factory = {"device": device, "dtype": dtype}
