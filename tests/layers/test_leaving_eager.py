@@ -72,6 +72,9 @@ LAYERS = {
     "EcoFormerAttention": (
         lambda: fitted(layers.EcoFormerAttention(C, 2, bits=4, anchors=5, top=3, steps=5)), TOKENS, None
     ),
+    "FlashButterfly": (
+        lambda: layers.FlashButterfly(C, 12, transposed=False, lam=0.01, block_fft_conv_args={"max_m": 4}), SHORT, None
+    ),
     "FlashGRU": (lambda: layers.FlashGRU(C, 12, 2), (2, 5, C), lambda m, x: m(x)[0]),
     "FlashLSTM": (lambda: layers.FlashLSTM(C, 12, 2), (2, 5, C), lambda m, x: m(x)[0]),
     "FlashSLSTM": (lambda: layers.FlashSLSTM(C, 12, 2), (2, 5, C), lambda m, x: m(x)[0]),
@@ -93,6 +96,10 @@ LAYERS = {
     "HierarchicalTransformerBlock": (
         lambda: layers.HierarchicalTransformerBlock(C, (H, W), 2, (2, 2), (2, 2)), TOKENS, lambda m, x: m(x, (H, W))
     ),
+    "HyenaND": (lambda: layers.HyenaND(C, 6, order=3, filter_order=5, directional_mode="4dir"), MAP, None),
+    "HyenaOperator": (lambda: layers.HyenaOperator(C, 8, order=3, filter_order=5, bidirectional=True), SHORT, None),
+    "HyperZZWGlobal": (lambda: layers.HyperZZWGlobal(3, 5, 6, 2), (2, 3, 5, 5), None),
+    "HyperZZWLocal": (lambda: layers.HyperZZWLocal(C, 3, 6, 2), (2, C, H, W), None),
     "Int8Attention": (lambda: layers.Int8Attention(C, 2), TOKENS, None),
     "Int8Linear": (lambda: quantised(layers.Int8Linear, activation="gelu"), TOKENS, None),
     "LCM": (lambda: layers.LCM(C), TOKENS, lambda m, x: m(x, (H, W))),
@@ -106,11 +113,13 @@ LAYERS = {
     ),
     "LiteMLA": (lambda: layers.LiteMLA(C, C, dim=4), (2, C, H, W), None),
     "LMU": (lambda: layers.LMU(C, 2, seq_len=8, theta=8), SHORT, lambda m, x: m(x.mT).mT),
+    "LongConv": (lambda: layers.LongConv(C, 12, bidirectional=True, transposed=False, lam=0.01), SHORT, None),
     "Mamba2": (lambda: layers.Mamba2(C, d_state=4, headdim=8), SHORT, None),
     "MatAdd": (lambda: layers.MatAdd(), TOKENS, lambda m, x: m(x, x.transpose(-2, -1))),
     "MLLABlock": (lambda: layers.MLLABlock(C, (H, W), 2), TOKENS, None),
     "MLLAttention": (lambda: layers.MLLAttention(C, (H, W), 2), TOKENS, None),
     "MPCViTAttention": (lambda: layers.MPCViTAttention(C, 2), TOKENS, None),
+    "MultiHeadEMA": (lambda: layers.MultiHeadEMA(C, 3, bidirectional=True), SHORT, None),
     "MultiScaleAttentionBlock": (
         lambda: layers.MultiScaleAttentionBlock(C, 2, 4, merge_ratio=2, local2global=2), (2, 4, 4, C),
         lambda m, x: torch.cat([t.reshape(x.shape[0], -1, C) for t in m(m.tokens(x))], dim=1),
@@ -128,6 +137,7 @@ LAYERS = {
         lambda: layers.NGramWindowPartition(C, 2, 2, 2), MAP, lambda m, x: m(x).unflatten(0, (x.shape[0], -1))
     ),
     "NonCausalSSD": (lambda: layers.NonCausalSSD(C, headdim=8, d_state=4), TOKENS, lambda m, x: m(x, H, W)),
+    "OrchidOperator": (lambda: layers.OrchidOperator(C, 12, filter_order=5), SHORT, None),
     "OutlierLinear": (lambda: quantised(layers.OutlierLinear, threshold=1.5), TOKENS, None),
     "PAMLinear": (lambda: layers.PAMLinear(C, 12), TOKENS, None),
     "PositionAwareTokenModule": (
@@ -140,6 +150,7 @@ LAYERS = {
     "SanaLinearAttention": (lambda: layers.SanaLinearAttention(C, heads=2, dim_head=4), TOKENS, None),
     "ScaleAwareModulation": (lambda: layers.ScaleAwareModulation(C, 2), TOKENS, lambda m, x: m(x, H, W)),
     "SCC": (lambda: layers.SCC(C, (2, 2), (2, 2), 2), MAP, None),
+    "SGConv": (lambda: layers.SGConv(C, l_max=16, kernel_dim=4, bidirectional=True, transposed=False), SHORT, None),
     "ShiftAddAttention": (lambda: layers.ShiftAddAttention(C, 2, res_kernel_size=3), TOKENS, None),
     "SimplifiedLinearAttention": (lambda: layers.SimplifiedLinearAttention(C, (H, W), 2, kernel_size=3), TOKENS, None),
     "SoftmaxFreeAttention": (lambda: layers.SoftmaxFreeAttention(C, 2, 2, 3), TOKENS, lambda m, x: m(x, H, W)),
@@ -158,6 +169,7 @@ LAYERS = {
     "ViRRetention": (lambda: layers.ViRRetention(C, 2, class_token="first"), SHORT, None),
     "VMAMBA2Block": (lambda: layers.VMAMBA2Block(C, (H, W), 2, d_state=4), TOKENS, None),
     "VSSBlock": (lambda: layers.VSSBlock(C, ssm_d_state=1, forward_type="v05_noz", ssm_ratio=1.0), MAP, None),
+    "WavSpA": (lambda: layers.WavSpA(C, 2, wavelet="db2", learned=True), SHORT, None),
     "WindowAttention": (lambda: layers.WindowAttention(C, 2, window_size=4), MAP, lambda m, x: m(x, shift=(2, 2))),
     "XNormAttention": (lambda: layers.XNormAttention(C, 2), TOKENS, None),
 }  # fmt: skip

@@ -26,6 +26,9 @@ from .hit_sr import (
     NGramWindowPartition,
 )
 from .hornet import GnConv
+from .hyena import HyenaOperator
+from .hyena_nd import HyenaND
+from .hyperzzw import HyperZZWGlobal, HyperZZWLocal
 from .int8 import Int8Linear, OutlierLinear, QATLinear
 from .int8_attention import Int8Attention, Int8KVCache
 from .integer import IntGELU, IntLayerNorm, IntSoftmax, QuantAct, QuantConv2d, Quantised, QuantLinear, QuantMatMul
@@ -52,10 +55,13 @@ from .integer_training import (
 )
 from .l2vit import LCM, LGABlock, LinearGlobalAttention
 from .lmuformer import LMU
+from .long_conv import FlashButterfly, LongConv
 from .mamba2 import Mamba2
+from .mega import MultiHeadEMA
 from .mlla import MLLABlock, MLLAttention
 from .mossformer import GatedJointAttention
 from .mpcvit import MPCViTAttention, XNormAttention
+from .orchid import OrchidOperator
 from .pam import PAMLinear
 from .ptq import FakeQuantizer, PTQLinear
 from .retention import MultiScaleRetention, ViRRetention
@@ -68,6 +74,7 @@ from .sana import (
     SanaLinearAttnProcessor,
     sana_attn_processors,
 )
+from .sgconv import SGConv
 from .shift_add import DeployedPow2Linear, MatAdd, Pow2Linear, ShiftAddAttention
 from .slab import LinearNorm, RepBN, SimplifiedLinearAttention, fold_affine, fuse_prepbn
 from .smt import ScaleAwareModulation
@@ -79,6 +86,7 @@ from .tcnca import TCNCA
 from .transnext import AggregatedAttention, ConvGLU, get_relative_position_cpb
 from .vmamba import SS2D, VSSBlock
 from .vssd import NonCausalSSD, VMAMBA2Block
+from .wavspa import WavSpA
 from .window_attention import WindowAttention
 
 __all__ = [
@@ -102,6 +110,7 @@ __all__ = [
     "DualTokenAttention",
     "EcoFormerAttention",
     "FakeQuantizer",
+    "FlashButterfly",
     "FlashGRU",
     "FlashLSTM",
     "FlashSLSTM",
@@ -115,6 +124,10 @@ __all__ = [
     "get_relative_position_cpb",
     "GnConv",
     "HierarchicalTransformerBlock",
+    "HyenaND",
+    "HyenaOperator",
+    "HyperZZWGlobal",
+    "HyperZZWLocal",
     "Int8Attention",
     "Int8KVCache",
     "Int8Linear",
@@ -139,11 +152,13 @@ __all__ = [
     "LiteLAReLURope",
     "LiteMLA",
     "LMU",
+    "LongConv",
     "Mamba2",
     "MatAdd",
     "MLLABlock",
     "MLLAttention",
     "MPCViTAttention",
+    "MultiHeadEMA",
     "MultiScaleAttentionBlock",
     "MultiScaleRetention",
     "NGramContext",
@@ -151,6 +166,7 @@ __all__ = [
     "NGramSCC",
     "NGramWindowPartition",
     "NonCausalSSD",
+    "OrchidOperator",
     "OutlierLinear",
     "PackedBinaryLinear",
     "PAGCFGSanaLinearAttnProcessor",
@@ -178,6 +194,7 @@ __all__ = [
     "SanaLinearAttnProcessor",
     "ScaleAwareModulation",
     "SCC",
+    "SGConv",
     "ShiftAddAttention",
     "SimplifiedLinearAttention",
     "SoftmaxFreeAttention",
@@ -194,6 +211,7 @@ __all__ = [
     "ViRRetention",
     "VMAMBA2Block",
     "VSSBlock",
+    "WavSpA",
     "WindowAttention",
     "XNormAttention",
 ]

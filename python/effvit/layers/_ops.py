@@ -9,6 +9,8 @@ import effvit.ops
 import effvit.reference
 
 from ..ops import _dispatcher
+from ..ops.fft_conv import _as_kernel, _as_map
+from ..ops.fft_conv import _options as _fft_options
 from ..ops.int8_attention import NAMES as _EXPONENTIALS
 from ..ops.rnn_scan import last_state
 from ..reference import int8_attention as _int8_attention
@@ -242,3 +244,52 @@ def rnn_scan(x, weight, bias=None, initial=None, *, cell):
         return effvit.ops.rnn_scan(x, weight, bias, initial, cell=cell, return_state=True)
     out, trace = _reference("rnn_scan", x, weight, bias, initial, cell=cell)
     return out.to(x.dtype), last_state(trace, initial, cell)
+
+
+def dwconv_tokens(x, weight, bias=None, *, causal=True, dilation=1, act="none"):
+    """effvit.dwconv of tokens [B, L, C], each sees those before it, or both sides; float64 in plain PyTorch."""
+    x = _dense(x)
+    if _covered(x.dtype, 0):
+        return effvit.ops.dwconv(x, weight, bias, causal=causal, dilation=dilation, act=act)
+    reach = (weight.shape[-1] - 1) * dilation
+    before = reach if causal else reach // 2
+    options = {"before": (0, before), "after": (0, reach - before), "dilation": (1, dilation), "act": act}
+    return _reference("dwconv", x.unsqueeze(1), weight, bias, **options).squeeze(1).to(x.dtype)
+
+
+def dwconv_same(x, weight, bias=None):
+    """effvit.dwconv of a map [B, H, W, C], which keeps its size; float64 in plain PyTorch."""
+    x = _dense(x)
+    if _covered(x.dtype, 0):
+        return effvit.ops.dwconv(x, weight, bias)
+    reach = [n - 1 for n in weight.shape[-2:]]
+    before = [n // 2 for n in reach]
+    after = [n - b for n, b in zip(reach, before, strict=True)]
+    return _reference("dwconv", x, weight.squeeze(1), bias, before=before, after=after).to(x.dtype)
+
+
+def fft_conv_spectrum(k, size, **options):
+    """effvit.fft_conv_spectrum, in any dtype."""
+    return effvit.ops.fft_conv_spectrum(k, size, **options)
+
+
+def fft_conv(
+    u, k=None, d=None, *, pregate=None, postgate=None, k_rev=None, spectrum=None, mode="causal", channels_last=False,
+    act="none", kernel_scale=1.0,
+):  # fmt: skip
+    """effvit.fft_conv; float64 in plain PyTorch. Gates are cast to the dtype of u."""
+    pregate, postgate = (t if t is None else t.to(u.dtype) for t in (pregate, postgate))
+    if channels_last:
+        u, pregate, postgate = (t if t is None else _dense(t) for t in (u, pregate, postgate))
+    if _covered(u.dtype, 0):
+        return effvit.ops.fft_conv(
+            u, k, d, pregate=pregate, postgate=postgate, k_rev=k_rev, spectrum=spectrum, mode=mode,
+            channels_last=channels_last, act=act, kernel_scale=kernel_scale,
+        )  # fmt: skip
+    axes = u.dim() - 2
+    maps = [_as_map(t, axes, channels_last) for t in (u, pregate, postgate)]
+    k, k_rev, spectrum = (_as_kernel("k", t, axes) for t in (k, k_rev, spectrum))
+    spectrum = None if spectrum is None else torch.view_as_real(spectrum.resolve_conj())
+    options = _fft_options("fft_conv", axes, mode, None) | {"act": ("none", "gelu", "silu").index(act)}
+    out = _reference("fft_conv", maps[0], k, d, *maps[1:], k_rev, spectrum, **options, kernel_scale=kernel_scale)
+    return out.reshape(u.shape).to(u.dtype)

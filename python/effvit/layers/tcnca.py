@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._ops import softmax_attention
-from ._tokens import convolve_tokens
+from ._ops import dwconv_tokens, softmax_attention
 
 
 class TemporalConvolutions(nn.Module):
@@ -21,7 +20,8 @@ class TemporalConvolutions(nn.Module):
 
     def forward(self, x):
         for conv in self.convs:
-            x = x + F.silu(convolve_tokens(conv, x, self.causal))
+            dilation = conv.dilation[0]
+            x = x + dwconv_tokens(x, conv.weight, conv.bias, causal=self.causal, dilation=dilation, act="silu")
         return x
 
 
