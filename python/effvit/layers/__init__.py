@@ -9,6 +9,9 @@ from .atlas import MultiScaleAttentionBlock
 from .binary import BinaryAttention, BinaryLinear, PackedBinaryLinear
 from .block_sparse import BlockSparseInt8Linear, BlockSparseLinear
 from .casvit import AdditiveBlock, AdditiveTokenMixer
+from .codenet import DeformConvSquareDepthWise
+from .cpe import ConvPosEnc, LePEAttention, PosConv
+from .dct import DCTAttention
 from .dualtoken import DualTokenAttention, PositionAwareTokenModule, TokenToMapAttention
 from .ecoformer import EcoFormerAttention
 from .efficientvit import LiteMLA
@@ -26,6 +29,8 @@ from .hit_sr import (
     NGramWindowPartition,
 )
 from .hornet import GnConv
+from .im2win import Im2winConv2d, im2win
+from .inception_next import InceptionDWConv2d
 from .int8 import Int8Linear, OutlierLinear, QATLinear
 from .int8_attention import Int8Attention, Int8KVCache
 from .integer import IntGELU, IntLayerNorm, IntSoftmax, QuantAct, QuantConv2d, Quantised, QuantLinear, QuantMatMul
@@ -58,6 +63,7 @@ from .mossformer import GatedJointAttention
 from .mpcvit import MPCViTAttention, XNormAttention
 from .pam import PAMLinear
 from .ptq import FakeQuantizer, PTQLinear
+from .replknet import ReparamLargeKernelConv, RepLKBlock
 from .retention import MultiScaleRetention, ViRRetention
 from .sana import (
     LiteLA,
@@ -73,10 +79,13 @@ from .slab import LinearNorm, RepBN, SimplifiedLinearAttention, fold_affine, fus
 from .smt import ScaleAwareModulation
 from .soft import SoftmaxFreeAttention, SoftmaxFreeNormAttention
 from .sparse24 import Sparse24Int8Linear, Sparse24Linear
+from .svt import ScatteringBlock, ScatteringChannelMixing
 from .swin_block import SwinTransformerBlock
 from .table import TableFunction, TableGELU, TableSoftmax
 from .tcnca import TCNCA
 from .transnext import AggregatedAttention, ConvGLU, get_relative_position_cpb
+from .tvconv import TVConv
+from .unireplknet import DilatedReparamBlock, UniRepLKNetBlock
 from .vmamba import SS2D, VSSBlock
 from .vssd import NonCausalSSD, VMAMBA2Block
 from .window_attention import WindowAttention
@@ -98,7 +107,11 @@ __all__ = [
     "ConvFFN",
     "ConvGLU",
     "ConvHierarchicalTransformerBlock",
+    "ConvPosEnc",
+    "DCTAttention",
+    "DeformConvSquareDepthWise",
     "DeployedPow2Linear",
+    "DilatedReparamBlock",
     "DualTokenAttention",
     "EcoFormerAttention",
     "FakeQuantizer",
@@ -115,6 +128,9 @@ __all__ = [
     "get_relative_position_cpb",
     "GnConv",
     "HierarchicalTransformerBlock",
+    "im2win",
+    "Im2winConv2d",
+    "InceptionDWConv2d",
     "Int8Attention",
     "Int8KVCache",
     "Int8Linear",
@@ -132,6 +148,7 @@ __all__ = [
     "IntLayerNorm",
     "IntSoftmax",
     "LCM",
+    "LePEAttention",
     "LGABlock",
     "LinearGlobalAttention",
     "LinearNorm",
@@ -156,6 +173,7 @@ __all__ = [
     "PAGCFGSanaLinearAttnProcessor",
     "PAGIdentitySanaLinearAttnProcessor",
     "PAMLinear",
+    "PosConv",
     "PositionAwareTokenModule",
     "Pow2Linear",
     "PTQLinear",
@@ -172,11 +190,15 @@ __all__ = [
     "QuantStage",
     "QuantSwin",
     "QuantViT",
+    "ReparamLargeKernelConv",
     "RepBN",
+    "RepLKBlock",
     "sana_attn_processors",
     "SanaLinearAttention",
     "SanaLinearAttnProcessor",
     "ScaleAwareModulation",
+    "ScatteringBlock",
+    "ScatteringChannelMixing",
     "SCC",
     "ShiftAddAttention",
     "SimplifiedLinearAttention",
@@ -191,6 +213,8 @@ __all__ = [
     "TableSoftmax",
     "TCNCA",
     "TokenToMapAttention",
+    "TVConv",
+    "UniRepLKNetBlock",
     "ViRRetention",
     "VMAMBA2Block",
     "VSSBlock",

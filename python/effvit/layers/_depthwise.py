@@ -3,34 +3,32 @@
 import torch
 from torch import nn
 
+from ..reference.dwconv_glu import ACTIVATIONS
 from ._ops import dwconv
 from ._tokens import convolve, is_hooked
 
 
-def is_operators(conv):
-    """Whether the operator computes what calling the module does: depthwise, stride 1, zeros around the map."""
-    if type(conv) is not nn.Conv2d or is_hooked(conv) or conv.padding_mode != "zeros" or conv.stride != (1, 1):
-        return False
+def fits(conv):
+    """Whether the geometry is one of the operator: depthwise, stride 1, as many zeros on either side of the map."""
     depthwise = conv.groups == conv.in_channels == conv.out_channels
-    return depthwise and not isinstance(conv.padding, str) and _dilation(conv) is not None
+    return depthwise and conv.padding_mode == "zeros" and conv.stride == (1, 1) and not isinstance(conv.padding, str)
 
 
-def _dilation(conv):
-    """One number where the taps of every axis with several of them have the same distance, else None."""
-    found = {d for d, k in zip(conv.dilation, conv.kernel_size, strict=True) if k > 1}
-    return found.pop() if len(found) == 1 else None if found else 1
+def is_operators(conv):
+    """Whether the operator computes all that calling the module does."""
+    return type(conv) is nn.Conv2d and not is_hooked(conv) and fits(conv)
 
 
-def depthwise(conv, x):
-    """conv(x) for a map x [B, H, W, C] -> [B, H', W', C]: by the operator, or by calling a conv that does more."""
-    if not is_operators(conv):
-        return convolve(conv, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return dwconv(x, conv.weight, conv.bias, padding=conv.padding, dilation=_dilation(conv))
+def depthwise(conv, x, act="none"):
+    """act(conv(x)) for a map x [B, H, W, C] -> [B, H', W', C]: by the operator, or by calling a conv that does more."""
+    if is_operators(conv):
+        return dwconv(x, conv.weight, conv.bias, padding=conv.padding, dilation=conv.dilation, act=act)
+    return ACTIVATIONS[act](convolve(conv, x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
-def depthwise_map(conv, x):
-    """conv(x) for x [B, C, H, W]; the result is channels last."""
-    return depthwise(conv, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+def depthwise_map(conv, x, act="none"):
+    """act(conv(x)) for x [B, C, H, W]; the result is channels last."""
+    return depthwise(conv, x.permute(0, 2, 3, 1), act).permute(0, 3, 1, 2)
 
 
 def fold_norm(name, norm, weight, bias=None):

@@ -13,17 +13,16 @@ from ._tokens import convolve
 class DeformConvSquareDepthWise(nn.Module):
     """CoDeNet's deformable convolution (arXiv:2006.08357), a drop-in for its class: depthwise, bounded and square.
 
-    x [B, in_channels, H, W] -> [B, out_channels, H', W'], channels last. One offset s a position, of 0 to `offset_bound`
+    x [B, in_channels, H, W] -> [B, out_channels, H, W], channels last. One offset s a position, of 0 to `offset_bound`
     pixels, spreads the 3 x 3 taps::
 
         x = point_wise(x);    s = clamp(conv_offset(x), 0, offset_bound)
         out[c, y, x] = sum_ij weight[c, i, j] x[c, y + (i - 1) (dilation + s), x + (j - 1) (dilation + s)]
 
     with linear interpolation between pixels and zeros outside of the map. All taps share the fraction of s: a tap reads
-    four pixels, those beside the middle two and the middle one. H' and W' are those of conv_offset(x), which has stride
-    1: so stride is 1 and padding dilation, ValueError otherwise (the original's kernel reads offsets beyond the end).
-    kernel_size must be 3, deformable_groups 1 and bias False, as there. Differentiable in everything. Sums are in
-    float32. It runs in PyTorch on every device.
+    four pixels, those beside the middle two and the middle one. Sums are in float32. Differentiable in everything. It
+    runs in PyTorch on every device. ValueError where stride is not 1 or padding not dilation (offsets are those of x),
+    where kernel_size is not 3, deformable_groups not 1, bias not False (as there) or offset_bound negative.
 
     Compared with DequanWang/CoDeNet, detectron2/layers/deform_conv_hw.py at d4a20bd. The weight is initialised as a
     convolution's (the original leaves it undefined).

@@ -16,7 +16,11 @@ from .window_attention import window_merge, window_partition
 def _add_convolved(conv, x):
     """x + conv(x) for x [B, H, W, C], in one pass where nothing but a convolution that keeps the size happens."""
     h, w = conv.kernel_size
-    if not is_operators(conv) or conv.dilation != (1, 1) or (2 * conv.padding[0] + 1, 2 * conv.padding[1] + 1) != (h, w):
+    if (
+        not is_operators(conv)
+        or conv.dilation != (1, 1)
+        or (2 * conv.padding[0] + 1, 2 * conv.padding[1] + 1) != (h, w)
+    ):
         return x + depthwise(conv, x)
     # The tap in the middle takes x along. In float32: a weight of 16 bits would lose its digits beside the 1.
     weight = conv.weight.to(torch.promote_types(conv.weight.dtype, torch.float32))
@@ -92,9 +96,9 @@ class LePEAttention(nn.Module):
         softmax(q k^T / sqrt(head dim)) v + get_v(v)
 
     with `get_v` a depthwise 3 x 3 convolution that sees zeros beyond its window. No window is copied; with `attn_drop`
-    in training, in float64, with more than 256 channels a head and with hooks on `attn_drop`, it runs in plain PyTorch. `dim_out` and `proj_drop`
-    are accepted and unused, as in the original. ValueError where idx is another one, where split_size does not divide
-    resolution, or num_heads not dim.
+    in training, in float64, with more than 256 channels a head and with hooks on `attn_drop`, attention runs in plain
+    PyTorch. `dim_out` and `proj_drop` are accepted and unused, as in the original. ValueError where idx is another one,
+    where split_size does not divide resolution, or num_heads not dim.
 
     Compared with microsoft/CSWin-Transformer, models/cswin.py at 71fcfce.
     """
@@ -132,10 +136,7 @@ class LePEAttention(nn.Module):
             q, k, v = (t.unflatten(-1, heads) for t in (q, k, v))
             return effvit.ops.window_attention(q, k, v, window=window, scale=self.scale)[0].flatten(-2)
         q, k, v = (window_partition(t, window).unflatten(-1, heads).transpose(1, 2) for t in (q, k, v))
-        if active:
-            y = drop((q * self.scale @ k.mT).softmax(-1)) @ v
-        else:
-            y = softmax_attention(q, k, v, scale=self.scale)
+        y = drop((q * self.scale @ k.mT).softmax(-1)) @ v if active else softmax_attention(q, k, v, scale=self.scale)
         return window_merge(y.transpose(1, 2).flatten(2), window, self.resolution, self.resolution)
 
     def _encode(self, v, window):

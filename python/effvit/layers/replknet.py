@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._depthwise import batch_norm, depthwise_map, fold_norm, like_conv
-from ._tokens import convolve
+from ._tokens import convolve, is_hooked
 from .swin_block import DropPath
 
 
@@ -121,8 +121,13 @@ class RepLKBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x):
-        y = self.large_kernel(self.pw1(self.prelkb_bn(x)))
-        return x + self.drop_path(self.pw2(self.lk_nonlinear(y)))
+        y, large, act = self.pw1(self.prelkb_bn(x)), self.large_kernel, self.lk_nonlinear
+        merged = hasattr(large, "lkb_reparam") and type(act) is nn.ReLU
+        if merged and not (is_hooked(large) or is_hooked(act)):
+            y = depthwise_map(large.lkb_reparam, y, act="relu")
+        else:
+            y = act(large(y))
+        return x + self.drop_path(self.pw2(y))
 
     def reparameterize(self):
         """See `ReparamLargeKernelConv.reparameterize`."""
