@@ -15,12 +15,9 @@ from .window_attention import window_merge, window_partition
 
 def _add_convolved(conv, x):
     """x + conv(x) for x [B, H, W, C], in one pass where nothing but a convolution that keeps the size happens."""
-    h, w = conv.kernel_size
-    if (
-        not is_operators(conv)
-        or conv.dilation != (1, 1)
-        or (2 * conv.padding[0] + 1, 2 * conv.padding[1] + 1) != (h, w)
-    ):
+    (h, w), (py, px) = conv.kernel_size, conv.padding if is_operators(conv) else (-1, -1)
+    keeps = (h, w) == (2 * py + 1, 2 * px + 1) and conv.dilation == (1, 1)
+    if not keeps or torch.is_autocast_enabled(x.device.type):  # which would round x as well
         return x + depthwise(conv, x)
     # The tap in the middle takes x along. In float32: a weight of 16 bits would lose its digits beside the 1.
     weight = conv.weight.to(torch.promote_types(conv.weight.dtype, torch.float32))
