@@ -247,7 +247,8 @@ def patch(model: torch.nn.Module, verify: bool = True, example=None, verbose: bo
         what = "; ".join(f"{n} x {module}: {detail}" for (module, detail), n in kinds.items()) or "no attention module"
         raise ValueError(
             "effvit.patch: model must contain a block that effvit replaces (timm's Swin v1 SwinTransformerBlock, "
-            f"EfficientViT (MIT) LiteMLA, ViT Attention, InceptionNeXt InceptionDWConv2d), got {class_name(model)} with {what}"
+            "EfficientViT (MIT) LiteMLA, ViT Attention, InceptionNeXt InceptionDWConv2d), got "
+            f"{class_name(model)} with {what}"
         )
     rows, wrong = [], []
     generator = torch.Generator().manual_seed(0)
