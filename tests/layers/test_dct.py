@@ -22,12 +22,21 @@ def dct(x):
     return (y * torch.where(k == 0, math.sqrt(1 / n), math.sqrt(2 / n))).to(dtype)
 
 
-def inverse(x, n):
-    """The sum of its cosines."""
+def cosines(m, n, dtype):
+    """The first m basis vectors [m, n]."""
+    k, i = torch.arange(m, dtype=dtype)[:, None], torch.arange(n, dtype=dtype)
+    return torch.cos(math.pi / n * k * (i + 0.5)) * torch.where(k == 0, math.sqrt(1 / n), math.sqrt(2 / n))
+
+
+def summed(x):
+    """As `dct`, by sums of cosines."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    k, i = torch.arange(x.shape[1], dtype=wide)[:, None], torch.arange(n, dtype=wide)
-    cosines = torch.cos(math.pi / n * k * (i + 0.5)) * torch.where(k == 0, math.sqrt(1 / n), math.sqrt(2 / n))
-    return torch.einsum("bkd,kn->bnd", x.to(wide), cosines).to(x.dtype)
+    return torch.einsum("bnd,kn->bkd", x.to(wide), cosines(x.shape[1], x.shape[1], wide)).to(x.dtype)
+
+
+def inverse(x, n):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.einsum("bkd,kn->bnd", x.to(wide), cosines(x.shape[1], n, wide)).to(x.dtype)
 
 
 def attend(m, q, k, v):
@@ -38,7 +47,7 @@ def attend(m, q, k, v):
     return torch.cat(out, -1)
 
 
-def plain(m, x, mask=None):
+def plain(m, x, mask=None, dct=dct):
     if m.compress == "x":
         y = dct(x)[:, : m.max_m]
         y = attend(m, m.fc_q(y), m.fc_k(y), m.fc_v(y))
@@ -50,12 +59,16 @@ def plain(m, x, mask=None):
     return m.fc_o(inverse(y, x.shape[1]))
 
 
+def other(m, x):
+    return plain(m, x, dct=summed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("compress", ["x", "qkv"])
 @pytest.mark.parametrize("max_m, head_dim", [(4, None), (16, 5)])
 def test_like_the_formula(max_m, head_dim, compress, dtype):
     m = randomise(DCTAttention(DIM, 3, max_m, head_dim, compress)).to(dtype)
-    check(m, plain, tokens(2, N, DIM, dtype=dtype))
+    check(m, plain, tokens(2, N, DIM, dtype=dtype), also=[other])
 
 
 def test_a_mask():
@@ -82,7 +95,7 @@ def test_dropout_is_active_in_training_only():
 def test_autocast():
     for compress in ("x", "qkv"):
         m = randomise(DCTAttention(DIM, 3, 4, compress=compress))
-        check(m, plain, tokens(2, N, DIM), autocast=torch.bfloat16)
+        check(m, plain, tokens(2, N, DIM), also=[other], autocast=torch.bfloat16)
 
 
 def test_errors():

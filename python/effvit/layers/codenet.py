@@ -24,7 +24,8 @@ class DeformConvSquareDepthWise(nn.Module):
     runs in PyTorch on every device. ValueError where stride is not 1 or padding not dilation (offsets are those of x),
     where kernel_size is not 3, deformable_groups not 1, bias not False (as there) or offset_bound negative.
 
-    Compared with DequanWang/CoDeNet, detectron2/layers/deform_conv_hw.py at d4a20bd. The weight is initialised as a
+    After DequanWang/CoDeNet, detectron2/layers/deform_conv_hw.py at d4a20bd, whose kernel is CUDA alone; the tests
+    compare with its formula. The weight is initialised as a
     convolution's (the original leaves it undefined).
     """
 

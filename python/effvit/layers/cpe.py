@@ -97,7 +97,7 @@ class LePEAttention(nn.Module):
     PyTorch. `dim_out` and `proj_drop` are accepted and unused, as in the original. ValueError where idx is another one,
     where split_size does not divide resolution, or num_heads not dim.
 
-    Compared with microsoft/CSWin-Transformer, models/cswin.py at 71fcfce.
+    Compared with microsoft/CSWin-Transformer, models/cswin.py at f111ae2.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ class DCTAttention(nn.Module):
     ValueError where compress is another word, max_m is below 1, n_heads does not divide emb_dim and head_dim is not
     given, dropout or mask do not go with compress.
 
-    Compared with cscribano/DCT-Former-Public, models/attention at d3b3696. Differences: arguments in place of a
+    Compared with cscribano/DCT-Former-Public, models/attention at f6b804a. Differences: arguments in place of a
     configuration, and N may be any number (there, a constant where maxN is given).
     """
 

@@ -37,7 +37,7 @@ class ReparamLargeKernelConv(nn.Module):
     with a bias (`lkb_reparam`) of it, for evaluation; `small_kernel_merged=True` constructs that, as the state_dict
     of a merged layer needs it. groups = in_channels = out_channels is what the operator takes, others run in PyTorch.
 
-    Compared with DingXiaoH/RepLKNet-pytorch, replknet.py at 3209bf6. Differences: nothing is printed; sizes are odd,
+    Compared with DingXiaoH/RepLKNet-pytorch, replknet.py at b76808a. Differences: nothing is printed; sizes are odd,
     ValueError otherwise (the original pads even ones to another size); `sync_bn` in place of a global switch.
     """
 
@@ -101,7 +101,7 @@ class RepLKBlock(nn.Module):
     and pw2 are 1 x 1 with BatchNorm, `large_kernel` is a `ReparamLargeKernelConv` of dw_channels. `reparameterize()`
     merges its kernels for evaluation; small_kernel_merged=True constructs the merged block.
 
-    Compared with DingXiaoH/RepLKNet-pytorch, replknet.py at 3209bf6; see `ReparamLargeKernelConv`.
+    Compared with DingXiaoH/RepLKNet-pytorch, replknet.py at b76808a; see `ReparamLargeKernelConv`.
     """
 
     def __init__(

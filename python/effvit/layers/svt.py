@@ -116,7 +116,7 @@ class ScatteringChannelMixing(nn.Module):
     float32; the result has the dtype of x. ValueError where dim is not a multiple of num_blocks, no size is known for
     it, or the map has another one.
 
-    Compared with badripatro/svt, svt.py at 892d12d. Differences: any dim and size, exact gradients at the border, and
+    Compared with badripatro/svt, svt.py at fcbc9b3. Differences: any dim and size, exact gradients at the border, and
     the wavelets' filters are no parameters: those of a state_dict (`xfm.`, `ifm.`) are dropped when it is loaded.
     """
 
@@ -207,7 +207,7 @@ class ScatteringBlock(nn.Module):
     x + attn(norm1(x)), x + mlp(norm2(x)), with `ScatteringChannelMixing` and PVT v2's feed-forward layer (the operator
     with GELU in its pass). state_dict as there; `num_heads` and `sr_ratio` are accepted and unused, as there.
 
-    Compared with badripatro/svt, svt.py at 892d12d; see `ScatteringChannelMixing`.
+    Compared with badripatro/svt, svt.py at fcbc9b3; see `ScatteringChannelMixing`.
     """
 
     def __init__(

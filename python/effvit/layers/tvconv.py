@@ -37,7 +37,7 @@ class TVConv(nn.Module):
 
     ValueError where TVConv_k is even or x has another size.
 
-    Compared with JierunChen/TVConv, face_recognition/model/atoms/TVConv.py at 06855dc, also its state_dict: the numbers
+    Compared with JierunChen/TVConv, face_recognition/model/atoms/TVConv.py at 609d4bf, also its state_dict: the numbers
     among its buffers are checked when they are loaded. Other keywords are accepted and unused, as there.
     """
 

@@ -35,7 +35,7 @@ class DilatedReparamBlock(nn.Module):
     a large one with zeros between its taps: `reparameterize()`, `merge_dilated_branches()` in the original, makes one
     convolution with a bias of all, for evaluation; deploy=True constructs that.
 
-    Compared with AILab-CVC/UniRepLKNet, unireplknet.py at 2016283. `attempt_use_lk_impl` is accepted and unused.
+    Compared with AILab-CVC/UniRepLKNet, unireplknet.py at b5677d8. `attempt_use_lk_impl` is accepted and unused.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class UniRepLKNetBlock(nn.Module):
     others. `reparameterize()` folds branches, norms, gamma and GRN's beta into the convolution and the last linear
     layer, for evaluation; deploy=True constructs the result, as the state_dict of such a block needs it.
 
-    Compared with AILab-CVC/UniRepLKNet, unireplknet.py at 2016283. Differences: nothing is printed, and
+    Compared with AILab-CVC/UniRepLKNet, unireplknet.py at b5677d8. Differences: nothing is printed, and
     `attempt_use_lk_impl` is accepted and unused.
     """
 
