@@ -90,6 +90,8 @@ def absolute_terms(module, found):
         m.absolute_terms = found, f"gradient of {name}." if name else "gradient of "  # for `spread`
         if not isinstance(m, (nn.Linear, nn.Conv2d, *norms)) or m.weight is None:
             continue
+        if isinstance(m, nn.LayerNorm) and len(m.normalized_shape) > 1:  # over a whole map: one term per sample
+            continue
 
         def forward(m, args, y, name=name):
             channels = 1 if isinstance(m, (nn.Conv2d, norms[0])) else y.dim() - 1

@@ -73,6 +73,11 @@ def test_merged(options, dtype):
     other.load_state_dict(merged.state_dict(), strict=True)
     assert_bitwise_equal(other(x), merged(x))
     check(merged, block, x, is_map=True)  # its gradients
+    other = make(**options, small_kernel_merged=True).to(dtype).eval()
+    before = set(state := m.state_dict())
+    other.load_state_dict(state, strict=True)  # that of the block as it was trained
+    assert_bitwise_equal(other(x), merged(x))
+    assert set(state) == before
 
 
 def test_merged_weights_are_those_of_both_kernels():
@@ -127,6 +132,15 @@ def test_errors():
     with pytest.raises(ValueError, match="every BatchNorm must have running statistics, got one without"):
         m.reparameterize()
     assert hasattr(m.large_kernel, "lkb_origin")
+
+
+def test_a_trained_state_dict_that_does_not_fit():
+    state = make().state_dict()
+    del state["large_kernel.small_conv.bn.bias"]
+    with pytest.raises(RuntimeError, match="Missing key.*small_conv.bn.bias"):
+        make(small_kernel_merged=True).load_state_dict(state)
+    with pytest.raises(RuntimeError, match="size mismatch for lkb_origin.conv.weight"):
+        make(small_kernel_merged=True, block_lk_size=7).load_state_dict(make().state_dict())
 
 
 def test_stochastic_depth_and_synchronised_norms():

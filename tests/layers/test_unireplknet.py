@@ -55,6 +55,9 @@ def test_merged_branches(kernel_size):
     m, x = randomise(DilatedReparamBlock(8, kernel_size)).eval(), tokens(*SHAPE)
     check(m, dilated, x, is_map=True)
     merged = check_merged(m, x, yardsticks=[dilated])
+    other = DilatedReparamBlock(8, kernel_size, deploy=True).eval()
+    other.load_state_dict(m.state_dict(), strict=True)
+    assert_bitwise_equal(other(x), merged(x))
     half = kernel_size // 2
     padded = F.pad(x.double(), (half, half, half, half))
     y = merged.lk_origin.bias.double().view(-1, 1, 1)
@@ -76,6 +79,9 @@ def test_merged(options, dtype):
     other.load_state_dict(merged.state_dict(), strict=True)
     assert_bitwise_equal(other(x), merged(x))
     check(merged, block, x, is_map=True)
+    other = make(**options, deploy=True).to(dtype).eval()
+    other.load_state_dict(m.state_dict(), strict=True)  # that of the block as it was trained
+    assert_bitwise_equal(other(x), merged(x))
 
 
 def test_checkpointing_changes_nothing():

@@ -57,3 +57,27 @@ def like_conv(conv, weight, bias):
 
 def batch_norm(channels, sync, factory):
     return (nn.SyncBatchNorm if sync else nn.BatchNorm2d)(channels, **factory)
+
+
+def merge_on_load(state_dict, prefix, like, make, error_msgs):
+    """Replaces the state of a layer as it is trained, below `prefix`, by that of the merged one.
+
+    make() constructs the layer to merge, `like` names a weight whose device and dtype the result gets. For
+    `_load_from_state_dict`: what is missing or has another shape becomes one of `error_msgs`.
+    """
+    own = {name: t for name, t in state_dict.items() if name.startswith(prefix)}
+    if any(t.is_meta for t in own.values()):
+        return
+    with torch.device("cpu"):
+        trained = make().double()
+    try:
+        trained.load_state_dict({name.removeprefix(prefix): t for name, t in own.items()})
+        trained.reparameterize()
+    except (RuntimeError, ValueError) as e:
+        error_msgs.append(str(e))
+        return
+    for name in own:
+        del state_dict[name]
+    weight = own[prefix + like]
+    for name, t in trained.state_dict().items():
+        state_dict[prefix + name] = t.to(weight) if t.is_floating_point() else t

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._depthwise import batch_norm, depthwise_map, fold_norm, like_conv
+from ._depthwise import batch_norm, depthwise_map, fold_norm, like_conv, merge_on_load
 from ._tokens import convolve, is_hooked
 from .swin_block import DropPath
 
@@ -34,8 +34,9 @@ class ReparamLargeKernelConv(nn.Module):
         out = bn(conv_large(x)) + bn(conv_small(x))
 
     `small_kernel` is an odd size or None. `reparameterize()`, `merge_kernel()` in the original, makes one convolution
-    with a bias (`lkb_reparam`) of it, for evaluation; `small_kernel_merged=True` constructs that, as the state_dict
-    of a merged layer needs it. groups = in_channels = out_channels is what the operator takes, others run in PyTorch.
+    with a bias (`lkb_reparam`) of it, for evaluation; `small_kernel_merged=True` constructs that, and takes state_dicts
+    of merged layers or of trained ones, which it merges (in float64) when it loads them. groups = in_channels =
+    out_channels at stride 1 is what the operator takes, others run in PyTorch.
 
     Compared with DingXiaoH/RepLKNet-pytorch, replknet.py at b76808a. Differences: nothing is printed; sizes are odd,
     ValueError otherwise (the original pads even ones to another size); `sync_bn` in place of a global switch.
@@ -63,6 +64,18 @@ class ReparamLargeKernelConv(nn.Module):
             self.lkb_origin = ConvNorm(in_channels, out_channels, kernel_size, **options)
             if small_kernel is not None:
                 self.small_conv = ConvNorm(in_channels, out_channels, small_kernel, **options)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):  # fmt: skip
+        like = "lkb_origin.conv.weight"
+        if hasattr(self, "lkb_reparam") and prefix + like in state_dict:
+            conv = self.lkb_reparam
+            args = (conv.in_channels, conv.out_channels, self.kernel_size, conv.stride, conv.groups, self.small_kernel)
+            merge_on_load(state_dict, prefix, like, lambda: ReparamLargeKernelConv(*args), error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )  # fmt: skip
 
     def forward(self, x):
         if hasattr(self, "lkb_reparam"):

@@ -1,10 +1,12 @@
 """UniRepLKNet: a large depthwise convolution trained beside dilated ones, which are merged into it for inference."""
 
+import functools
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ._depthwise import batch_norm, depthwise_map, fold_norm, like_conv
+from ._depthwise import batch_norm, depthwise_map, fold_norm, like_conv, merge_on_load
 from ._tokens import convolve
 from .swin_block import DropPath
 
@@ -33,7 +35,8 @@ class DilatedReparamBlock(nn.Module):
     x [B, channels, H, W] -> the same shape, channels last: the sum of BatchNorms of a depthwise convolution of
     `kernel_size` (5, 7, .., 17; ValueError otherwise) and of smaller, dilated ones, see BRANCHES. A dilated kernel is
     a large one with zeros between its taps: `reparameterize()`, `merge_dilated_branches()` in the original, makes one
-    convolution with a bias of all, for evaluation; deploy=True constructs that.
+    convolution with a bias of all, for evaluation; deploy=True constructs that, and takes state_dicts of merged layers
+    or of trained ones, which it merges (in float64) when it loads them.
 
     Compared with AILab-CVC/UniRepLKNet, unireplknet.py at b5677d8. `attempt_use_lk_impl` is accepted and unused.
     """
@@ -54,6 +57,17 @@ class DilatedReparamBlock(nn.Module):
                 setattr(self, conv, _conv(channels, size, dilation, factory=factory))
                 setattr(self, bn, batch_norm(channels, use_sync_bn, factory))
 
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):  # fmt: skip
+        if not hasattr(self, "origin_bn") and prefix + "origin_bn.weight" in state_dict:
+            conv = self.lk_origin
+            make = functools.partial(DilatedReparamBlock, conv.in_channels, conv.kernel_size[0])
+            merge_on_load(state_dict, prefix, "lk_origin.weight", make, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )  # fmt: skip
+
     def _names(self):
         """(name of the convolution, of its norm, size, dilation) of every branch."""
         branches = zip(self.kernel_sizes, self.dilates, strict=True)
@@ -71,22 +85,29 @@ class DilatedReparamBlock(nn.Module):
     @torch.no_grad()
     def reparameterize(self):
         """Merges all branches, in float64; nothing where that has been done. ValueError: no running statistics."""
-        if not hasattr(self, "origin_bn"):
-            return
+        if hasattr(self, "origin_bn"):
+            self._deploy(*self._merged())
+
+    def _merged(self):
+        """(weight, bias) in float64 of the one convolution."""
         name, large = type(self).__name__, self.lk_origin.kernel_size[0]
+        if not hasattr(self, "origin_bn"):
+            return self.lk_origin.weight.double(), self.lk_origin.bias.double()
         weight, bias = fold_norm(name, self.origin_bn, self.lk_origin.weight, self.lk_origin.bias)
-        folded = [
-            (fold_norm(name, getattr(self, bn), getattr(self, conv).weight), large // 2 - r * (k // 2), r)
-            for conv, bn, k, r in self._names()
-        ]
-        for (branch, shift), margin, r in folded:
+        for conv, bn, k, r in self._names():
+            branch, shift = fold_norm(name, getattr(self, bn), getattr(self, conv).weight)
+            margin = large // 2 - r * (k // 2)
             weight[..., margin : large - margin : r, margin : large - margin : r] += branch
             bias = bias + shift
+        return weight, bias
+
+    def _deploy(self, weight, bias):
         self.lk_origin = like_conv(self.lk_origin, weight, bias)
-        del self.origin_bn
-        for conv, bn, _, _ in self._names():
-            delattr(self, conv)
-            delattr(self, bn)
+        if hasattr(self, "origin_bn"):
+            del self.origin_bn
+            for conv, bn, _, _ in self._names():
+                delattr(self, conv)
+                delattr(self, bn)
 
     merge_dilated_branches = reparameterize
 
@@ -149,7 +170,8 @@ class UniRepLKNetBlock(nn.Module):
 
     kernel_size 0 has no convolution and no norm, 3 and 5 a plain one, 7 to 17 a `DilatedReparamBlock`; ValueError for
     others. `reparameterize()` folds branches, norms, gamma and GRN's beta into the convolution and the last linear
-    layer, for evaluation; deploy=True constructs the result, as the state_dict of such a block needs it.
+    layer, for evaluation; deploy=True constructs the result, and takes state_dicts of merged blocks or of trained ones,
+    which it merges (in float64) when it loads them.
 
     Compared with AILab-CVC/UniRepLKNet, unireplknet.py at b5677d8. Differences: nothing is printed, and
     `attempt_use_lk_impl` is accepted and unused.
@@ -165,6 +187,7 @@ class UniRepLKNetBlock(nn.Module):
             raise ValueError(f"effvit::UniRepLKNetBlock: kernel_size must be one of {sizes}, got {kernel_size}")
         factory = {"device": device, "dtype": dtype}
         self.with_cp = with_cp
+        self._sizes, self._ffn_factor = (dim, kernel_size), ffn_factor
         if kernel_size == 0:
             self.dwconv = nn.Identity()
         elif kernel_size >= 7:
@@ -182,6 +205,18 @@ class UniRepLKNetBlock(nn.Module):
         scaled = not deploy and layer_scale_init_value is not None and layer_scale_init_value > 0
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale_init_value, **factory)) if scaled else None
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):  # fmt: skip
+        like = "pwconv2.0.weight"
+        if len(self.pwconv2) == 2 and prefix + "pwconv2.2.weight" in state_dict:
+            scale = 1.0 if prefix + "gamma" in state_dict else None
+            make = functools.partial(UniRepLKNetBlock, *self._sizes, layer_scale_init_value=scale)
+            merge_on_load(state_dict, prefix, like, lambda: make(ffn_factor=self._ffn_factor), error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )  # fmt: skip
 
     def compute_residual(self, x):
         y = depthwise_map(self.dwconv, x) if isinstance(self.dwconv, nn.Conv2d) else self.dwconv(x)
@@ -203,17 +238,15 @@ class UniRepLKNetBlock(nn.Module):
 
         ValueError where a norm has no running statistics.
         """
-        name = type(self).__name__
-        if isinstance(self.dwconv, DilatedReparamBlock):
-            self.dwconv.reparameterize()
+        name, conv = type(self).__name__, self.dwconv
         if not isinstance(self.norm, nn.Identity):
-            inside = isinstance(self.dwconv, DilatedReparamBlock)
-            conv = self.dwconv.lk_origin if inside else self.dwconv
-            conv = like_conv(conv, *fold_norm(name, self.norm, conv.weight, conv.bias))
-            if inside:
-                self.dwconv.lk_origin = conv
+            branches = isinstance(conv, DilatedReparamBlock)
+            merged = conv._merged() if branches else (conv.weight, conv.bias)
+            merged = fold_norm(name, self.norm, *merged)
+            if branches:
+                conv._deploy(*merged)
             else:
-                self.dwconv = conv
+                self.dwconv = like_conv(conv, *merged)
             self.norm = nn.Identity()
         if len(self.pwconv2) == 3:
             linear, back, norm = self.pwconv2
