@@ -38,7 +38,9 @@ WAIVERS |= {
     for layer in (*_NATIVE, "benchmark")
 }
 WAIVERS |= {
-    (op, layer): "the Triton kernels serve GPUs" for op in ("dwconv_glu", "local_pool_attention") for layer in _CUDA
+    (op, layer): "the Triton kernels serve GPUs"
+    for op in ("dwconv", "dwconv_glu", "local_pool_attention")
+    for layer in _CUDA
 }
 WAIVERS |= {("sparse24_linear", layer): "the Triton kernels serve GPUs" for layer in _CUDA}
 _BLOCKS = "not written: the Triton kernels serve GPUs"

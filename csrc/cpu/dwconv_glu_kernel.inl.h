@@ -11,23 +11,10 @@
 namespace effvit::cpu::EFFVIT_ISA_NAME {
 namespace dwconv_glu_impl {
 
-namespace act {
-#define EFFVIT_FN EFFVIT_INLINE
-template <class V>
-EFFVIT_INLINE V splat(float x) {
-  return set1(x);
-}
-EFFVIT_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
-#include "../rows/math.h"
-#define EFFVIT_ROWS
-#include "../rows/glu.h"
-#undef EFFVIT_ROWS
-#undef EFFVIT_FN
-}  // namespace act
+#include "stencil.inl.h"
 
 using Params = DwconvGluParams;
 
-constexpr int kNone = act::kVariants, kActivations = kNone + 1;
 constexpr int kChannels = 64, kManyChannels = 128;  // of a block
 constexpr int64_t kNearBytes = 40 << 10, kRingBytes = 512 << 10;  // of a ring
 constexpr int64_t kUnits = 64;
@@ -118,20 +105,7 @@ void stencil(const float* const* rows, int first, int last, const float* w, cons
       const vf from = start ? load(start + c * kLanes) : vf{};
 #pragma GCC unroll 8
       for (int n = 0; n < kColumns; ++n) acc[n] = from;
-      for (int i = first; i < last; ++i) {
-        const float* const x = rows[i] + at;
-        vf wi[kSize];
-#pragma GCC unroll 7
-        for (int j = 0; j < kSize; ++j) wi[j] = load(wc + (i * kSize + j) * kLanes);
-#pragma GCC unroll 14
-        for (int t = 0; t < kColumns + kSize - 1; ++t) {
-          const vf xt = load(x + t * width);
-#pragma GCC unroll 7
-          for (int j = 0; j < kSize; ++j) {
-            if (t - j >= 0 && t - j < kColumns) acc[t - j] = fma(xt, wi[j], acc[t - j]);
-          }
-        }
-      }
+      stencil_tile<kSize>(acc, ListedRows{rows}, first, last, at, width, wc, kSize * kLanes);
 #pragma GCC unroll 8
       for (int n = 0; n < kColumns; ++n) store(to + at + n * width, acc[n]);
     }
@@ -166,17 +140,7 @@ void correlate(const float* dz, const float* const* rows, int first, int last, f
           total += e[n];
         }
 #pragma GCC unroll 3
-        for (int q = 0; q < kAtOnce; ++q) {
-          const float* const x = rows[i + q] + at;
-#pragma GCC unroll 14
-          for (int t = 0; t < kColumns + kSize - 1; ++t) {
-            const vf xt = load(x + t * width);
-#pragma GCC unroll 7
-            for (int j = 0; j < kSize; ++j) {
-              if (t - j >= 0 && t - j < kColumns) acc[q][j] = fma(xt, e[t - j], acc[q][j]);
-            }
-          }
-        }
+        for (int q = 0; q < kAtOnce; ++q) correlate_tile(acc[q], e, rows[i + q] + at, width);
       }
 #pragma GCC unroll 3
       for (int q = 0; q < kAtOnce; ++q) {
@@ -210,34 +174,6 @@ Stencils stencils_of(const Plan& g) { return g.columns == 7 ? stencils_of<7>(g.k
 
 // ---- activation and gate -------------------------------------------------------------------------------------------
 
-template <int kAct>
-EFFVIT_INLINE vf activate(vf z) {
-  if constexpr (kAct == kNone) {
-    return z;
-  } else if constexpr (kAct == act::kGelu) {
-    return z * act::normal_cdf_near(z);
-  } else {
-    return act::activation<kAct, vf>(z, nullptr);
-  }
-}
-template <int kAct>
-EFFVIT_INLINE vf activate(vf z, vf* slope) {
-  if constexpr (kAct == kNone) {
-    *slope = set1(1.f);
-    return z;
-  } else {
-    return act::activation<kAct, vf>(z, slope);
-  }
-}
-
-template <class T>
-EFFVIT_INLINE void put(T* to, vf x, int left, bool past_caches) {
-  if constexpr (!std::is_same_v<T, Float16>) {
-    if (past_caches) return stream(to, x);
-  }
-  store_lanes(to, x, left);
-}
-
 // Whether the pixels of a map, `stride` elements apart, are whole lines, and so many that nobody finds them in caches.
 template <class T>
 bool goes_past_caches(const Params& p, const Plan& g, const void* map, int64_t stride) {
@@ -246,13 +182,6 @@ bool goes_past_caches(const Params& p, const Plan& g, const void* map, int64_t s
          reinterpret_cast<uintptr_t>(map) % kLine == 0 && stride * kItem % kLine == 0 && p.C * kItem % kLine == 0 &&
          g.width * kItem % kLine == 0 && p.G % kLanes == 0;
 }
-
-// A row of a block of channels: pixels so many elements apart.
-template <class T>
-struct RowOf {
-  T* data;
-  int64_t stride;
-};
 
 // out = act(z) * v
 template <class T>
