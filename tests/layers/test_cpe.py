@@ -133,6 +133,12 @@ def test_lepe_with_a_scale_hooks_and_packed_input():
     assert {1, 2} <= set(seen)
 
 
+def test_autocast():
+    m = randomise(LePEAttention(DIM, SIDE, 0, 3, num_heads=2))
+    check(m, cswin, tokens(2, SIDE * SIDE, 3 * DIM), call=stripes, autocast=torch.bfloat16)
+    check(randomise(PosConv(DIM, DIM)), twins, tokens(2, H * W, DIM), call=call, autocast=torch.bfloat16)
+
+
 def test_lepe_dropout_is_active_in_training_only():
     m, x = randomise(LePEAttention(DIM, SIDE, 0, 3, num_heads=2, attn_drop=0.5)), tokens(2, 36, 3 * DIM)
     assert not torch.equal(stripes(m, x), stripes(m, x))

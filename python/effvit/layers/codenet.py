@@ -59,14 +59,10 @@ class DeformConvSquareDepthWise(nn.Module):
     def forward(self, x):
         x = convolve(self.point_wise, x)
         spread = convolve(self.conv_offset, x).clamp(0, self.offset_bound)[:, 0]  # [B, H, W]
-        out = _sample(x.permute(0, 2, 3, 1), wide(spread) + self.dilation, self._taps(x), self._margin())
+        taps = wide(self.weight.to(x.dtype)).flatten(1)
+        margin = math.ceil(self.offset_bound) + self.dilation + 1
+        out = _sample(x.permute(0, 2, 3, 1), wide(spread) + self.dilation, taps, margin)
         return out.to(x.dtype).permute(0, 3, 1, 2)
-
-    def _taps(self, x):
-        return wide(self.weight.to(x.dtype)).flatten(1)  # [C, 9]
-
-    def _margin(self):
-        return math.ceil(self.offset_bound) + self.dilation + 1
 
     def extra_repr(self):
         return f"{self.in_channels}, {self.out_channels}, offset_bound={self.offset_bound}, dilation={self.dilation}"
