@@ -60,37 +60,34 @@ class DeformConvSquareDepthWise(nn.Module):
         x = convolve(self.point_wise, x)
         spread = convolve(self.conv_offset, x).clamp(0, self.offset_bound)[:, 0]  # [B, H, W]
         taps = wide(self.weight.to(x.dtype)).flatten(1)
-        margin = math.ceil(self.offset_bound) + self.dilation + 1
-        out = _sample(x.permute(0, 2, 3, 1), wide(spread) + self.dilation, taps, margin)
+        out = _sample(x.permute(0, 2, 3, 1), wide(spread) + self.dilation, taps)
         return out.to(x.dtype).permute(0, 3, 1, 2)
 
     def extra_repr(self):
         return f"{self.in_channels}, {self.out_channels}, offset_bound={self.offset_bound}, dilation={self.dilation}"
 
 
-def _sample(x, radius, taps, margin):
-    """Sum of nine taps at distance `radius` [B, H, W], at most margin - 1: x [B, H, W, C], taps [C, 9] -> [B, H, W, C].
+def _sample(x, radius, taps):
+    """Sum of nine taps at distance `radius` [B, H, W]: x [B, H, W, C], taps [C, 9] -> [B, H, W, C].
 
     Whole and fractional part of the radius are apart: outwards the next pixel has the weight of the fraction.
     """
     B, H, W, C = x.shape
-    flat = wide(F.pad(x, (0, 0, margin, margin, margin, margin)))
-    width, last = flat.shape[2], flat.shape[1] * flat.shape[2] - 1
-    flat = flat.flatten(1, 2)
+    x = wide(x)
+    flat = F.pad(x, (0, 0, 1, 1, 1, 1)).flatten(1, 2)  # all that lies outside of the map is read from its border of 0
     whole = radius.detach().floor()
     fraction = (radius - whole).flatten(1)[..., None]
     near = whole.long()
-    rows = torch.arange(H, device=x.device)[:, None] + margin
-    columns = torch.arange(W, device=x.device) + margin
+    rows, columns = torch.arange(H, device=x.device)[:, None], torch.arange(W, device=x.device)
     images = torch.arange(B, device=x.device)[:, None]
     share = (1 - fraction, fraction)
 
     def read(dy, dx):
-        """The pixels that lie dy, dx [B, H, W] away; NaN in a radius must not make an index."""
-        at = ((rows + dy) * width + columns + dx).clamp(0, last)
+        """The pixels that lie dy, dx [B, H, W] away. A NaN made an integer is any number: it stays on the map, too."""
+        at = ((rows + dy).clamp(-1, H) + 1) * (W + 2) + (columns + dx).clamp(-1, W) + 1
         return flat[images, at.flatten(1)]
 
-    out = flat.unflatten(1, (-1, width))[:, margin : margin + H, margin : margin + W].flatten(1, 2) * taps[:, 4]
+    out = x.flatten(1, 2) * taps[:, 4]
     for tap in range(9):
         i, j = tap // 3 - 1, tap % 3 - 1
         if i or j:
