@@ -135,6 +135,15 @@ def test_what_the_result_does_not_reach_is_not_in_the_gradient_of_weights():
     assert torch.equal(w.grad[0], torch.tensor([11.0, 11.0, torch.inf]))
 
 
+def test_of_nothing_comes_nothing():
+    """A map lower than the filter by one, which PyTorch refuses: a result without rows, gradients of zeros."""
+    x, w = torch.ones(2, 2, 5, 4, requires_grad=True), torch.ones(4, 3, 3, requires_grad=True)
+    out = effvit.dwconv(x, w, padding="valid")
+    assert out.shape == (2, 0, 3, 4)
+    out.sum().backward()
+    assert not x.grad.any() and not w.grad.any()
+
+
 @pytest.mark.parametrize(
     "change, error, match",
     [

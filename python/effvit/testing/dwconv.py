@@ -132,7 +132,6 @@ SAMPLES = [
     _sample("windows_width_first", (2, 6, 8, 16), (3, 3), window=(3, 4), layout=_width_first, tags="strided"),
     _sample("expanded", (3, 4, 6, 16), (3, 3), act=RELU, layout=lambda t: t[:1].expand_as(t), tags="strided"),
     _sample("empty_batch", (0, 4, 5, 8), (3, 3), tags="empty"),
-    _sample("empty_result", (2, 2, 5, 8), (3, 3), before=(0, 0), after=(0, 0), postgate=True, tags="empty"),
     _sample("huge_batch", (70_001, 1, 2, 3), (3, 3), tags="huge", dtypes=(torch.float32,)),
 ]
 # fmt: on
