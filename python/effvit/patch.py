@@ -215,8 +215,8 @@ def _scan(model):
 def patch(model: torch.nn.Module, verify: bool = True, example=None, verbose: bool = True) -> Report:
     """Replace the attention of `model`, in place, by effvit's operators.
 
-    Now: of timm, the blocks of Swin v1, the linear attention of EfficientViT (MIT), the attention of ViT, DeiT and
-    other models on timm's `Attention`, on the CPU, and the token mixer of InceptionNeXt.
+    Now: of timm, the blocks of Swin v1, the linear attention of EfficientViT (MIT), and the attention of ViT, DeiT and
+    other models on timm's `Attention`, on the CPU.
 
     Parameters, buffers and hooks stay the same objects, so a state_dict, an optimizer, DDP, deepcopy and pickle remain
     valid, before and after; `effvit.unpatch(model)` is the exact way back. Patch before torch.compile and before FSDP.
@@ -247,8 +247,7 @@ def patch(model: torch.nn.Module, verify: bool = True, example=None, verbose: bo
         what = "; ".join(f"{n} x {module}: {detail}" for (module, detail), n in kinds.items()) or "no attention module"
         raise ValueError(
             "effvit.patch: model must contain a block that effvit replaces (timm's Swin v1 SwinTransformerBlock, "
-            "EfficientViT (MIT) LiteMLA, ViT Attention, InceptionNeXt InceptionDWConv2d), got "
-            f"{class_name(model)} with {what}"
+            f"EfficientViT (MIT) LiteMLA, ViT Attention), got {class_name(model)} with {what}"
         )
     rows, wrong = [], []
     generator = torch.Generator().manual_seed(0)

@@ -6,23 +6,13 @@ from torch import nn
 from ._depthwise import depthwise
 
 
-class InceptionDWConv2dForward:
-    """The forward of a module that has timm's InceptionDWConv2d attributes: shared with `effvit.patch`."""
-
-    def forward(self, x):
-        """x [B, C, H, W] -> [B, C, H, W], channels last."""
-        parts = x.permute(0, 2, 3, 1).split(self.split_indexes, dim=-1)
-        convs = (self.dwconv_hw, self.dwconv_w, self.dwconv_h)
-        y = [parts[0], *(depthwise(conv, t) for conv, t in zip(convs, parts[1:], strict=True))]
-        return torch.cat(y, dim=-1).permute(0, 3, 1, 2)
-
-
-class InceptionDWConv2d(InceptionDWConv2dForward, nn.Module):
+class InceptionDWConv2d(nn.Module):
     """InceptionNeXt's token mixer (arXiv:2303.16900), a drop-in for timm's class: same arguments and state_dict.
 
     x [B, in_chs, H, W] -> the same shape, channels last. The last three groups of g = int(in_chs * branch_ratio)
     channels are convolved depthwise, with square_kernel_size^2, 1 x band_kernel_size and band_kernel_size x 1 taps;
     the others pass. ValueError where a size is even, or where three groups have more channels than there are or none.
+    timm's models take it as it is: `MetaNeXt(token_mixers=InceptionDWConv2d)`.
 
     Compared with timm 1.0.31, models/inception_next.py. sail-sg/inceptionnext has the same keys.
     """
@@ -44,6 +34,12 @@ class InceptionDWConv2d(InceptionDWConv2dForward, nn.Module):
         self.dwconv_w = nn.Conv2d(g, g, (1, band_kernel_size), padding=(0, band), dilation=(1, dilation), **factory)
         self.dwconv_h = nn.Conv2d(g, g, (band_kernel_size, 1), padding=(band, 0), dilation=(dilation, 1), **factory)
         self.split_indexes = (in_chs - 3 * g, g, g, g)
+
+    def forward(self, x):
+        parts = x.permute(0, 2, 3, 1).split(self.split_indexes, dim=-1)
+        convs = (self.dwconv_hw, self.dwconv_w, self.dwconv_h)
+        y = [parts[0], *(depthwise(conv, t) for conv, t in zip(convs, parts[1:], strict=True))]
+        return torch.cat(y, dim=-1).permute(0, 3, 1, 2)
 
     def extra_repr(self):
         return f"split_indexes={self.split_indexes}"
