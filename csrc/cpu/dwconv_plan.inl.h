@@ -112,9 +112,8 @@ struct Plan {
       const int64_t lines = std::min(y.in, least + y.reach());
       return lines * (columns + x.reach() + kMostColumns * x.step) * channels <= budget;
     };
-    near = !backward && p.dtype == DType::kFloat32 && !p.pregate && !p.state && p.C % kLanes == 0 && x.step == 1 &&
-           taps <= kNearTaps && x.out >= 2 * kMostColumns && 4 * x.reach() <= x.out &&
-           (y.k == 1 || p.x_stride_x * int64_t{sizeof(float)} % 2048 != 0);
+    near = !backward && !p.pregate && !p.state && p.C % kLanes == 0 && x.step == 1 && taps <= kNearTaps &&
+           x.out >= 2 * kMostColumns && 4 * x.reach() <= x.out && (y.k == 1 || p.x_stride_x % 512 != 0);
     int64_t segment = x.out;
     const int64_t grain = kMostColumns * x.step;
     const auto cut = [&](int64_t columns) { segment = std::min(x.out, ceil_div(columns, grain) * grain); };
@@ -209,6 +208,7 @@ struct Plan {
     return {data, rows.begin, columns.begin, row, std::max<int64_t>(1, rows.size()) * row};
   }
   void size_scratch() {
+    if (near) z_floats = kMostColumns * width;
     if (near) return;
     const int64_t vectors = width / kLanes;
     for (int64_t band = 0; band < bands; ++band) {
