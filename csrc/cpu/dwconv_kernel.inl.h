@@ -448,49 +448,56 @@ struct Forward : Pass<T> {
     if (past_caches) stream_fence();
   }
 
-  // From memory to memory, row by row. Columns near the border, whose taps are not all there, go one by one.
+  // From memory to memory, row by row, as many channels as leave what a tile reads in the nearest cache. Columns near
+  // the border, whose taps are not all there, go one by one.
   void run_near(const Item& item, const Image& in, const Image& out, const Unit& u, const float* weights,
                 const float* bias, bool past_caches) {
     const auto finish = finish_row_of<T>(p.act, AllActivations{});
     const bool plain = std::is_same_v<T, float> && p.act == kNone && !p.postgate && !past_caches;
     const int64_t begin = std::min(std::max(item.out_x.begin, g.x.pad), item.out_x.end);
     const int64_t end = std::max(begin, std::min(item.out_x.end, g.x.in + g.x.pad - g.x.reach()));
+    const int64_t tile_bytes = g.y.k * (kMostColumns + g.x.reach()) * kLanes * int64_t{sizeof(T)};
+    const int together = g.y.k == 1 ? u.vectors : static_cast<int>(std::max<int64_t>(2, kNearBytes / tile_bytes));
     for (int64_t y = item.out_y.begin; y < item.out_y.end; ++y) {
       const Range i = g.y.taps(y, y);
-      const T* const x = in.row(this->x, i.empty() ? 0 : y + i.begin * g.y.step - g.y.pad, 0, u.first_channel).data;
-      const RowOf<T> row = out.row(this->out, y, 0, u.first_channel);
-      const RowOf<const T> gate = out.row(this->postgate, y, 0, u.first_channel);
-      const auto tile = [&](int columns, int64_t first) {
-        const Range j = i.empty() ? Range{0, 0} : g.x.taps(first, first);
-        const int64_t parts = ceil_div(j.size(), kMostTaps);
-        T* const result = row.data + first * row.stride;
-        float* to = this->z_data;
-        int64_t step = g.width;
-        if constexpr (std::is_same_v<T, float>) {
-          if (plain) to = result, step = row.stride;
-        }
-        if (parts == 0) {
-          for (int c = 0; c < u.channels; c += kLanes) {
-            for (int n = 0; n < columns; ++n) store(to + n * step + c, load(bias + c));
+      for (int v = 0; v < u.vectors; v += together) {
+        const int vectors = std::min(together, u.vectors - v), c0 = v * kLanes;
+        const int64_t channel = u.first_channel + c0;
+        const T* const x = in.row(this->x, i.empty() ? 0 : y + i.begin * g.y.step - g.y.pad, 0, channel).data;
+        const RowOf<T> row = out.row(this->out, y, 0, channel);
+        const RowOf<const T> gate = out.row(this->postgate, y, 0, channel);
+        const auto tile = [&](int columns, int64_t first) {
+          const Range j = i.empty() ? Range{0, 0} : g.x.taps(first, first);
+          const int64_t parts = ceil_div(j.size(), kMostTaps);
+          T* const result = row.data + first * row.stride;
+          float* to = this->z_data;
+          int64_t step = g.width;
+          if constexpr (std::is_same_v<T, float>) {
+            if (plain) to = result, step = row.stride;
           }
-        }
-        for (int64_t k = 0; k < parts; ++k) {
-          const Range t = part(j.size(), k, parts);
-          const int64_t j0 = j.begin + t.begin;
-          near_stencil_of<T>(t.size(), columns)(x + (first + j0 - g.x.pad) * p.x_stride_x, g.y.step * p.x_stride_y,
-                                                p.x_stride_x, i.size(), weights + (i.begin * g.x.k + j0) * kLanes,
-                                                g.x.k * kLanes, g.taps * kLanes, k == 0 ? bias : nullptr, to, step,
-                                                u.vectors);
-        }
-        if (plain) return;
-        const RowOf<const T> factor = {gate.data ? gate.data + first * gate.stride : nullptr, gate.stride};
-        finish({to, kLanes, step}, factor, {result, row.stride}, columns, u.channels, past_caches);
-      };
-      for (int64_t q = item.out_x.begin; q < begin; ++q) tile(1, q);
-      int64_t q = begin;
-      for (; q + kMostColumns <= end; q += kMostColumns) tile(kMostColumns, q);
-      if (q < end && end - begin >= kMostColumns) tile(kMostColumns, end - kMostColumns), q = end;  // some twice
-      for (; q < item.out_x.end; ++q) tile(1, q);
+          if (parts == 0) {
+            for (int c = 0; c < vectors * kLanes; c += kLanes) {
+              for (int n = 0; n < columns; ++n) store(to + n * step + c, load(bias + c0 + c));
+            }
+          }
+          for (int64_t k = 0; k < parts; ++k) {
+            const Range t = part(j.size(), k, parts);
+            const int64_t j0 = j.begin + t.begin;
+            near_stencil_of<T>(t.size(), columns)(
+                x + (first + j0 - g.x.pad) * p.x_stride_x, g.y.step * p.x_stride_y, p.x_stride_x, i.size(),
+                weights + (v * g.taps + i.begin * g.x.k + j0) * kLanes, g.x.k * kLanes, g.taps * kLanes,
+                k == 0 ? bias + c0 : nullptr, to, step, vectors);
+          }
+          if (plain) return;
+          const RowOf<const T> factor = {gate.data ? gate.data + first * gate.stride : nullptr, gate.stride};
+          finish({to, kLanes, step}, factor, {result, row.stride}, columns, vectors * kLanes, past_caches);
+        };
+        for (int64_t q = item.out_x.begin; q < begin; ++q) tile(1, q);
+        int64_t q = begin;
+        for (; q + kMostColumns <= end; q += kMostColumns) tile(kMostColumns, q);
+        if (q < end && end - begin >= kMostColumns) tile(kMostColumns, end - kMostColumns), q = end;  // some twice
+        for (; q < item.out_x.end; ++q) tile(1, q);
+      }
     }
   }
 };
