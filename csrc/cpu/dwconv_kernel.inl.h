@@ -64,22 +64,23 @@ void stencil(const float* x, int64_t x_line, int64_t x_row, int64_t x_step, int6
 #pragma GCC unroll 8
       for (int n = 0; n < kColumns; ++n) acc[n] = load(to + n * to_step);
     }
-    stencil_tile<kTaps>(acc, StridedRows{x, x_row}, 0, rows, 0, x_step, w, w_row);
+    stencil_tile<kTaps>(acc, StridedRows<float>{x, x_row}, 0, rows, 0, x_step, w, w_row);
 #pragma GCC unroll 8
     for (int n = 0; n < kColumns; ++n) store(to + n * to_step, acc[n]);
   }
 }
 
 // The same of one row, for each of some vectors of channels that lie one after the other; filters are w_vector apart.
-using NearStencil = void (*)(const float* x, int64_t x_row, int64_t x_step, int64_t rows, const float* w, int64_t w_row,
+template <class T>
+using NearStencil = void (*)(const T* x, int64_t x_row, int64_t x_step, int64_t rows, const float* w, int64_t w_row,
                              int64_t w_vector, const float* start, float* to, int64_t to_step, int vectors);
 
-template <int kTaps, int kColumns>
-void near_stencil(const float* x, int64_t x_row, int64_t x_step, int64_t rows, const float* w, int64_t w_row,
+template <class T, int kTaps, int kColumns>
+void near_stencil(const T* x, int64_t x_row, int64_t x_step, int64_t rows, const float* w, int64_t w_row,
                   int64_t w_vector, const float* start, float* to, int64_t to_step, int vectors) {
   for (int v = 0; v < vectors; ++v, x += kLanes, w += w_vector, to += kLanes) {
     if constexpr (kColumns > 1) {  // what the next tile reads and writes
-      const float* const ahead = x + (rows - 1) * x_row + (kColumns + kTaps - 1) * x_step;
+      const T* const ahead = x + (rows - 1) * x_row + (kColumns + kTaps - 1) * x_step;
 #pragma GCC unroll 8
       for (int n = 0; n < kColumns; ++n) {
         __builtin_prefetch(ahead + n * x_step, 0, 3);
@@ -95,7 +96,7 @@ void near_stencil(const float* x, int64_t x_row, int64_t x_step, int64_t rows, c
 #pragma GCC unroll 8
       for (int n = 0; n < kColumns; ++n) acc[n] = load(to + n * to_step);
     }
-    stencil_tile<kTaps>(acc, StridedRows{x, x_row}, 0, rows, 0, x_step, w, w_row);
+    stencil_tile<kTaps>(acc, StridedRows<T>{x, x_row}, 0, rows, 0, x_step, w, w_row);
 #pragma GCC unroll 8
     for (int n = 0; n < kColumns; ++n) store(to + n * to_step, acc[n]);
   }
@@ -130,9 +131,9 @@ Stencil stencil_of(int64_t taps, std::integer_sequence<int, kTaps...>) {
   static constexpr Stencil all[] = {stencil<kTaps + 1, kColumns>...};
   return all[taps - 1];
 }
-template <int kColumns, int... kTaps>
-NearStencil near_stencil_of(int64_t taps, std::integer_sequence<int, kTaps...>) {
-  static constexpr NearStencil all[] = {near_stencil<kTaps + 1, kColumns>...};
+template <class T, int kColumns, int... kTaps>
+NearStencil<T> near_stencil_of(int64_t taps, std::integer_sequence<int, kTaps...>) {
+  static constexpr NearStencil<T> all[] = {near_stencil<T, kTaps + 1, kColumns>...};
   return all[taps - 1];
 }
 template <int kColumns, int... kTaps>
@@ -144,8 +145,9 @@ using AllTaps = std::make_integer_sequence<int, kMostTaps>;
 Stencil stencil_of(int64_t taps, int columns) {
   return columns == 7 ? stencil_of<7>(taps, AllTaps{}) : stencil_of<8>(taps, AllTaps{});
 }
-NearStencil near_stencil_of(int64_t taps, int columns) {
-  return columns == 1 ? near_stencil_of<1>(taps, AllTaps{}) : near_stencil_of<kMostColumns>(taps, AllTaps{});
+template <class T>
+NearStencil<T> near_stencil_of(int64_t taps, int columns) {
+  return columns == 1 ? near_stencil_of<T, 1>(taps, AllTaps{}) : near_stencil_of<T, kMostColumns>(taps, AllTaps{});
 }
 Correlate correlate_of(int64_t taps, int columns) {
   return columns == 1   ? correlate_of<1>(taps, AllTaps{})
@@ -199,37 +201,6 @@ void convolve(const Axis& ay, const Axis& ax, int columns, const Patch& from, Ra
   }
 }
 
-// Row y of a convolution, columns r of it, of maps as they lie in memory: to and x are column 0 of row y, and of the
-// first row that it reads. Columns near the border, whose taps are not all there, go one by one.
-void convolve_near(const Axis& ay, const Axis& ax, const float* x, int64_t x_row, int64_t x_step, int64_t y, Range r,
-                   const float* w, const float* start, float* to, int64_t to_step, int vectors) {
-  const int64_t taps = ay.k * ax.k;
-  const Range i = ay.taps(y, y);
-  const auto tile = [&](int columns, int64_t first) {
-    const Range j = i.empty() ? Range{0, 0} : ax.taps(first, first);
-    const int64_t parts = ceil_div(j.size(), kMostTaps);
-    if (parts == 0) {
-      for (int c = 0; c < vectors * kLanes; c += kLanes) {
-        for (int n = 0; n < columns; ++n) store(to + (first + n) * to_step + c, load(start + c));
-      }
-    }
-    for (int64_t k = 0; k < parts; ++k) {
-      const Range t = part(j.size(), k, parts);
-      const int64_t j0 = j.begin + t.begin;
-      near_stencil_of(t.size(), columns)(x + (first + j0 - ax.pad) * x_step, ay.step * x_row, x_step, i.size(),
-                                         w + (i.begin * ax.k + j0) * kLanes, ax.k * kLanes, taps * kLanes,
-                                         k == 0 ? start : nullptr, to + first * to_step, to_step, vectors);
-    }
-  };
-  const int64_t begin = std::min(std::max(r.begin, ax.pad), r.end);
-  const int64_t end = std::max(begin, std::min(r.end, ax.in + ax.pad - ax.reach()));
-  for (int64_t q = r.begin; q < begin; ++q) tile(1, q);
-  int64_t q = begin;
-  for (; q + kMostColumns <= end; q += kMostColumns) tile(kMostColumns, q);
-  if (q < end && end - begin >= kMostColumns) tile(kMostColumns, end - kMostColumns), q = end;  // some a second time
-  for (; q < r.end; ++q) tile(1, q);
-}
-
 // Adds the products of dz, rows and columns r, with the x that these outputs read, to sums [vectors, kh, kw, kLanes].
 void correlate_rows(const Axis& ay, const Axis& ax, int columns, const Patch& dz, const Patch& from, Range rows,
                     Range r, float* sums, int vectors) {
@@ -265,11 +236,11 @@ void correlate_rows(const Axis& ay, const Axis& ax, int columns, const Patch& dz
 
 // ---- rows of maps --------------------------------------------------------------------------------------------------
 
-// A row of a patch: [.., vectors, kLanes], vectors a plane apart.
+// A row in scratch: of a patch, whose vectors of channels are a plane apart, or of pixels.
 struct Lane {
   float* data;
-  int64_t plane;
-  EFFVIT_INLINE float* at(int64_t x, int c) const { return data + c / kLanes * plane + x * kLanes; }
+  int64_t plane, step = kLanes;
+  EFFVIT_INLINE float* at(int64_t x, int c) const { return data + c / kLanes * plane + x * step; }
 };
 
 constexpr int64_t kAhead = 12;
@@ -302,21 +273,6 @@ void finish_row(Lane z, RowOf<const T> gate, RowOf<T> out, int64_t n, int channe
       vf y = activate<kAct>(load(z.at(x, c)));
       if (gate.data) y = y * load_lanes(factor + c, channels - c);
       put(to + c, y, channels - c, past_caches);
-    }
-  }
-}
-
-// out = act(out) * gate, whole vectors
-using FinishNear = void (*)(RowOf<float> out, RowOf<const float> gate, int64_t n, int channels);
-
-template <int kAct>
-void finish_near(RowOf<float> out, RowOf<const float> gate, int64_t n, int channels) {
-  for (int64_t x = 0; x < n; ++x) {
-    float* const to = out.data + x * out.stride;
-    const float* const factor = gate.data + x * gate.stride;
-    for (int c = 0; c < channels; c += kLanes) {
-      const vf y = activate<kAct>(load(to + c));
-      store(to + c, gate.data ? y * load(factor + c) : y);
     }
   }
 }
@@ -364,11 +320,6 @@ void input_row(Lane du, RowOf<const T> x, RowOf<const T> gate, RowOf<T> dx, RowO
 template <class T, int... kAct>
 FinishRow<T> finish_row_of(int act, std::integer_sequence<int, kAct...>) {
   static constexpr FinishRow<T> rows[] = {finish_row<T, kAct>...};
-  return rows[act];
-}
-template <int... kAct>
-FinishNear finish_near_of(int act, std::integer_sequence<int, kAct...>) {
-  static constexpr FinishNear rows[] = {finish_near<kAct>...};
   return rows[act];
 }
 template <class T, int... kAct>
@@ -468,11 +419,9 @@ struct Forward : Pass<T> {
       const float* const bias = weights + g.width * g.taps;
       const Item item = this->item(u.items_begin);
       const Image in = this->input(this->image(u.items_begin)), out = this->output(this->image(u.items_begin));
-      if constexpr (std::is_same_v<T, float>) {
-        if (g.near) {
-          run_near(item, in, out, u, weights, bias);
-          continue;
-        }
+      if (g.near) {
+        run_near(item, in, out, u, weights, bias, past_caches);
+        continue;
       }
       const Patch patch = g.x_patch(item, this->x_data);
       this->fill_x(patch, in, item, u);
@@ -499,19 +448,56 @@ struct Forward : Pass<T> {
     if (past_caches) stream_fence();
   }
 
-  // From memory to memory.
+  // From memory to memory, row by row, as many channels as leave what a tile reads in the nearest cache. Columns near
+  // the border, whose taps are not all there, go one by one.
   void run_near(const Item& item, const Image& in, const Image& out, const Unit& u, const float* weights,
-                const float* bias) {
-    const Range r = item.out_x;
+                const float* bias, bool past_caches) {
+    const auto finish = finish_row_of<T>(p.act, AllActivations{});
+    const bool plain = std::is_same_v<T, float> && p.act == kNone && !p.postgate && !past_caches;
+    const int64_t begin = std::min(std::max(item.out_x.begin, g.x.pad), item.out_x.end);
+    const int64_t end = std::max(begin, std::min(item.out_x.end, g.x.in + g.x.pad - g.x.reach()));
+    const int64_t tile_bytes = g.y.k * (kMostColumns + g.x.reach()) * kLanes * int64_t{sizeof(T)};
+    const int together = g.y.k == 1 ? u.vectors : static_cast<int>(std::max<int64_t>(2, kNearBytes / tile_bytes));
     for (int64_t y = item.out_y.begin; y < item.out_y.end; ++y) {
-      const int64_t first = g.y.taps(y, y).empty() ? 0 : y + g.y.taps(y, y).begin * g.y.step - g.y.pad;
-      const RowOf<T> to = out.row(this->out, y, 0, u.first_channel);
-      convolve_near(g.y, g.x, in.row(this->x, first, 0, u.first_channel).data, p.x_stride_y, p.x_stride_x, y, r,
-                    weights, bias, to.data, to.stride, u.vectors);
-      if (p.act == kNone && !p.postgate) continue;
-      const RowOf<T> result = out.row(this->out, y, r.begin, u.first_channel);
-      finish_near_of(p.act, AllActivations{})(result, out.row(this->postgate, y, r.begin, u.first_channel), r.size(),
-                                              u.channels);
+      const Range i = g.y.taps(y, y);
+      for (int v = 0; v < u.vectors; v += together) {
+        const int vectors = std::min(together, u.vectors - v), c0 = v * kLanes;
+        const int64_t channel = u.first_channel + c0;
+        const T* const x = in.row(this->x, i.empty() ? 0 : y + i.begin * g.y.step - g.y.pad, 0, channel).data;
+        const RowOf<T> row = out.row(this->out, y, 0, channel);
+        const RowOf<const T> gate = out.row(this->postgate, y, 0, channel);
+        const auto tile = [&](int columns, int64_t first) {
+          const Range j = i.empty() ? Range{0, 0} : g.x.taps(first, first);
+          const int64_t parts = ceil_div(j.size(), kMostTaps);
+          T* const result = row.data + first * row.stride;
+          float* to = this->z_data;
+          int64_t step = g.width;
+          if constexpr (std::is_same_v<T, float>) {
+            if (plain) to = result, step = row.stride;
+          }
+          if (parts == 0) {
+            for (int c = 0; c < vectors * kLanes; c += kLanes) {
+              for (int n = 0; n < columns; ++n) store(to + n * step + c, load(bias + c0 + c));
+            }
+          }
+          for (int64_t k = 0; k < parts; ++k) {
+            const Range t = part(j.size(), k, parts);
+            const int64_t j0 = j.begin + t.begin;
+            near_stencil_of<T>(t.size(), columns)(
+                x + (first + j0 - g.x.pad) * p.x_stride_x, g.y.step * p.x_stride_y, p.x_stride_x, i.size(),
+                weights + (v * g.taps + i.begin * g.x.k + j0) * kLanes, g.x.k * kLanes, g.taps * kLanes,
+                k == 0 ? bias + c0 : nullptr, to, step, vectors);
+          }
+          if (plain) return;
+          const RowOf<const T> factor = {gate.data ? gate.data + first * gate.stride : nullptr, gate.stride};
+          finish({to, kLanes, step}, factor, {result, row.stride}, columns, vectors * kLanes, past_caches);
+        };
+        for (int64_t q = item.out_x.begin; q < begin; ++q) tile(1, q);
+        int64_t q = begin;
+        for (; q + kMostColumns <= end; q += kMostColumns) tile(kMostColumns, q);
+        if (q < end && end - begin >= kMostColumns) tile(kMostColumns, end - kMostColumns), q = end;  // some twice
+        for (; q < item.out_x.end; ++q) tile(1, q);
+      }
     }
   }
 };

@@ -7,7 +7,7 @@ constexpr int kMostChannels = 64;  // of a block
 constexpr int64_t kSegment = 64;  // columns of a long row that are computed together, at least
 constexpr int64_t kNearBytes = 20 << 10;  // of a row in scratch that is read by one row alone
 constexpr int64_t kPatchBytes = 256 << 10;  // of the rows of a map in scratch
-constexpr int64_t kNearTaps = 32;
+constexpr int64_t kNearTaps = 49;
 constexpr int kNearChannels = 1024;  // of a block that goes from memory to memory
 constexpr int64_t kUnits = 64;
 constexpr int64_t kSumBytes = 32 << 20;  // of the partial sums of the weights' gradients
@@ -112,8 +112,8 @@ struct Plan {
       const int64_t lines = std::min(y.in, least + y.reach());
       return lines * (columns + x.reach() + kMostColumns * x.step) * channels <= budget;
     };
-    near = !backward && p.dtype == DType::kFloat32 && !p.pregate && !p.state && p.C % kLanes == 0 && x.step == 1 &&
-           taps <= kNearTaps && x.out >= 2 * kMostColumns && 4 * x.reach() <= x.out;
+    near = !backward && !p.pregate && !p.state && p.C % kLanes == 0 && x.step == 1 && taps <= kNearTaps &&
+           x.out >= 2 * kMostColumns && 4 * x.reach() <= x.out && (y.k == 1 || p.x_stride_x % 512 != 0);
     int64_t segment = x.out;
     const int64_t grain = kMostColumns * x.step;
     const auto cut = [&](int64_t columns) { segment = std::min(x.out, ceil_div(columns, grain) * grain); };
@@ -129,7 +129,10 @@ struct Plan {
       while (most > kLanes && (segment + x.reach() + grain) * most > near) most /= 2;
     } else {
       if (x.out > 4 * kSegment) cut(std::max(2 * kSegment, 2 * x.reach()));
-      while (most > kLanes && !fits(most, segment)) most /= 2;
+      // All rows where they fit, so that no bands overlap, otherwise many channels.
+      const int64_t row = (segment + x.reach() + grain) * y.in;
+      const bool whole = row * kLanes <= budget;
+      while (most > kLanes && (whole ? row * most > budget : !fits(most, segment))) most /= 2;
       if (!fits(most, segment) && x.out > 2 * kSegment) cut(std::max(kSegment, 2 * x.reach()));
     }
     while (!near && !fits(most, segment) && least > std::max<int64_t>(8, y.reach() / 2)) least = least / 2;
@@ -205,6 +208,7 @@ struct Plan {
     return {data, rows.begin, columns.begin, row, std::max<int64_t>(1, rows.size()) * row};
   }
   void size_scratch() {
+    if (near) z_floats = kMostColumns * width;
     if (near) return;
     const int64_t vectors = width / kLanes;
     for (int64_t band = 0; band < bands; ++band) {

@@ -155,7 +155,7 @@ def dwconv(
     windows = [1, windows[1]] if flat and window is not None else windows
     reach = [d * max(k - 1, 0) for d, k in zip(dilation, weight.shape[1:], strict=True)]
     if as_bool(name, "causal", causal):
-        if weight.shape[1] != 1:
+        if weight.shape[1] > 1:
             raise value_error(name, "weight", "[C, 1, kw], of one row, where causal is given", shape(weight))
         if padding != "same":
             raise value_error(name, "padding", "'same' where causal is given", repr(padding))
