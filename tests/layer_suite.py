@@ -91,6 +91,8 @@ def absolute_terms(module, found):
         m.absolute_terms = found, f"gradient of {name}." if name else "gradient of "  # for `spread`
         if not isinstance(m, (nn.Linear, nn.Conv2d, *norms)) or m.weight is None:
             continue
+        if isinstance(m, nn.LayerNorm) and len(m.normalized_shape) > 1:  # over a whole map: one term per sample
+            continue
 
         def forward(m, args, y, name=name):
             channels = 1 if isinstance(m, (nn.Conv2d, norms[0])) else y.dim() - 1
@@ -241,3 +243,26 @@ def check_quantised(module, plain, x, *, last="proj", call=None):
     assert y.shape == expected.shape
     torch.testing.assert_close(seen[0].reshape(seen[1].shape), seen[1])
     assert not torch.equal(y, call(copy.deepcopy(module).eval(), x))
+
+
+@torch.no_grad()
+def check_merged(module, x, *, yardsticks=(), call=None, merge=lambda m: m.reparameterize()):
+    """A copy of the module in evaluation after `merge`, and that its outputs are those before, by the project's rule.
+
+    t is the module before in float64, yardsticks are the module before and `yardsticks`, functions as `plain` of check.
+    """
+    call = call or (lambda m, x: m(x))
+    module = copy.deepcopy(module).eval()
+    merged = copy.deepcopy(module)
+    merge(merged)
+    assert not merged.training and merged.state_dict().keys() != module.state_dict().keys()
+    truth = call(copy.deepcopy(module).double(), x.double())
+    magnitude = truth.abs().amax(1 if truth.dim() == 4 else -1, keepdim=True).expand_as(truth)
+    before = [f(module, x) for f in (call, *yardsticks)]
+    assert_close_to_truth(call(merged, x), truth, before, magnitude=magnitude)
+    state = {name: t.clone() for name, t in merged.state_dict().items()}
+    merge(merged)  # a second time: nothing
+    assert merged.state_dict().keys() == state.keys()
+    for name, t in merged.state_dict().items():
+        assert_bitwise_equal(t, state[name])
+    return merged

@@ -52,6 +52,8 @@ struct dwconv : OpDefaults {
     DwconvParams p;
     p.B = c.dim("B"), p.C = c.dim("C"), p.kh = c.dim("kh"), p.kw = c.dim("kw");
     p.H = c.dim("H"), p.W = c.dim("W"), p.P = c.dim("P"), p.Q = c.dim("Q");
+    p.out_stride_b = p.P * p.Q * p.C, p.out_stride_y = p.Q * p.C, p.out_stride_x = p.C;
+    p.dx_stride_b = p.H * p.W * p.C, p.dx_stride_y = p.W * p.C, p.dx_stride_x = p.C;
     if (const int64_t wh = c.dim("wh"), ww = c.dim("ww"); wh) {
       p.windows_y = p.H / wh, p.windows_x = p.W / ww;
       p.H = p.P = wh, p.W = p.Q = ww;

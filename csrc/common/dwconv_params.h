@@ -31,6 +31,10 @@ struct DwconvParams {
   int64_t state_stride_b = 0, state_stride_y = 0, state_stride_x = 0;
   int64_t grad_out_stride_b = 0, grad_out_stride_y = 0, grad_out_stride_x = 0;
 
+  // Of what is contiguous: out and dpostgate; dx and dpregate.
+  int64_t out_stride_b = 0, out_stride_y = 0, out_stride_x = 0;
+  int64_t dx_stride_b = 0, dx_stride_y = 0, dx_stride_x = 0;
+
   int32_t act = 5;  // 0 sigmoid, 1 gelu, 2 silu, 3 relu, 4 tanh, 5 none
   DType dtype = DType::kFloat32;  // of every map
   DType weight_dtype = DType::kFloat32, bias_dtype = DType::kFloat32;

@@ -46,65 +46,94 @@ void pack_weights(const Params& p, const Plan& g, float* workspace, int64_t begi
 
 // ---- stencils ------------------------------------------------------------------------------------------------------
 
-// to[n] = start + sum over rows i and kTaps taps j of w[i, j] x[i][n + j], for `tiles` times kColumns columns n and
-// each vector of channels. Columns are steps apart, x rows x_row. start: null is what `to` holds.
-using Stencil = void (*)(const float* x, int64_t x_row, int64_t x_step, int64_t rows, const float* w, int64_t w_row,
-                         int64_t w_vector, const float* start, float* to, int64_t to_step, int64_t tiles, int vectors);
+// to[y, n] = start + sum over rows i and kTaps taps j of w[i, j] x[y][i, n + j], of a vector of channels, for kColumns
+// columns n and `lines` y. x: y are x_line, i are x_row and columns are x_step apart. start: null is what `to` holds.
+using Stencil = void (*)(const float* x, int64_t x_line, int64_t x_row, int64_t x_step, int64_t rows, const float* w,
+                         int64_t w_row, const float* start, float* to, int64_t to_line, int64_t to_step, int64_t lines);
 
 template <int kTaps, int kColumns>
-void stencil(const float* x, int64_t x_row, int64_t x_step, int64_t rows, const float* w, int64_t w_row,
-             int64_t w_vector, const float* start, float* to, int64_t to_step, int64_t tiles, int vectors) {
-  for (int64_t tile = 0; tile < tiles; ++tile, x += kColumns * x_step, to += kColumns * to_step) {
-    for (int c = 0; c < vectors; ++c) {
-      float* const result = to + c * kLanes;
-      vf acc[kColumns];
-      if (start) {
-        const vf from = load(start + c * kLanes);
+void stencil(const float* x, int64_t x_line, int64_t x_row, int64_t x_step, int64_t rows, const float* w, int64_t w_row,
+             const float* start, float* to, int64_t to_line, int64_t to_step, int64_t lines) {
+  for (int64_t y = 0; y < lines; ++y, x += x_line, to += to_line) {
+    vf acc[kColumns];
+    if (start) {
+      const vf from = load(start);
 #pragma GCC unroll 8
-        for (int n = 0; n < kColumns; ++n) acc[n] = from;
-      } else {
+      for (int n = 0; n < kColumns; ++n) acc[n] = from;
+    } else {
 #pragma GCC unroll 8
-        for (int n = 0; n < kColumns; ++n) acc[n] = load(result + n * to_step);
-      }
-      stencil_tile<kTaps>(acc, StridedRows{x, x_row}, 0, rows, c * kLanes, x_step, w + c * w_vector, w_row);
-#pragma GCC unroll 8
-      for (int n = 0; n < kColumns; ++n) store(result + n * to_step, acc[n]);
+      for (int n = 0; n < kColumns; ++n) acc[n] = load(to + n * to_step);
     }
+    stencil_tile<kTaps>(acc, StridedRows<float>{x, x_row}, 0, rows, 0, x_step, w, w_row);
+#pragma GCC unroll 8
+    for (int n = 0; n < kColumns; ++n) store(to + n * to_step, acc[n]);
   }
 }
 
-// sums[i, j] += sum over `tiles` times kColumns columns n of dz[n] x[i][n + j], for rows i and kTaps taps j and each
+// The same of one row, for each of some vectors of channels that lie one after the other; filters are w_vector apart.
+template <class T>
+using NearStencil = void (*)(const T* x, int64_t x_row, int64_t x_step, int64_t rows, const float* w, int64_t w_row,
+                             int64_t w_vector, const float* start, float* to, int64_t to_step, int vectors);
+
+template <class T, int kTaps, int kColumns>
+void near_stencil(const T* x, int64_t x_row, int64_t x_step, int64_t rows, const float* w, int64_t w_row,
+                  int64_t w_vector, const float* start, float* to, int64_t to_step, int vectors) {
+  for (int v = 0; v < vectors; ++v, x += kLanes, w += w_vector, to += kLanes) {
+    if constexpr (kColumns > 1) {  // what the next tile reads and writes
+      const T* const ahead = x + (rows - 1) * x_row + (kColumns + kTaps - 1) * x_step;
+#pragma GCC unroll 8
+      for (int n = 0; n < kColumns; ++n) {
+        __builtin_prefetch(ahead + n * x_step, 0, 3);
+        __builtin_prefetch(to + (kColumns + n) * to_step, 1, 3);
+      }
+    }
+    vf acc[kColumns];
+    if (start) {
+      const vf from = load(start + v * kLanes);
+#pragma GCC unroll 8
+      for (int n = 0; n < kColumns; ++n) acc[n] = from;
+    } else {
+#pragma GCC unroll 8
+      for (int n = 0; n < kColumns; ++n) acc[n] = load(to + n * to_step);
+    }
+    stencil_tile<kTaps>(acc, StridedRows<T>{x, x_row}, 0, rows, 0, x_step, w, w_row);
+#pragma GCC unroll 8
+    for (int n = 0; n < kColumns; ++n) store(to + n * to_step, acc[n]);
+  }
+}
+
+// sums[i, j] += sum over `tiles` times kColumns columns n of dz[n] x[i][n + j], for rows i and kTaps taps j, of a
 // vector of channels.
 using Correlate = void (*)(const float* dz, int64_t dz_step, const float* x, int64_t x_row, int64_t x_step,
-                           int64_t rows, float* sums, int64_t sums_row, int64_t sums_vector, int64_t tiles,
-                           int vectors);
+                           int64_t rows, float* sums, int64_t sums_row, int64_t tiles);
 
 template <int kTaps, int kColumns>
 void correlate(const float* dz, int64_t dz_step, const float* x, int64_t x_row, int64_t x_step, int64_t rows,
-               float* sums, int64_t sums_row, int64_t sums_vector, int64_t tiles, int vectors) {
-  for (int c = 0; c < vectors; ++c) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const float* e = dz + c * kLanes;
-      const float* xi = x + i * x_row + c * kLanes;
-      vf acc[kTaps];
+               float* sums, int64_t sums_row, int64_t tiles) {
+  for (int64_t i = 0; i < rows; ++i, x += x_row, sums += sums_row) {
+    const float *e = dz, *xi = x;
+    vf acc[kTaps];
 #pragma GCC unroll 8
-      for (int j = 0; j < kTaps; ++j) acc[j] = vf{};
-      for (int64_t tile = 0; tile < tiles; ++tile, e += kColumns * dz_step, xi += kColumns * x_step) {
-        vf en[kColumns];
+    for (int j = 0; j < kTaps; ++j) acc[j] = vf{};
+    for (int64_t tile = 0; tile < tiles; ++tile, e += kColumns * dz_step, xi += kColumns * x_step) {
+      vf en[kColumns];
 #pragma GCC unroll 8
-        for (int n = 0; n < kColumns; ++n) en[n] = load(e + n * dz_step);
-        correlate_tile(acc, en, xi, x_step);
-      }
-      float* const to = sums + c * sums_vector + i * sums_row;
-#pragma GCC unroll 8
-      for (int j = 0; j < kTaps; ++j) store(to + j * kLanes, load(to + j * kLanes) + acc[j]);
+      for (int n = 0; n < kColumns; ++n) en[n] = load(e + n * dz_step);
+      correlate_tile(acc, en, xi, x_step);
     }
+#pragma GCC unroll 8
+    for (int j = 0; j < kTaps; ++j) store(sums + j * kLanes, load(sums + j * kLanes) + acc[j]);
   }
 }
 
 template <int kColumns, int... kTaps>
 Stencil stencil_of(int64_t taps, std::integer_sequence<int, kTaps...>) {
   static constexpr Stencil all[] = {stencil<kTaps + 1, kColumns>...};
+  return all[taps - 1];
+}
+template <class T, int kColumns, int... kTaps>
+NearStencil<T> near_stencil_of(int64_t taps, std::integer_sequence<int, kTaps...>) {
+  static constexpr NearStencil<T> all[] = {near_stencil<T, kTaps + 1, kColumns>...};
   return all[taps - 1];
 }
 template <int kColumns, int... kTaps>
@@ -116,148 +145,168 @@ using AllTaps = std::make_integer_sequence<int, kMostTaps>;
 Stencil stencil_of(int64_t taps, int columns) {
   return columns == 7 ? stencil_of<7>(taps, AllTaps{}) : stencil_of<8>(taps, AllTaps{});
 }
+template <class T>
+NearStencil<T> near_stencil_of(int64_t taps, int columns) {
+  return columns == 1 ? near_stencil_of<T, 1>(taps, AllTaps{}) : near_stencil_of<T, kMostColumns>(taps, AllTaps{});
+}
 Correlate correlate_of(int64_t taps, int columns) {
   return columns == 1   ? correlate_of<1>(taps, AllTaps{})
          : columns == 7 ? correlate_of<7>(taps, AllTaps{})
                         : correlate_of<8>(taps, AllTaps{});
 }
 
-// Row y of a convolution, columns r of it, from `from`: to[.., to_width] from column r.begin on. What lies behind
-// r.end, up to a tile for every step, is overwritten.
-void convolve(const Axis& ay, const Axis& ax, int columns, const Patch& from, int64_t y, Range r, const float* w,
-              const float* start, float* to, int64_t to_width, int vectors) {
-  const int64_t width = from.width, taps = ay.k * ax.k, tile_columns = columns * ax.step;
-  const Range i = ay.taps(y, y);
-  const auto taps_of = [&](int64_t first) {
-    return i.empty() ? Range{0, 0} : ax.taps(first, std::min(first + tile_columns - ax.step, r.end - 1));
-  };
-  for (int64_t first_column = r.begin; first_column < std::min(r.end, r.begin + ax.step); ++first_column) {
-    for (int64_t first = first_column; first < r.end;) {
-      const Range j = taps_of(first);
-      int64_t tiles = 1, next = first + tile_columns;
-      for (; next < r.end; next += tile_columns, ++tiles) {
-        const Range other = taps_of(next);
-        if (other.begin != j.begin || other.end != j.end) break;
-      }
-      float* const result = to + (first - r.begin) * to_width;
-      const int64_t parts = std::max<int64_t>(1, ceil_div(j.size(), kMostTaps));
-      if (j.empty()) {
-        for (int64_t n = 0; n < tiles * columns; ++n) {
-          for (int c = 0; c < vectors * kLanes; c += kLanes)
-            store(result + n * ax.step * to_width + c, load(start + c));
+// Where the results of a convolution go: those of row y and column x, one vector after the other.
+struct Target {
+  float* data;
+  int64_t line, step, plane;
+  explicit Target(const Patch& to) : data(to.data), line(to.row), step(kLanes), plane(to.plane) {}
+  Target(float* data, int64_t line, int64_t step) : data(data), line(line), step(step), plane(kLanes) {}
+};
+
+// Rows and columns of a convolution of `from`. Tiles of columns reach beyond the last one. A tile goes down the rows,
+// so that what it reads stays in the nearest cache.
+void convolve(const Axis& ay, const Axis& ax, int columns, const Patch& from, Range rows, Range r, const float* w,
+              const float* start, const Target& to, int vectors) {
+  const int64_t taps = ay.k * ax.k, tile_columns = columns * ax.step;
+  for (int v = 0; v < vectors; ++v, w += taps * kLanes, start += kLanes) {
+    for (int64_t first_column = r.begin; first_column < std::min(r.end, r.begin + ax.step); ++first_column) {
+      for (int64_t first = first_column; first < r.end; first += tile_columns) {
+        const Range j = ax.taps(first, std::min(first + tile_columns - ax.step, r.end - 1));
+        const int64_t parts = std::max<int64_t>(1, ceil_div(j.size(), kMostTaps));
+        for (int64_t k = 0; k < parts; ++k) {
+          const Range t = part(j.size(), k, parts);
+          const int64_t j0 = j.begin + t.begin;
+          for (int64_t y = rows.begin; y < rows.end;) {
+            const Range i = ay.taps(y, y);
+            int64_t next = y + 1;
+            for (; next < rows.end; ++next) {
+              const Range other = ay.taps(next, next);
+              if (other.begin != i.begin || other.end != i.end) break;
+            }
+            float* const result = to.data + v * to.plane + (y - rows.begin) * to.line + (first - r.begin) * to.step;
+            if (i.empty() || t.empty()) {
+              for (int64_t n = 0; k == 0 && n < (next - y) * columns; ++n)
+                store(result + n / columns * to.line + n % columns * ax.step * to.step, load(start));
+            } else {
+              stencil_of(t.size(), columns)(from.at(v, y + i.begin * ay.step - ay.pad, first + j0 * ax.step - ax.pad),
+                                            from.row, ay.step * from.row, ax.step * kLanes, i.size(),
+                                            w + (i.begin * ax.k + j0) * kLanes, ax.k * kLanes, k == 0 ? start : nullptr,
+                                            result, to.line, ax.step * to.step, next - y);
+            }
+            y = next;
+          }
         }
       }
-      for (int64_t k = 0; k < parts && !j.empty(); ++k) {
-        const int64_t j0 = j.begin + part(j.size(), k, parts).begin, n = part(j.size(), k, parts).size();
-        const float* const x = from.at(y + i.begin * ay.step - ay.pad, first + j0 * ax.step - ax.pad);
-        stencil_of(n, columns)(x, ay.step * from.row, ax.step * width, i.size(), w + (i.begin * ax.k + j0) * kLanes,
-                               ax.k * kLanes, taps * kLanes, k == 0 ? start : nullptr, result, ax.step * to_width,
-                               tiles, vectors);
-      }
-      first = next;
     }
   }
 }
 
-// Adds the products of row y of dz, columns r, with the x that these outputs read, to sums [vectors, kh, kw, kLanes].
-void correlate_row(const Axis& ay, const Axis& ax, int columns, const Patch& dz, const Patch& from, int64_t y, Range r,
-                   float* sums, int vectors) {
-  const int64_t width = from.width;
-  const Range i = ay.taps(y, y);
-  if (i.empty()) return;
+// Adds the products of dz, rows and columns r, with the x that these outputs read, to sums [vectors, kh, kw, kLanes].
+void correlate_rows(const Axis& ay, const Axis& ax, int columns, const Patch& dz, const Patch& from, Range rows,
+                    Range r, float* sums, int vectors) {
   const int64_t parts = ceil_div(ax.k, kMostTaps);
-  for (int64_t first_column = r.begin; first_column < std::min(r.end, r.begin + ax.step); ++first_column) {
-    for (int64_t k = 0; k < parts; ++k) {
-      const Range j = part(ax.k, k, parts), q = ax.outputs({first_column, r.end}, j.begin, j.end - 1);
-      if (q.empty()) continue;
-      const int64_t n = ceil_div(q.size(), ax.step), tiles = n / columns;
-      float* const to = sums + (i.begin * ax.k + j.begin) * kLanes;
-      const auto run = [&](int tile_columns, int64_t begin, int64_t tiles_there) {
-        if (tiles_there == 0) return;
-        const int64_t column = q.begin + begin * ax.step;
-        correlate_of(j.size(), tile_columns)(
-            dz.at(y, column), ax.step * width,
-            from.at(y + i.begin * ay.step - ay.pad, column + j.begin * ax.step - ax.pad), ay.step * from.row,
-            ax.step * width, i.size(), to, ax.k * kLanes, ay.k * ax.k * kLanes, tiles_there, vectors);
-      };
-      run(columns, 0, tiles);
-      run(1, tiles * columns, n - tiles * columns);  // exactly: what lies beyond may be no number
+  // Columns at once, of whose rows of x those of a filter stay in the nearest cache.
+  const int64_t near = std::max<int64_t>(2, kNearBytes / (ay.k * kLanes * int64_t{sizeof(float)} * columns)) * columns;
+  for (int v = 0; v < vectors; ++v, sums += ay.k * ax.k * kLanes) {
+    for (int64_t first_column = r.begin; first_column < std::min(r.end, r.begin + ax.step); ++first_column) {
+      for (int64_t k = 0; k < parts; ++k) {
+        const Range j = part(ax.k, k, parts), q = ax.outputs({first_column, r.end}, j.begin, j.end - 1);
+        const int64_t all = q.empty() ? 0 : ceil_div(q.size(), ax.step);
+        for (int64_t done = 0; done < all; done += near) {
+          const int64_t n = std::min(near, all - done), tiles = n / columns, rest = n - tiles * columns;
+          for (int64_t y = rows.begin; y < rows.end; ++y) {
+            const Range i = ay.taps(y, y);
+            if (i.empty()) continue;
+            float* const to = sums + (i.begin * ax.k + j.begin) * kLanes;
+            const auto run = [&](int tile_columns, int64_t begin, int64_t count) {
+              const int64_t column = q.begin + (done + begin) * ax.step;
+              correlate_of(j.size(), tile_columns)(
+                  dz.at(v, y, column), ax.step * kLanes,
+                  from.at(v, y + i.begin * ay.step - ay.pad, column + j.begin * ax.step - ax.pad), ay.step * from.row,
+                  ax.step * kLanes, i.size(), to, ax.k * kLanes, count);
+            };
+            if (tiles) run(columns, 0, tiles);
+            if (rest) run(1, tiles * columns, rest);  // exactly: what lies beyond may be no number
+          }
+        }
+      }
     }
   }
 }
 
 // ---- rows of maps --------------------------------------------------------------------------------------------------
 
+// A row in scratch: of a patch, whose vectors of channels are a plane apart, or of pixels.
+struct Lane {
+  float* data;
+  int64_t plane, step = kLanes;
+  EFFVIT_INLINE float* at(int64_t x, int c) const { return data + c / kLanes * plane + x * step; }
+};
+
+constexpr int64_t kAhead = 12;
+
 template <class T>
-void fill_row(float* to, int64_t width, RowOf<const T> from, RowOf<const T> gate, int64_t n, int channels) {
-  for (int64_t x = 0; x < n; ++x, to += width) {
+void fill_row(Lane to, RowOf<const T> from, RowOf<const T> gate, int64_t n, int channels) {
+  for (int64_t x = 0; x < n; ++x) {
     const T* const pixel = from.data + x * from.stride;
-    if (gate.data) {
-      const T* const factor = gate.data + x * gate.stride;
-      for (int c = 0; c < channels; c += kLanes)
-        store(to + c, load_lanes(pixel + c, channels - c) * load_lanes(factor + c, channels - c));
-    } else {
-      load_row(to, pixel, channels);
+    const T* const factor = gate.data + x * gate.stride;
+    for (int c = 0; c < channels; c += kLanes) {
+      __builtin_prefetch(to.at(x + kAhead, c), 1, 3);
+      __builtin_prefetch(pixel + kAhead * from.stride + c, 0, 3);
+      vf u = load_lanes(pixel + c, channels - c);
+      if (gate.data) u = u * load_lanes(factor + c, channels - c);
+      store(to.at(x, c), u);
     }
   }
 }
 
 // out = act(z) * gate
 template <class T>
-using FinishRow = void (*)(const float* z, int64_t width, RowOf<const T> gate, RowOf<T> out, int64_t n, int channels,
-                           bool past_caches);
+using FinishRow = void (*)(Lane z, RowOf<const T> gate, RowOf<T> out, int64_t n, int channels, bool past_caches);
 
 template <class T, int kAct>
-void finish_row(const float* z, int64_t width, RowOf<const T> gate, RowOf<T> out, int64_t n, int channels,
-                bool past_caches) {
+void finish_row(Lane z, RowOf<const T> gate, RowOf<T> out, int64_t n, int channels, bool past_caches) {
   for (int64_t x = 0; x < n; ++x) {
-    const float* const from = z + x * width;
     T* const to = out.data + x * out.stride;
-    if (gate.data) {
-      const T* const factor = gate.data + x * gate.stride;
-      for (int c = 0; c < channels; c += kLanes) {
-        const vf y = activate<kAct>(load(from + c)) * load_lanes(factor + c, channels - c);
-        put(to + c, y, channels - c, past_caches);
-      }
-    } else {
-      for (int c = 0; c < channels; c += kLanes) put(to + c, activate<kAct>(load(from + c)), channels - c, past_caches);
+    const T* const factor = gate.data + x * gate.stride;
+    for (int c = 0; c < channels; c += kLanes) {
+      vf y = activate<kAct>(load(z.at(x, c)));
+      if (gate.data) y = y * load_lanes(factor + c, channels - c);
+      put(to + c, y, channels - c, past_caches);
     }
   }
 }
 
 // dgate = grad * act(z) of columns `own`, where it is asked for, and dz = grad * gate * act'(z)
 template <class T>
-using GradientRow = void (*)(const float* z, int64_t width, RowOf<const T> grad, RowOf<const T> gate, RowOf<T> dgate,
-                             Range own, float* dz, int64_t n, int channels);
+using GradientRow = void (*)(Lane z, RowOf<const T> grad, RowOf<const T> gate, RowOf<T> dgate, Range own, Lane dz,
+                             int64_t n, int channels);
 
 template <class T, int kAct>
-void gradient_row(const float* z, int64_t width, RowOf<const T> grad, RowOf<const T> gate, RowOf<T> dgate, Range own,
-                  float* dz, int64_t n, int channels) {
+void gradient_row(Lane z, RowOf<const T> grad, RowOf<const T> gate, RowOf<T> dgate, Range own, Lane dz, int64_t n,
+                  int channels) {
   for (int64_t x = 0; x < n; ++x) {
-    const float* const from = z + x * width;
     const T* const gradient = grad.data + x * grad.stride;
-    float* const to = dz + x * width;
     for (int c = 0; c < channels; c += kLanes) {
       vf g = load_lanes(gradient + c, channels - c), slope;
-      const vf y = activate<kAct>(load(from + c), &slope);
+      const vf y = activate<kAct>(load(z.at(x, c)), &slope);
       if (gate.data) {
         if (dgate.data && own.has(x)) store_lanes(dgate.data + (x - own.begin) * dgate.stride + c, g * y, channels - c);
         g = g * load_lanes(gate.data + x * gate.stride + c, channels - c);
       }
-      store(to + c, g * slope);
+      store(dz.at(x, c), g * slope);
     }
   }
 }
 
 // dx = du * gate, dgate = du * x
 template <class T>
-void input_row(const float* du, int64_t width, RowOf<const T> x, RowOf<const T> gate, RowOf<T> dx, RowOf<T> dgate,
-               int64_t n, int channels, bool past_caches) {
+void input_row(Lane du, RowOf<const T> x, RowOf<const T> gate, RowOf<T> dx, RowOf<T> dgate, int64_t n, int channels,
+               bool past_caches) {
   for (int64_t i = 0; i < n; ++i) {
-    const float* const from = du + i * width;
     T* const to = dx.data + i * dx.stride;
     for (int c = 0; c < channels; c += kLanes) {
-      vf d = load(from + c);
+      vf d = load(du.at(i, c));
       if (gate.data) {
         const vf value = load_lanes(x.data + i * x.stride + c, channels - c);
         store_lanes(dgate.data + i * dgate.stride + c, d * value, channels - c);
@@ -298,7 +347,7 @@ struct Pass {
   Map<T> out, dx, dpregate, dpostgate, dstate;
   int64_t before;  // columns of the state
   float* x_data;
-  float* z;
+  float* z_data;
 
   Pass(const Params& params, const Plan& plan, Scratch& scratch) : p(params), g(plan) {
     const auto read = [](const void* map, int64_t b, int64_t y, int64_t x) {
@@ -309,41 +358,42 @@ struct Pass {
     postgate = read(p.postgate, p.postgate_stride_b, p.postgate_stride_y, p.postgate_stride_x);
     state = read(p.state, p.state_stride_b, p.state_stride_y, p.state_stride_x);
     grad = read(p.grad_out, p.grad_out_stride_b, p.grad_out_stride_y, p.grad_out_stride_x);
-    const auto written = [&](void* map, int64_t H, int64_t W) {
-      return Map<T>{static_cast<T*>(map), H * W * p.C, W * p.C, p.C};
+    const auto written = [](void* map, int64_t b, int64_t y, int64_t x) {
+      return Map<T>{static_cast<T*>(map), b, y, x};
     };
-    const int64_t H = p.windows_y * p.H, W = p.windows_x * p.W, P = p.windows_y * p.P, Q = p.windows_x * p.Q;
-    out = written(p.out, P, Q), dpostgate = written(p.dpostgate, P, Q);
-    dx = written(p.dx, H, W), dpregate = written(p.dpregate, H, W), dstate = written(p.dstate, p.H, p.pad_x);
+    out = written(p.out, p.out_stride_b, p.out_stride_y, p.out_stride_x);
+    dpostgate = written(p.dpostgate, p.out_stride_b, p.out_stride_y, p.out_stride_x);
+    dx = written(p.dx, p.dx_stride_b, p.dx_stride_y, p.dx_stride_x);
+    dpregate = written(p.dpregate, p.dx_stride_b, p.dx_stride_y, p.dx_stride_x);
+    dstate = written(p.dstate, p.H * p.pad_x * p.C, p.pad_x * p.C, p.C);
     before = p.state ? p.pad_x : 0;
     x_data = scratch.take<float>(g.x_floats);
-    z = scratch.take<float>(g.z_floats);
+    z_data = scratch.take<float>(g.z_floats);
   }
 
   Image input(int64_t image) const { return Image(p, image, p.H, p.W); }
   Image output(int64_t image) const { return Image(p, image, p.P, p.Q); }
 
-  // Columns [begin, end) of a row of a patch from `begin` on; the patch's other columns become zeros.
+  // Columns of a row of a patch by `fill`; the others become zeros.
   template <class Fill>
-  void fill(const Patch& to, int64_t y, Range columns, const Fill& fill) const {
-    float* const row = to.at(y, to.x);
-    if (columns.empty()) return zero(row, to.row);
-    float* const first = to.at(y, columns.begin);
-    float* const last = to.at(y, columns.end);
-    zero(row, first - row), zero(last, row + to.row - last);
-    fill(first);
+  void fill(const Patch& to, int64_t y, Range columns, int vectors, const Fill& fill) const {
+    const int64_t begin = columns.empty() ? to.x : columns.begin, end = columns.empty() ? to.x : columns.end;
+    for (int v = 0; v < vectors; ++v) {
+      float *const row = to.at(v, y, to.x), *const first = to.at(v, y, begin), *const last = to.at(v, y, end);
+      zero(row, first - row), zero(last, row + to.row - last);
+    }
+    if (!columns.empty()) fill(Lane{to.at(0, y, begin), to.plane});
   }
-  // Rows [begin, end) of what an item reads of x, times its gate, and of the state.
-  void fill_x(const Patch& to, int64_t begin, int64_t end, const Image& at, const Item& item, const Unit& u) const {
-    const Range columns = g.x_columns(item);
+  // What an item reads of x, times its gate, and of the state.
+  void fill_x(const Patch& to, const Image& at, const Item& item, const Unit& u) const {
+    const Range rows = g.x_rows(item), columns = g.x_columns(item);
     const int64_t from_state = std::max<int64_t>(0, std::min(columns.end, before) - columns.begin);
     const int64_t first = columns.begin + from_state - before, rest = columns.size() - from_state;
-    for (int64_t y = begin; y < end; ++y) {
-      fill(to, y, columns, [&](float* data) {
+    for (int64_t y = rows.begin; y < rows.end; ++y) {
+      fill(to, y, columns, u.vectors, [&](Lane row) {
         if (from_state)
-          fill_row<T>(data, g.width, at.row(state, y, columns.begin, u.first_channel), {nullptr, 0}, from_state,
-                      u.channels);
-        fill_row<T>(data + from_state * g.width, g.width, at.row(x, y, first, u.first_channel),
+          fill_row<T>(row, at.row(state, y, columns.begin, u.first_channel), {nullptr, 0}, from_state, u.channels);
+        fill_row<T>({row.at(from_state, 0), row.plane}, at.row(x, y, first, u.first_channel),
                     at.row(pregate, y, first, u.first_channel), rest, u.channels);
       });
     }
@@ -357,7 +407,7 @@ template <class T>
 struct Forward : Pass<T> {
   using Base = Pass<T>;
   using Base::Base;
-  using Base::g, Base::p, Base::z;
+  using Base::g, Base::p;
 
   void run(const float* packed, int64_t begin, int64_t end) {
     const auto finish = finish_row_of<T>(p.act, AllActivations{});
@@ -369,80 +419,138 @@ struct Forward : Pass<T> {
       const float* const bias = weights + g.width * g.taps;
       const Item item = this->item(u.items_begin);
       const Image in = this->input(this->image(u.items_begin)), out = this->output(this->image(u.items_begin));
+      if (g.near) {
+        run_near(item, in, out, u, weights, bias, past_caches);
+        continue;
+      }
       const Patch patch = g.x_patch(item, this->x_data);
-      const int64_t first = item.out_x.begin, n = item.out_x.size();
+      this->fill_x(patch, in, item, u);
       // Whole tiles of whole vectors leave from the registers where nothing is left to be done.
       const bool plain = std::is_same_v<T, float> && p.act == kNone && !p.postgate && g.x.step == 1 &&
                          u.channels % kLanes == 0 && !past_caches;
-      const int64_t direct = plain ? n / columns * columns : 0;
-      int64_t next = g.x_rows(item).begin;  // the row of x that is filled in next
-      for (int64_t y = item.out_y.begin; y < item.out_y.end; ++y) {
-        const int64_t end = g.y.reads({y, y + 1}).end;
-        this->fill_x(patch, next, end, in, item, u);
-        next = std::max(next, end);
+      const int64_t first = item.out_x.begin, n = item.out_x.size(), direct = plain ? n / columns * columns : 0;
+      if constexpr (std::is_same_v<T, float>) {
         if (direct) {
-          const RowOf<T> to = out.row(this->out, y, first, u.first_channel);
-          if constexpr (std::is_same_v<T, float>)
-            convolve(g.y, g.x, columns, patch, y, {first, first + direct}, weights, bias, to.data, to.stride,
-                     u.vectors);
+          float* const to = out.row(this->out, item.out_y.begin, first, u.first_channel).data;
+          convolve(g.y, g.x, columns, patch, item.out_y, {first, first + direct}, weights, bias,
+                   Target(to, p.out_stride_y, p.out_stride_x), u.vectors);
         }
-        if (direct == n) continue;
-        convolve(g.y, g.x, columns, patch, y, {first + direct, item.out_x.end}, weights, bias, z, g.width, u.vectors);
-        finish(z, g.width, out.row(this->postgate, y, first + direct, u.first_channel),
-               out.row(this->out, y, first + direct, u.first_channel), n - direct, u.channels, past_caches);
+      }
+      if (direct == n) continue;
+      const Range rest = {first + direct, item.out_x.end};
+      const Patch z = g.z_patch(item.out_y, rest, this->z_data);
+      convolve(g.y, g.x, columns, patch, item.out_y, rest, weights, bias, Target(z), u.vectors);
+      for (int64_t y = item.out_y.begin; y < item.out_y.end; ++y) {
+        finish({z.at(0, y, rest.begin), z.plane}, out.row(this->postgate, y, rest.begin, u.first_channel),
+               out.row(this->out, y, rest.begin, u.first_channel), n - direct, u.channels, past_caches);
       }
     }
     if (past_caches) stream_fence();
+  }
+
+  // From memory to memory, row by row, as many channels as leave what a tile reads in the nearest cache. Columns near
+  // the border, whose taps are not all there, go one by one.
+  void run_near(const Item& item, const Image& in, const Image& out, const Unit& u, const float* weights,
+                const float* bias, bool past_caches) {
+    const auto finish = finish_row_of<T>(p.act, AllActivations{});
+    const bool plain = std::is_same_v<T, float> && p.act == kNone && !p.postgate && !past_caches;
+    const int64_t begin = std::min(std::max(item.out_x.begin, g.x.pad), item.out_x.end);
+    const int64_t end = std::max(begin, std::min(item.out_x.end, g.x.in + g.x.pad - g.x.reach()));
+    const int64_t tile_bytes = g.y.k * (kMostColumns + g.x.reach()) * kLanes * int64_t{sizeof(T)};
+    const int together = g.y.k == 1 ? u.vectors : static_cast<int>(std::max<int64_t>(2, kNearBytes / tile_bytes));
+    for (int64_t y = item.out_y.begin; y < item.out_y.end; ++y) {
+      const Range i = g.y.taps(y, y);
+      for (int v = 0; v < u.vectors; v += together) {
+        const int vectors = std::min(together, u.vectors - v), c0 = v * kLanes;
+        const int64_t channel = u.first_channel + c0;
+        const T* const x = in.row(this->x, i.empty() ? 0 : y + i.begin * g.y.step - g.y.pad, 0, channel).data;
+        const RowOf<T> row = out.row(this->out, y, 0, channel);
+        const RowOf<const T> gate = out.row(this->postgate, y, 0, channel);
+        const auto tile = [&](int columns, int64_t first) {
+          const Range j = i.empty() ? Range{0, 0} : g.x.taps(first, first);
+          const int64_t parts = ceil_div(j.size(), kMostTaps);
+          T* const result = row.data + first * row.stride;
+          float* to = this->z_data;
+          int64_t step = g.width;
+          if constexpr (std::is_same_v<T, float>) {
+            if (plain) to = result, step = row.stride;
+          }
+          if (parts == 0) {
+            for (int c = 0; c < vectors * kLanes; c += kLanes) {
+              for (int n = 0; n < columns; ++n) store(to + n * step + c, load(bias + c0 + c));
+            }
+          }
+          for (int64_t k = 0; k < parts; ++k) {
+            const Range t = part(j.size(), k, parts);
+            const int64_t j0 = j.begin + t.begin;
+            near_stencil_of<T>(t.size(), columns)(
+                x + (first + j0 - g.x.pad) * p.x_stride_x, g.y.step * p.x_stride_y, p.x_stride_x, i.size(),
+                weights + (v * g.taps + i.begin * g.x.k + j0) * kLanes, g.x.k * kLanes, g.taps * kLanes,
+                k == 0 ? bias + c0 : nullptr, to, step, vectors);
+          }
+          if (plain) return;
+          const RowOf<const T> factor = {gate.data ? gate.data + first * gate.stride : nullptr, gate.stride};
+          finish({to, kLanes, step}, factor, {result, row.stride}, columns, vectors * kLanes, past_caches);
+        };
+        for (int64_t q = item.out_x.begin; q < begin; ++q) tile(1, q);
+        int64_t q = begin;
+        for (; q + kMostColumns <= end; q += kMostColumns) tile(kMostColumns, q);
+        if (q < end && end - begin >= kMostColumns) tile(kMostColumns, end - kMostColumns), q = end;  // some twice
+        for (; q < item.out_x.end; ++q) tile(1, q);
+      }
+    }
   }
 };
 
 template <class T>
 struct Backward : Pass<T> {
   using Base = Pass<T>;
-  using Base::before, Base::g, Base::p, Base::z;
+  using Base::before, Base::g, Base::p, Base::z_data;
 
   float* dz_data;
-  const float* none;  // a bias of zeros
+  float* none;  // a bias of zeros
 
   Backward(const Params& params, const Plan& plan, Scratch& scratch) : Base(params, plan, scratch) {
     dz_data = scratch.take<float>(g.dz_floats);
     none = scratch.take<float>(g.width);
   }
 
-  // Row y of dz, all columns that the item needs, with the part of the gate's gradient that is the item's own.
-  void fill_dz(const Patch& to, const Patch& x, int columns, int64_t y, const Image& at, const Item& item,
-               const Unit& u, const float* weights, const float* bias) const {
-    const Range r = item.dz_x;
-    const auto grad = at.row(this->grad, y, r.begin, u.first_channel);
-    if (g.needs_z) convolve(g.y, g.x, columns, x, y, r, weights, bias, z, g.width, u.vectors);
-    this->fill(to, y, r, [&](float* data) {
-      if (!g.needs_z) return fill_row<T>(data, g.width, grad, {nullptr, 0}, r.size(), u.channels);
-      RowOf<T> dgate = at.row(this->dpostgate, y, item.out_x.begin, u.first_channel);
-      if (!item.out_y.has(y)) dgate.data = nullptr;
-      const Range own = {item.out_x.begin - r.begin, item.out_x.end - r.begin};
-      gradient_row_of<T>(p.act, AllActivations{})(z, g.width, grad, at.row(this->postgate, y, r.begin, u.first_channel),
-                                                  dgate, own, data, r.size(), u.channels);
-    });
+  // The gradient of the convolution that an item needs, and the part of the gate's gradient that is the item's own.
+  void fill_dz(const Patch& to, const Patch& x, const Image& at, const Item& item, const Unit& u, const float* weights,
+               const float* bias) const {
+    const auto gradient = gradient_row_of<T>(p.act, AllActivations{});
+    const Range r = item.dz_x, own = {item.out_x.begin - r.begin, item.out_x.end - r.begin};
+    const Patch z = g.z_patch(item.dz_y, r, z_data);
+    if (g.needs_z) convolve(g.y, g.x, g.columns_for(g.x.out), x, item.dz_y, r, weights, bias, Target(z), u.vectors);
+    for (int64_t y = item.dz_y.begin; y < item.dz_y.end; ++y) {
+      const auto grad = at.row(this->grad, y, r.begin, u.first_channel);
+      this->fill(to, y, r, u.vectors, [&](Lane row) {
+        if (!g.needs_z) return fill_row<T>(row, grad, {nullptr, 0}, r.size(), u.channels);
+        RowOf<T> dgate = at.row(this->dpostgate, y, item.out_x.begin, u.first_channel);
+        if (!item.out_y.has(y)) dgate.data = nullptr;
+        gradient({z.at(0, y, r.begin), z.plane}, grad, at.row(this->postgate, y, r.begin, u.first_channel), dgate, own,
+                 row, r.size(), u.channels);
+      });
+    }
   }
 
   // Row y of the gradient of x, in z, to where it belongs.
-  void write_dx(int64_t y, const Image& at, const Item& item, const Unit& u, bool past_caches) const {
+  void write_dx(const Patch& z, int64_t y, const Image& at, const Item& item, const Unit& u, bool past_caches) const {
     const int64_t begin = item.in_x.begin, channel = u.first_channel;
     const int64_t to_state = std::max<int64_t>(0, std::min(item.in_x.end, before) - begin);
+    const Lane row = {z.at(0, y, begin), z.plane};
     if (to_state)
-      input_row<T>(z, g.width, {nullptr, 0}, {nullptr, 0}, at.row(this->dstate, y, begin, channel), {nullptr, 0},
-                   to_state, u.channels, false);
+      input_row<T>(row, {nullptr, 0}, {nullptr, 0}, at.row(this->dstate, y, begin, channel), {nullptr, 0}, to_state,
+                   u.channels, false);
     const int64_t x = begin + to_state - before;
-    input_row<T>(z + to_state * g.width, g.width, at.row(this->x, y, x, channel), at.row(this->pregate, y, x, channel),
+    input_row<T>({row.at(to_state, 0), z.plane}, at.row(this->x, y, x, channel), at.row(this->pregate, y, x, channel),
                  at.row(this->dx, y, x, channel), at.row(this->dpregate, y, x, channel), item.in_x.size() - to_state,
                  u.channels, past_caches);
   }
 
   void run(const float* packed, float* partials, int64_t begin, int64_t end) {
-    zero(const_cast<float*>(none), g.width);
+    zero(none, g.width);
     const bool past_caches = goes_past_caches<T>(p, g, p.dx, g.images * p.H * p.W);
-    const Axis flipped_y = g.y.flipped(), flipped_x = g.x.flipped();
-    const int columns = g.columns_for(g.x.out), flipped_columns = g.columns_for(g.x.in);
     for (int64_t unit = begin; unit < end; ++unit) {
       const Unit u(p, g, unit);
       const float* const weights = packed + u.block * g.packed;
@@ -453,38 +561,27 @@ struct Backward : Pass<T> {
         const Item item = this->item(i);
         const Image in = this->input(this->image(i)), out = this->output(this->image(i));
         const Patch x = g.x_patch(item, this->x_data), dz = g.dz_patch(item, dz_data);
-        int64_t next_x = g.x_rows(item).begin, next_dx = item.in_y.begin;
-        const auto write_rows = [&](int64_t end) {  // of dx, those for which dz is there up to row `end`
-          for (; next_dx < item.in_y.end && flipped_y.reads({next_dx, next_dx + 1}).end <= end; ++next_dx) {
-            convolve(flipped_y, flipped_x, flipped_columns, dz, next_dx, item.in_x, flipped, none, z, g.width,
-                     u.vectors);
-            write_dx(next_dx, in, item, u, past_caches);
-          }
-        };
-        for (int64_t y = item.dz_y.begin; y < item.dz_y.end; ++y) {
-          const bool own = item.out_y.has(y);
-          const int64_t end = g.needs_z || own ? g.y.reads({y, y + 1}).end : 0;
-          this->fill_x(x, next_x, end, in, item, u);
-          next_x = std::max(next_x, end);
-          fill_dz(dz, x, columns, y, out, item, u, weights, flipped + g.width * g.taps);
-          if (own) {
-            correlate_row(g.y, g.x, columns, dz, x, y, item.out_x, sums, u.vectors);
-            if (p.dbias) add_columns(sums + g.width * g.taps, dz, y, item.out_x, u.vectors);
-          }
-          write_rows(y + 1);
-        }
-        write_rows(g.y.out);
+        this->fill_x(x, in, item, u);
+        fill_dz(dz, x, out, item, u, weights, flipped + g.width * g.taps);
+        correlate_rows(g.y, g.x, g.columns_for(g.x.out), dz, x, item.out_y, item.out_x, sums, u.vectors);
+        if (p.dbias) add_columns(sums + g.width * g.taps, dz, item.out_y, item.out_x, u.vectors);
+        const Patch du = g.z_patch(item.in_y, item.in_x, z_data);
+        convolve(g.y.flipped(), g.x.flipped(), g.columns_for(g.x.in), dz, item.in_y, item.in_x, flipped, none,
+                 Target(du), u.vectors);
+        for (int64_t y = item.in_y.begin; y < item.in_y.end; ++y) write_dx(du, y, in, item, u, past_caches);
       }
     }
     if (past_caches) stream_fence();
   }
 
-  static void add_columns(float* sums, const Patch& dz, int64_t y, Range r, int vectors) {
-    for (int c = 0; c < vectors * kLanes; c += kLanes) {
-      const float* from = dz.at(y, r.begin) + c;
-      vf total{};
-      for (int64_t x = r.begin; x < r.end; ++x, from += dz.width) total += load(from);
-      store(sums + c, load(sums + c) + total);
+  static void add_columns(float* sums, const Patch& dz, Range rows, Range r, int vectors) {
+    for (int v = 0; v < vectors; ++v, sums += kLanes) {
+      for (int64_t y = rows.begin; y < rows.end; ++y) {
+        const float* from = dz.at(v, y, r.begin);
+        vf total{};
+        for (int64_t x = r.begin; x < r.end; ++x, from += kLanes) total += load(from);
+        store(sums, load(sums) + total);
+      }
     }
   }
 };
@@ -492,33 +589,38 @@ struct Backward : Pass<T> {
 // ---- entry points --------------------------------------------------------------------------------------------------
 
 template <bool backward>
-int64_t pack_units(const Params& p) {
-  return Plan(p, backward).blocks;
+int64_t pack_units(const Params& params) {
+  return Plan(turned(params), backward).blocks;
 }
 template <bool backward>
-void pack(const Params& p, float* workspace, int64_t begin, int64_t end) {
+void pack(const Params& params, float* workspace, int64_t begin, int64_t end) {
+  const Params p = turned(params);
   const Plan g(p, backward);
   dispatch_dtype(p.weight_dtype, [&](auto type) { pack_weights<decltype(type)>(p, g, workspace, begin, end); });
 }
 
-int64_t forward_floats(const Params& p) {
+int64_t forward_floats(const Params& params) {
+  const Params p = turned(params);
   const Plan g(p, false);
   return g.blocks * g.packed;
 }
-int64_t forward_units(const Params& p) { return Plan(p, false).units(); }
-void forward(const Params& p, float* workspace, int64_t begin, int64_t end) {
+int64_t forward_units(const Params& params) { return Plan(turned(params), false).units(); }
+void forward(const Params& params, float* workspace, int64_t begin, int64_t end) {
+  const Params p = turned(params);
   const Plan g = Plan(p, false).with_scratch();
   dispatch_dtype(p.dtype, [&](auto type) {
     run_pass<Forward<decltype(type)>>(p, g, static_cast<const float*>(workspace), begin, end);
   });
 }
 
-int64_t backward_floats(const Params& p) {
+int64_t backward_floats(const Params& params) {
+  const Params p = turned(params);
   const Plan g(p, true);
   return g.blocks * g.packed + g.units() * g.sums;
 }
-int64_t backward_units(const Params& p) { return Plan(p, true).units(); }
-void backward(const Params& p, float* workspace, int64_t begin, int64_t end) {
+int64_t backward_units(const Params& params) { return Plan(turned(params), true).units(); }
+void backward(const Params& params, float* workspace, int64_t begin, int64_t end) {
+  const Params p = turned(params);
   const Plan g = Plan(p, true).with_scratch();
   float* const partials = workspace + g.blocks * g.packed;
   dispatch_dtype(p.dtype, [&](auto type) {
@@ -527,8 +629,9 @@ void backward(const Params& p, float* workspace, int64_t begin, int64_t end) {
 }
 
 // Adds the sums of all units of a block into the first one's, and writes them.
-int64_t reduce_units(const Params& p) { return Plan(p, true).blocks; }
-void reduce(const Params& p, float* workspace, int64_t begin, int64_t end) {
+int64_t reduce_units(const Params& params) { return Plan(turned(params), true).blocks; }
+void reduce(const Params& params, float* workspace, int64_t begin, int64_t end) {
+  const Params p = turned(params);
   const Plan g(p, true);
   for (int64_t block = begin; block < end; ++block) {
     float* const sums = workspace + g.blocks * g.packed + block * g.sums;

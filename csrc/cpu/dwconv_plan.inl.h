@@ -7,6 +7,8 @@ constexpr int kMostChannels = 64;  // of a block
 constexpr int64_t kSegment = 64;  // columns of a long row that are computed together, at least
 constexpr int64_t kNearBytes = 20 << 10;  // of a row in scratch that is read by one row alone
 constexpr int64_t kPatchBytes = 256 << 10;  // of the rows of a map in scratch
+constexpr int64_t kNearTaps = 49;
+constexpr int kNearChannels = 1024;  // of a block that goes from memory to memory
 constexpr int64_t kUnits = 64;
 constexpr int64_t kSumBytes = 32 << 20;  // of the partial sums of the weights' gradients
 constexpr int64_t kPastCaches = 16 << 20;  // maps of more bytes are written past them, see rows.inl.h
@@ -39,9 +41,10 @@ struct Axis {
     return end > begin ? Range{begin, end} : Range{0, 0};
   }
   // The taps that find an input, for outputs from first to last.
-  Range taps(int64_t first, int64_t last) const {
-    const int64_t begin = last >= pad ? 0 : ceil_div(pad - last, step);
-    const int64_t end = in + pad > first ? std::min(k, (in + pad - first - 1) / step + 1) : 0;
+  EFFVIT_INLINE Range taps(int64_t first, int64_t last) const {
+    const int64_t less = std::max<int64_t>(0, pad - last), more = std::max<int64_t>(0, in + pad - first);
+    const int64_t begin = step == 1 ? less : ceil_div(less, step);  // divisions take long here
+    const int64_t end = std::min(k, step == 1 ? more : ceil_div(more, step));
     return {begin, std::max(begin, end)};
   }
   // The outputs in r whose taps j find an input, of those that are `step` apart from r.begin on; all from and to such.
@@ -51,6 +54,18 @@ struct Axis {
     return {r.begin + skip * step, std::min(r.end, high)};
   }
 };
+
+// The same with rows and columns exchanged where the filter is a column: tiles then go along it.
+inline Params turned(Params p) {
+  if (p.kw > 1 || p.kh == 1) return p;
+  const auto turn = [](int64_t& y, int64_t& x) { std::swap(y, x); };
+  turn(p.windows_y, p.windows_x), turn(p.H, p.W), turn(p.P, p.Q), turn(p.kh, p.kw);
+  turn(p.pad_y, p.pad_x), turn(p.step_y, p.step_x), turn(p.x_stride_y, p.x_stride_x);
+  turn(p.pregate_stride_y, p.pregate_stride_x), turn(p.postgate_stride_y, p.postgate_stride_x);
+  turn(p.grad_out_stride_y, p.grad_out_stride_x), turn(p.out_stride_y, p.out_stride_x);
+  turn(p.dx_stride_y, p.dx_stride_x);
+  return p;
+}
 
 inline Axis rows_of(const Params& p) { return {p.H, p.P, p.kh, p.step_y, p.pad_y}; }
 // A state is part of the input.
@@ -65,16 +80,19 @@ struct Item {
   Range dz_y, dz_x;  // backward: of the gradient of the convolution, own ones and what the gradient of x reads
 };
 
-// Rows of a map with zeros around their columns, [rows, columns, width], from row y and column x on.
+// Rows of a map with zeros around their columns, [vectors, rows, columns, kLanes], from row y and column x on.
 struct Patch {
   float* data;
-  int64_t y, x, row, width;  // row: floats of one
-  EFFVIT_INLINE float* at(int64_t at_y, int64_t at_x) const { return data + (at_y - y) * row + (at_x - x) * width; }
+  int64_t y, x, row, plane;  // row, plane: floats of one
+  EFFVIT_INLINE float* at(int64_t vector, int64_t at_y, int64_t at_x) const {
+    return data + vector * plane + (at_y - y) * row + (at_x - x) * kLanes;
+  }
 };
 
 struct Plan {
   Axis y, x;
   bool backward, needs_z;  // z: the convolution, computed again
+  bool near;  // forward from memory to memory, without scratch: small filters, which memory bounds
   int64_t taps, width, blocks;  // width: channels of a block, whole vectors
   int64_t images, bands, segments, items, groups;  // groups: of the items of a block, to add sums in
   int64_t packed, sums;  // floats of the weights of a block, and of a unit's sums
@@ -87,34 +105,46 @@ struct Plan {
     images = p.B * p.windows_y * p.windows_x;
     const int64_t budget = kPatchBytes / int64_t{sizeof(float)};
     // Rows of a band: what bands have in common is read twice, and where z is needed, computed twice.
-    int64_t least = small ? 2 : std::min(y.out, std::max<int64_t>(8, needs_z ? 3 * y.reach() : y.reach() / 2));
+    int64_t least = small      ? 2
+                    : y.k == 1 ? 1
+                               : std::min(y.out, std::max<int64_t>(8, needs_z ? 3 * y.reach() : y.reach() / 2));
     const auto fits = [&](int64_t channels, int64_t columns) {
       const int64_t lines = std::min(y.in, least + y.reach());
       return lines * (columns + x.reach() + kMostColumns * x.step) * channels <= budget;
     };
+    near = !backward && !p.pregate && !p.state && p.C % kLanes == 0 && x.step == 1 && taps <= kNearTaps &&
+           x.out >= 2 * kMostColumns && 4 * x.reach() <= x.out && (y.k == 1 || p.x_stride_x % 512 != 0);
     int64_t segment = x.out;
     const int64_t grain = kMostColumns * x.step;
     const auto cut = [&](int64_t columns) { segment = std::min(x.out, ceil_div(columns, grain) * grain); };
     int64_t most = small ? kLanes : kMostChannels;
-    if (small) {
+    if (near && !small) {
+      most = kNearChannels;
+      if (x.out > 2 * kSegment) cut(kSegment);
+    } else if (small) {
       cut(16);
-    } else if (p.kh == 1) {  // a row is in the nearest cache as it is computed
+    } else if (y.k == 1) {  // a row is in the nearest cache as it is computed
       if (x.out > 2 * kSegment) cut(std::max(kSegment, 4 * x.reach()));
       const int64_t near = kNearBytes / int64_t{sizeof(float)};
       while (most > kLanes && (segment + x.reach() + grain) * most > near) most /= 2;
     } else {
       if (x.out > 4 * kSegment) cut(std::max(2 * kSegment, 2 * x.reach()));
-      while (most > kLanes && !fits(most, segment)) most /= 2;
+      // All rows where they fit, so that no bands overlap, otherwise many channels.
+      const int64_t row = (segment + x.reach() + grain) * y.in;
+      const bool whole = row * kLanes <= budget;
+      while (most > kLanes && (whole ? row * most > budget : !fits(most, segment))) most /= 2;
       if (!fits(most, segment) && x.out > 2 * kSegment) cut(std::max(kSegment, 2 * x.reach()));
     }
-    while (!fits(most, segment) && least > std::max<int64_t>(8, y.reach() / 2)) least = least / 2;
+    while (!near && !fits(most, segment) && least > std::max<int64_t>(8, y.reach() / 2)) least = least / 2;
     const int64_t even = ceil_div(p.C, ceil_div(p.C, most));
     width = ceil_div(even, kLanes) * kLanes;
     blocks = ceil_div(p.C, width);
     segments = ceil_div(x.out, segment);
     if (segments > 1) segment_ = segment;
     const int64_t columns = segment + x.reach() + grain;
-    const int64_t fitting = small ? least : std::min(y.out, budget / (columns * width) - y.reach());
+    const int64_t bytes = y.k == 1 ? 2 * kNearBytes : kPatchBytes;
+    const int64_t fitting =
+        small || near ? least : std::min(y.out, bytes / int64_t{sizeof(float)} / (columns * width) - y.reach());
     bands = std::max<int64_t>(1, ceil_div(y.out, std::max(least, fitting)));
     const int64_t spread = ceil_div(kUnits / 2, images * blocks * segments);
     bands = std::max(bands, std::min(spread, y.out / least));
@@ -148,6 +178,11 @@ struct Plan {
   Patch x_patch(const Item& i, float* data) const { return patch(data, x_rows(i), x, needs_z ? i.dz_x : i.out_x, {}); }
   Patch dz_patch(const Item& i, float* data) const { return patch(data, i.dz_y, x.flipped(), i.in_x, i.dz_x); }
 
+  // Of results, tiles that reach beyond them included.
+  Patch z_patch(Range rows, Range columns, float* data) const {
+    return patch(data, rows, Range{columns.begin, columns.end + kMostColumns * x.step});
+  }
+
   // How many columns a register tile of a row of n has.
   int columns_for(int64_t n) const {
     const int64_t by_7 = ceil_div(n, 7 * x.step) * 7, by_8 = ceil_div(n, 8 * x.step) * 8;
@@ -165,16 +200,24 @@ struct Plan {
   // For an axis whose outputs are r, tiles that reach beyond them included, and for columns `more`.
   Patch patch(float* data, Range rows, const Axis& axis, Range r, Range more) const {
     const Range all = hull({r.begin - axis.pad, r.end - axis.pad + axis.reach() + kMostColumns * axis.step}, more);
-    return {data, rows.begin, all.begin, all.size() * width, width};
+    return patch(data, rows, all);
+  }
+  // An odd number of vectors apart, rows do not meet in the same lines of a cache.
+  static Patch patch(float* data, Range rows, Range columns) {
+    const int64_t row = (columns.size() | 1) * kLanes;
+    return {data, rows.begin, columns.begin, row, std::max<int64_t>(1, rows.size()) * row};
   }
   void size_scratch() {
+    if (near) z_floats = kMostColumns * width;
+    if (near) return;
+    const int64_t vectors = width / kLanes;
     for (int64_t band = 0; band < bands; ++band) {
       for (int64_t segment = 0; segment < segments; ++segment) {
         const Item i = item(band, segment);
-        x_floats = std::max(x_floats, std::max<int64_t>(1, x_rows(i).size()) * x_patch(i, nullptr).row);
-        if (backward) dz_floats = std::max(dz_floats, std::max<int64_t>(1, i.dz_y.size()) * dz_patch(i, nullptr).row);
-        const int64_t n = std::max({i.out_x.size(), i.in_x.size(), i.dz_x.size()});
-        z_floats = std::max(z_floats, (n + kMostColumns * x.step) * width);
+        x_floats = std::max(x_floats, vectors * x_patch(i, nullptr).plane);
+        if (backward) dz_floats = std::max(dz_floats, vectors * dz_patch(i, nullptr).plane);
+        z_floats = std::max(z_floats, vectors * z_patch(i.dz_y, i.dz_x, nullptr).plane);
+        if (backward) z_floats = std::max(z_floats, vectors * z_patch(i.in_y, i.in_x, nullptr).plane);
       }
     }
   }

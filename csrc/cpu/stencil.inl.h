@@ -19,15 +19,16 @@ constexpr int kNone = act::kVariants, kActivations = kNone + 1;
 
 // ---- stencils ------------------------------------------------------------------------------------------------------
 
-// Where the rows are that a stencil reads.
+// Where the rows are that a stencil reads, in float32 or, T, as they lie in memory.
 struct ListedRows {
   const float* const* rows;
   EFFVIT_INLINE const float* operator()(int64_t i) const { return rows[i]; }
 };
+template <class T>
 struct StridedRows {
-  const float* data;
+  const T* data;
   int64_t stride;
-  EFFVIT_INLINE const float* operator()(int64_t i) const { return data + i * stride; }
+  EFFVIT_INLINE const T* operator()(int64_t i) const { return data + i * stride; }
 };
 
 // acc[n] += sum over rows i in [first, last) and taps j < kTaps of w[i, j] rows(i)[at + (n + j) * step], a vector of
@@ -36,7 +37,7 @@ template <int kTaps, int kColumns, class Rows>
 EFFVIT_INLINE void stencil_tile(vf (&acc)[kColumns], Rows rows, int64_t first, int64_t last, int64_t at, int64_t step,
                                 const float* w, int64_t w_row) {
   for (int64_t i = first; i < last; ++i) {
-    const float* const x = rows(i) + at;
+    const auto* const x = rows(i) + at;
     const float* const wi = w + i * w_row;
     vf taps[kTaps];
 #pragma GCC unroll 8

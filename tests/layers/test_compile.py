@@ -9,7 +9,7 @@ import torch
 from layer_suite import check, randomise, tokens
 from torch import nn
 
-from effvit.layers import LiteLA, SoftmaxFreeAttention, WindowAttention
+from effvit.layers import ConvPosEnc, LiteLA, SoftmaxFreeAttention, WindowAttention
 
 H, W, DIM = 4, 8, 8
 
@@ -30,6 +30,10 @@ def window():
     return m, lambda m, x: m.forward_map(x.permute(0, 2, 3, 1), shift=(2, 2)).permute(0, 3, 1, 2)
 
 
+def depthwise():
+    return randomise(ConvPosEnc(DIM, 5)), lambda m, x: m(x)
+
+
 class BetweenConvolutions(nn.Module):
     def __init__(self, layer, call):
         super().__init__()
@@ -43,7 +47,7 @@ class BetweenConvolutions(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [soft, linear, window])
+@pytest.mark.parametrize("make", [soft, linear, window, depthwise])
 def test_training_between_convolutions(make):
     torch._dynamo.reset()
     check(

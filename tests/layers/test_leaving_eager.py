@@ -65,6 +65,12 @@ LAYERS = {
     "ConvHierarchicalTransformerBlock": (
         lambda: layers.ConvHierarchicalTransformerBlock(C, (H, W), 2, (2, 2), (2, 2)), TOKENS, lambda m, x: m(x, (H, W))
     ),
+    "ConvPosEnc": (lambda: layers.ConvPosEnc(C, 5), (2, C, H, W), None),
+    "DCTAttention": (lambda: layers.DCTAttention(C, 2, 7), TOKENS, None),
+    "DeformConvSquareDepthWise": (
+        lambda: layers.DeformConvSquareDepthWise(C, 6, offset_bound=2), (2, C, H, W), None
+    ),
+    "DilatedReparamBlock": (lambda: layers.DilatedReparamBlock(C, 5), (2, C, H, W), None),
     "DualTokenAttention": (
         lambda: layers.DualTokenAttention(C, 2, token_size=(2, 3), num_downsamples=1, feature_map="relu"),
         MAP, lambda m, x: m(x, x[:, :2, :3].flatten(1, 2)),
@@ -100,9 +106,14 @@ LAYERS = {
     "HyenaOperator": (lambda: layers.HyenaOperator(C, 8, order=3, filter_order=5, bidirectional=True), SHORT, None),
     "HyperZZWGlobal": (lambda: layers.HyperZZWGlobal(3, 5, 6, 2), (2, 3, 5, 5), None),
     "HyperZZWLocal": (lambda: layers.HyperZZWLocal(C, 3, 6, 2), (2, C, H, W), None),
+    "Im2winConv2d": (lambda: layers.Im2winConv2d(C, 6, 3, stride=2, padding=1, groups=2), (2, C, H, W), None),
+    "InceptionDWConv2d": (lambda: layers.InceptionDWConv2d(C, band_kernel_size=5), (2, C, H, W), None),
     "Int8Attention": (lambda: layers.Int8Attention(C, 2), TOKENS, None),
     "Int8Linear": (lambda: quantised(layers.Int8Linear, activation="gelu"), TOKENS, None),
     "LCM": (lambda: layers.LCM(C), TOKENS, lambda m, x: m(x, (H, W))),
+    "LePEAttention": (
+        lambda: layers.LePEAttention(C, 4, 0, 2, num_heads=2), (2, 16, C), lambda m, x: m((x, x * 0.5, x + 1))
+    ),
     "LGABlock": (lambda: layers.LGABlock(C, 2, enhanced=True), TOKENS, lambda m, x: m(x, (H, W))[0]),
     "LinearGlobalAttention": (lambda: layers.LinearGlobalAttention(C, 2), TOKENS, None),
     "LinearNorm": (lambda: layers.LinearNorm(C, warm=0, step=10), TOKENS, None),
@@ -144,11 +155,20 @@ LAYERS = {
         lambda: layers.PositionAwareTokenModule(C, 2, token_size=(2, 3), num_downsamples=1),
         MAP, lambda m, x: m(x, x[:, :2, :3].flatten(1, 2))[0],
     ),
+    "PosConv": (lambda: layers.PosConv(C, C), TOKENS, lambda m, x: m(x, (H, W))),
     "Pow2Linear": (lambda: layers.Pow2Linear(C, 12), TOKENS, None),
     "QATLinear": (lambda: layers.QATLinear(randomise(torch.nn.Linear(C, 12)), activation="gelu"), TOKENS, None),
+    "ReparamLargeKernelConv": (lambda: layers.ReparamLargeKernelConv(C, C, 5, 1, C, 3), (2, C, H, W), None),
     "RepBN": (lambda: layers.RepBN(C), TOKENS, None),
+    "RepLKBlock": (lambda: layers.RepLKBlock(C, 12, 5, 3), (2, C, H, W), None),
     "SanaLinearAttention": (lambda: layers.SanaLinearAttention(C, heads=2, dim_head=4), TOKENS, None),
     "ScaleAwareModulation": (lambda: layers.ScaleAwareModulation(C, 2), TOKENS, lambda m, x: m(x, H, W)),
+    "ScatteringBlock": (
+        lambda: layers.ScatteringBlock(C, mlp_ratio=1.5, size=(H, W), num_blocks=2), TOKENS, lambda m, x: m(x, H, W)
+    ),
+    "ScatteringChannelMixing": (
+        lambda: layers.ScatteringChannelMixing(C, (H, W), num_blocks=2), TOKENS, lambda m, x: m(x, H, W)
+    ),
     "SCC": (lambda: layers.SCC(C, (2, 2), (2, 2), 2), MAP, None),
     "SGConv": (lambda: layers.SGConv(C, l_max=16, kernel_dim=4, bidirectional=True, transposed=False), SHORT, None),
     "ShiftAddAttention": (lambda: layers.ShiftAddAttention(C, 2, res_kernel_size=3), TOKENS, None),
@@ -165,6 +185,10 @@ LAYERS = {
     "TCNCA": (lambda: layers.TCNCA(C, 4, 6, chunk_size=5, depth=2), TOKENS, None),
     "TokenToMapAttention": (
         lambda: layers.TokenToMapAttention(C, 2, feature_map="relu"), TOKENS, lambda m, x: m(x, x[:, :3])
+    ),
+    "TVConv": (lambda: layers.TVConv(C, TVConv_inter_chans=4, TVConv_Bias=True, h=H, w=W), (2, C, H, W), None),
+    "UniRepLKNetBlock": (
+        lambda: layers.UniRepLKNetBlock(C, 7, layer_scale_init_value=0.5, ffn_factor=1.5), (2, C, H, W), None
     ),
     "ViRRetention": (lambda: layers.ViRRetention(C, 2, class_token="first"), SHORT, None),
     "VMAMBA2Block": (lambda: layers.VMAMBA2Block(C, (H, W), 2, d_state=4), TOKENS, None),

@@ -9,6 +9,9 @@ from .atlas import MultiScaleAttentionBlock
 from .binary import BinaryAttention, BinaryLinear, PackedBinaryLinear
 from .block_sparse import BlockSparseInt8Linear, BlockSparseLinear
 from .casvit import AdditiveBlock, AdditiveTokenMixer
+from .codenet import DeformConvSquareDepthWise
+from .cpe import ConvPosEnc, LePEAttention, PosConv
+from .dct import DCTAttention
 from .dualtoken import DualTokenAttention, PositionAwareTokenModule, TokenToMapAttention
 from .ecoformer import EcoFormerAttention
 from .efficientvit import LiteMLA
@@ -29,6 +32,8 @@ from .hornet import GnConv
 from .hyena import HyenaOperator
 from .hyena_nd import HyenaND
 from .hyperzzw import HyperZZWGlobal, HyperZZWLocal
+from .im2win import Im2winConv2d, im2win
+from .inception_next import InceptionDWConv2d
 from .int8 import Int8Linear, OutlierLinear, QATLinear
 from .int8_attention import Int8Attention, Int8KVCache
 from .integer import IntGELU, IntLayerNorm, IntSoftmax, QuantAct, QuantConv2d, Quantised, QuantLinear, QuantMatMul
@@ -64,6 +69,7 @@ from .mpcvit import MPCViTAttention, XNormAttention
 from .orchid import OrchidOperator
 from .pam import PAMLinear
 from .ptq import FakeQuantizer, PTQLinear
+from .replknet import ReparamLargeKernelConv, RepLKBlock
 from .retention import MultiScaleRetention, ViRRetention
 from .sana import (
     LiteLA,
@@ -80,10 +86,13 @@ from .slab import LinearNorm, RepBN, SimplifiedLinearAttention, fold_affine, fus
 from .smt import ScaleAwareModulation
 from .soft import SoftmaxFreeAttention, SoftmaxFreeNormAttention
 from .sparse24 import Sparse24Int8Linear, Sparse24Linear
+from .svt import ScatteringBlock, ScatteringChannelMixing
 from .swin_block import SwinTransformerBlock
 from .table import TableFunction, TableGELU, TableSoftmax
 from .tcnca import TCNCA
 from .transnext import AggregatedAttention, ConvGLU, get_relative_position_cpb
+from .tvconv import TVConv
+from .unireplknet import DilatedReparamBlock, UniRepLKNetBlock
 from .vmamba import SS2D, VSSBlock
 from .vssd import NonCausalSSD, VMAMBA2Block
 from .wavspa import WavSpA
@@ -106,7 +115,11 @@ __all__ = [
     "ConvFFN",
     "ConvGLU",
     "ConvHierarchicalTransformerBlock",
+    "ConvPosEnc",
+    "DCTAttention",
+    "DeformConvSquareDepthWise",
     "DeployedPow2Linear",
+    "DilatedReparamBlock",
     "DualTokenAttention",
     "EcoFormerAttention",
     "FakeQuantizer",
@@ -128,6 +141,9 @@ __all__ = [
     "HyenaOperator",
     "HyperZZWGlobal",
     "HyperZZWLocal",
+    "im2win",
+    "Im2winConv2d",
+    "InceptionDWConv2d",
     "Int8Attention",
     "Int8KVCache",
     "Int8Linear",
@@ -145,6 +161,7 @@ __all__ = [
     "IntLayerNorm",
     "IntSoftmax",
     "LCM",
+    "LePEAttention",
     "LGABlock",
     "LinearGlobalAttention",
     "LinearNorm",
@@ -172,6 +189,7 @@ __all__ = [
     "PAGCFGSanaLinearAttnProcessor",
     "PAGIdentitySanaLinearAttnProcessor",
     "PAMLinear",
+    "PosConv",
     "PositionAwareTokenModule",
     "Pow2Linear",
     "PTQLinear",
@@ -188,11 +206,15 @@ __all__ = [
     "QuantStage",
     "QuantSwin",
     "QuantViT",
+    "ReparamLargeKernelConv",
     "RepBN",
+    "RepLKBlock",
     "sana_attn_processors",
     "SanaLinearAttention",
     "SanaLinearAttnProcessor",
     "ScaleAwareModulation",
+    "ScatteringBlock",
+    "ScatteringChannelMixing",
     "SCC",
     "SGConv",
     "ShiftAddAttention",
@@ -208,6 +230,8 @@ __all__ = [
     "TableSoftmax",
     "TCNCA",
     "TokenToMapAttention",
+    "TVConv",
+    "UniRepLKNetBlock",
     "ViRRetention",
     "VMAMBA2Block",
     "VSSBlock",

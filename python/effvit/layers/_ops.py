@@ -169,6 +169,15 @@ def dwconv_glu(x, v, weight, bias=None, **options):
     return _reference("dwconv_glu", x, v, weight.squeeze(1), bias, **options).to(x.dtype)
 
 
+def dwconv(x, weight, bias=None, *, padding, dilation=(1, 1), window=None, act="none"):
+    """effvit.dwconv of a map, with as many zeros (rows, columns) on either side; float64 in plain PyTorch."""
+    x = _dense(x)
+    if _covered(x.dtype, 0):
+        return effvit.ops.dwconv(x, weight, bias, padding=padding, dilation=dilation, window=window, act=act)
+    options = {"before": padding, "after": padding, "dilation": dilation, "window": window or (0, 0)}
+    return _reference("dwconv", x, weight.squeeze(1), bias, act=act, **options).to(x.dtype)
+
+
 def local_pool_attention(q, k, v, k_pool, v_pool, *, window, drop=None, **optional):
     """effvit.local_pool_attention; with dropout and in float64 in plain PyTorch."""
     maps, optional = [_dense(t) for t in (q, k, v, k_pool, v_pool)], {n: _wide(t) for n, t in optional.items()}

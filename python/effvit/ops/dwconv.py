@@ -153,9 +153,9 @@ def dwconv(
     dilation = [1, dilation[1]] if flat else dilation
     windows = [0, 0] if window is None else as_pair(name, "window", window, (1, _MOST))
     windows = [1, windows[1]] if flat and window is not None else windows
-    reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[1:], strict=True)]
+    reach = [d * max(k - 1, 0) for d, k in zip(dilation, weight.shape[1:], strict=True)]
     if as_bool(name, "causal", causal):
-        if weight.shape[1] != 1:
+        if weight.shape[1] > 1:
             raise value_error(name, "weight", "[C, 1, kw], of one row, where causal is given", shape(weight))
         if padding != "same":
             raise value_error(name, "padding", "'same' where causal is given", repr(padding))
