@@ -169,12 +169,17 @@ def dwconv_glu(x, v, weight, bias=None, **options):
     return _reference("dwconv_glu", x, v, weight.squeeze(1), bias, **options).to(x.dtype)
 
 
-def dwconv(x, weight, bias=None, *, padding, dilation=(1, 1), window=None, act="none"):
-    """effvit.dwconv of a map, with as many zeros (rows, columns) on either side; float64 in plain PyTorch."""
+def dwconv(x, weight, bias=None, *, padding=None, dilation=(1, 1), window=None, act="none"):
+    """effvit.dwconv of a map, with as many zeros (rows, columns) on either side, or what keeps its size; float64 in
+    plain PyTorch."""
     x = _dense(x)
     if _covered(x.dtype, 0):
-        return effvit.ops.dwconv(x, weight, bias, padding=padding, dilation=dilation, window=window, act=act)
-    options = {"before": padding, "after": padding, "dilation": dilation, "window": window or (0, 0)}
+        zeros = "same" if padding is None else padding
+        return effvit.ops.dwconv(x, weight, bias, padding=zeros, dilation=dilation, window=window, act=act)
+    reach = [(n - 1) * d for n, d in zip(weight.shape[-2:], dilation, strict=True)]
+    before = [n // 2 for n in reach] if padding is None else padding
+    after = [n - b for n, b in zip(reach, before, strict=True)] if padding is None else padding
+    options = {"before": before, "after": after, "dilation": dilation, "window": window or (0, 0)}
     return _reference("dwconv", x, weight.squeeze(1), bias, act=act, **options).to(x.dtype)
 
 
@@ -264,17 +269,6 @@ def dwconv_tokens(x, weight, bias=None, *, causal=True, dilation=1, act="none"):
     before = reach if causal else reach // 2
     options = {"before": (0, before), "after": (0, reach - before), "dilation": (1, dilation), "act": act}
     return _reference("dwconv", x.unsqueeze(1), weight, bias, **options).squeeze(1).to(x.dtype)
-
-
-def dwconv_same(x, weight, bias=None):
-    """effvit.dwconv of a map [B, H, W, C], which keeps its size; float64 in plain PyTorch."""
-    x = _dense(x)
-    if _covered(x.dtype, 0):
-        return effvit.ops.dwconv(x, weight, bias)
-    reach = [n - 1 for n in weight.shape[-2:]]
-    before = [n // 2 for n in reach]
-    after = [n - b for n, b in zip(reach, before, strict=True)]
-    return _reference("dwconv", x, weight.squeeze(1), bias, before=before, after=after).to(x.dtype)
 
 
 def fft_conv_spectrum(k, size, **options):

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ._ops import dwconv_same, fft_conv
+from ._ops import dwconv, fft_conv
 from ._spectra import CachedSpectra
 from .hyena import FilterPositions, frequencies, implicit_filter, parameter_or_buffer, require, without_autocast
 
@@ -187,7 +187,7 @@ class HyenaND(CachedSpectra):
                     f"effvit::HyenaND: u must be [B, H, W, C], or [B, N, C] with a square N, got {[*u.shape]}"
                 )
             return self.forward(u.unflatten(1, (side, side))).flatten(1, 2)
-        x = dwconv_same(self.in_proj(u), self.short_filter.weight, self.short_filter.bias)
+        x = dwconv(self.in_proj(u), self.short_filter.weight, self.short_filter.bias)
         *x, v = x.split(self.d_model, dim=-1)
         everywhere = self.directional_mode in ("4dir", "4dirp")
         if everywhere:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._ops import dwconv_same
+from ._ops import dwconv
 from ._tokens import convolve
 from .hyena import require, without_autocast
 
@@ -129,7 +129,7 @@ class MixedConvolution(nn.Module):
         nn.init.zeros_(self.channel_mixer.bias)
 
     def forward(self, kernel, x):
-        y = dwconv_same(x.permute(0, 2, 3, 1), kernel).permute(0, 3, 1, 2)
+        y = dwconv(x.permute(0, 2, 3, 1), kernel).permute(0, 3, 1, 2)
         y = convolve(self.channel_mixer, y)
         return F.gelu(F.batch_norm(y, None, None, training=True) if y.shape[0] else y)
 
