@@ -9,6 +9,8 @@ from .dequantize_lut import dequantize_lut
 from .dwconv_glu import dwconv_glu
 from .fake_quantize_int8 import fake_quantize_int8
 from .fake_quantize_lut import fake_quantize_lut
+from .fft_conv import fft_conv
+from .fft_conv import fft_conv_spectrum as fft_conv_spectrum
 from .gated_linear_attention import gated_linear_attention
 from .gated_linear_attention_step import gated_linear_attention_step
 from .glu import glu
@@ -47,7 +49,7 @@ from .window_attention import window_attention
 
 __all__ = [
     "aft", "binary_linear", "block_relu2_attention", "block_sparse_int8_linear", "block_sparse_linear",
-    "dequantize_lut", "dwconv_glu", "fake_quantize_int8", "fake_quantize_lut", "gated_linear_attention",
+    "dequantize_lut", "dwconv_glu", "fake_quantize_int8", "fake_quantize_lut", "fft_conv", "gated_linear_attention",
     "gated_linear_attention_step", "glu", "int8_attention", "int8_linear", "int8_matmul", "int8_prepack",
     "int_add_layer_norm", "int_attention", "int_layer_norm", "int_linear", "kernel_hash", "linear_attention",
     "local_pool_attention", "newton_pinv", "pam_matmul", "pow2_linear", "quantize_int8", "quantize_lut", "rbf_gram",

@@ -3,6 +3,7 @@
 from .aft import aft
 from .block_relu2_attention import block_relu2_attention
 from .dwconv_glu import dwconv_glu
+from .fft_conv import fft_conv
 from .gated_linear_attention import gated_linear_attention
 from .gated_linear_attention_step import gated_linear_attention_step
 from .glu import glu
@@ -15,7 +16,7 @@ from .selective_scan2d import selective_scan2d
 from .window_attention import window_attention
 
 __all__ = [
-    "aft", "block_relu2_attention", "dwconv_glu", "gated_linear_attention", "gated_linear_attention_step", "glu",
-    "linear_attention", "local_pool_attention", "newton_pinv", "rbf_gram", "rnn_scan", "selective_scan2d",
+    "aft", "block_relu2_attention", "dwconv_glu", "fft_conv", "gated_linear_attention", "gated_linear_attention_step",
+    "glu", "linear_attention", "local_pool_attention", "newton_pinv", "rbf_gram", "rnn_scan", "selective_scan2d",
     "window_attention",
 ]  # fmt: skip
