@@ -200,6 +200,7 @@ EFFVIT_HD constexpr int32_t padded(int32_t i) { return i + (i >> 4); }
 struct Lines {
   Shared<Complex> data, other;
 
+  Lines() = default;
   EFFVIT_DEVICE Lines(const LinePlan& plan, int byte_offset) {
     const int count = plan.lines * plan.pitch;
     data = Shared<Complex>(byte_offset, count);
