@@ -134,13 +134,12 @@ inline Fused make_fused(const Plan& plan, bool backward) {
   const FftConvParams& p = plan.g.p;
   const Axis& z = plan.g.axes[2];
   w.g = plan.g, w.channels_last = plan.channels_last;
-  const int64_t lines = backward ? p.C : p.J * plan.g.pairs * p.C;
-  w.plan = make_line_plan(z, 0, z.count, backward ? 3 : 1, lines, plan.channels_last);
-  w.total = lines;
+  w.plan = make_line_plan(z, 0, z.count, backward ? 3 : 1, p.C, plan.channels_last);
+  w.blocks = ceil_div(p.C, w.plan.lines);
+  w.total = w.blocks * p.J * plan.g.pairs;
   if (backward) {
-    w.blocks = ceil_div(p.C, w.plan.lines);
-    w.split_pairs = ceil_div(
-        plan.g.pairs, tile::split_count(prim::target_ctas(), w.blocks * p.J, least(kMaxSplits, plan.g.pairs)));
+    w.split_pairs =
+        ceil_div(plan.g.pairs, tile::split_count(prim::target_ctas(), w.blocks * p.J, least(kMaxSplits, plan.g.pairs)));
     w.splits = ceil_div(plan.g.pairs, w.split_pairs);
     w.total = w.blocks * p.J * w.splits;
   }
@@ -216,12 +215,11 @@ struct Run {
   void pass(const Axis& axis, const Group& group, int64_t length, int64_t rest, int64_t rows, Complex*& data) {
     Pass g;
     g.axis = axis;
-    g.plan = make_line_plan(axis, group.first, group.count, 1, int64_t{1} << 30, rest * length / axis.n > 1);
-    g.length = static_cast<int32_t>(length), g.rest = rest;
-    g.inner = length / g.plan.n * rest;
-    if (g.inner > 1 && !group.direct)
-      g.plan = make_line_plan(axis, group.first, group.count, 1, int64_t{1} << 30, true);
-    g.total = rows * plan.g.grid / g.plan.n;
+    int64_t n = 1;
+    for (int i = group.first; i < group.first + group.count; ++i) n *= axis.factors[i];
+    g.length = static_cast<int32_t>(length), g.rest = rest, g.inner = length / n * rest;
+    g.total = rows * plan.g.grid / n;
+    g.plan = make_line_plan(axis, group.first, group.count, 1, g.total, g.inner > 1);
     g.data = data;
     if (group.direct) {
       g.to = w.spare;
@@ -232,7 +230,6 @@ struct Run {
       w.spare = data, data = g.to;
       return;
     }
-    g.plan.lines = static_cast<int32_t>(least(g.plan.lines, g.total));
     launches.then([&] {
       return EFFVIT_LAUNCH((fft_conv_pass_kernel<kInverse>), grid_size(ceil_div(g.total, g.plan.lines)), kThreads,
                            shared_bytes(g.plan, 1), stream, g);
@@ -346,8 +343,8 @@ struct Run {
       Fused fused = make_fused(plan, false);
       fused.g = g, fused.spectra = w.spectra;
       launches.then([&] {
-        return EFFVIT_LAUNCH((fft_conv_fwd_kernel<T>), grid_size(ceil_div(fused.total, fused.plan.lines)), kThreads,
-                             shared_bytes(fused.plan, 1), stream, fused);
+        return EFFVIT_LAUNCH((fft_conv_fwd_kernel<T>), grid_size(fused.total), kThreads, shared_bytes(fused.plan, 1),
+                             stream, fused);
       });
       return;
     }

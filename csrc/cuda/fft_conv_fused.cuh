@@ -12,12 +12,12 @@ namespace fft_conv_impl {
 struct Fused {
   Problem g;
   LinePlan plan;
-  int64_t total = 0;  // lines; backward: units of work
+  int64_t total = 0;  // units of work: a pair of rows, or backward a share of them, and plan.lines channels
   const Complex* spectra = nullptr;  // [J, C, n]
   bool channels_last = false;
+  int64_t blocks = 1;  // of plan.lines channels
 
   // Backward only.
-  int64_t blocks = 1;  // of plan.lines channels
   int64_t splits = 1, split_pairs = 1;  // shares of a kernel's pairs, and how many there are in one
   Complex* sums = nullptr;  // [splits, J, C, n]: sums over pairs of conj(u) grad, over n
   Complex* packed = nullptr;  // [J, pairs, C, Z]: gradients of y + d u', or null
@@ -44,35 +44,40 @@ EFFVIT_DEVICE Complex load_pair(const FftConvParams& p, const Pair& pair, int32_
   return {x[0], x[1]};
 }
 
+// The pair that a line of a unit of work is, the unit having one pair of rows and plan.lines channels.
+EFFVIT_DEVICE Pair unit_pair(const Problem& g, int64_t kernel, int64_t q, int64_t channel) {
+  return {kernel + 2 * q * g.p.J, kernel, channel, g.p.J, 2 * q + 1 < g.per_kernel ? 2 : 1};
+}
+
 template <class T>
 EFFVIT_KERNEL(kThreads, 2)
 fft_conv_fwd_kernel(EFFVIT_GRID_CONSTANT Fused w) {
   const Problem& g = w.g;
-  const int n = w.plan.n, pitch = w.plan.pitch;
-  for (int64_t first = prim::cta_id() * w.plan.lines; first < w.total; first += prim::cta_count() * w.plan.lines) {
+  const int n = w.plan.n, pitch = w.plan.pitch, size = static_cast<int>(g.p.Z);
+  for (int64_t unit = prim::cta_id(); unit < w.total; unit += prim::cta_count()) {
     Lines s(w.plan, 0);
-    const int lines = static_cast<int>(least(w.total - first, w.plan.lines));
-    for_each_element(lines, n, !w.channels_last, [&](int line, int q) {
-      const Complex x = q < g.p.Z ? load_pair<T, false>(g.p, pair_of(g, first + line), q) : Complex{0.f, 0.f};
-      s.store(line * pitch + padded(q), x);
+    int64_t kernel = unit;
+    const int64_t channel = tile::take_index(kernel, w.blocks) * w.plan.lines, q = tile::take_index(kernel, g.pairs);
+    const int lines = static_cast<int>(least(g.channels - channel, w.plan.lines));
+    const Complex* const spectra = w.spectra + (kernel * g.channels + channel) * n;
+    for_each_element(lines, n, !w.channels_last, [&](int line, int z) {
+      const Complex x = z < size ? load_pair<T, false>(g.p, unit_pair(g, kernel, q, channel + line), z) : Complex{0, 0};
+      s.store(line * pitch + padded(z), x);
     });
     prim::sync_threads();
     transform<false>(s, g.axes[2], w.plan, lines);
-    for_each_element(lines, n, true, [&](int line, int q) {
-      const Pair pair = pair_of(g, first + line);
-      const int at = line * pitch + padded(q);
-      const Complex k = prim::load_global_vec<Complex>(w.spectra + (pair.kernel * g.channels + pair.channel) * n + q);
-      s.store(at, s.load(at) * k);
+    for_each_element(lines, n, true, [&](int line, int i) {
+      const int at = line * pitch + padded(i);
+      s.store(at, s.load(at) * prim::load_global_vec<Complex>(spectra + line * static_cast<int64_t>(n) + i));
     });
     prim::sync_threads();
     transform<true>(s, g.axes[2], w.plan, lines);
-    const int size = static_cast<int>(g.p.Z);
-    for_each_element(lines, size, !w.channels_last, [&](int line, int q) {
-      const Pair pair = pair_of(g, first + line);
-      const Complex y = s.load(line * pitch + padded(q));
+    for_each_element(lines, size, !w.channels_last, [&](int line, int z) {
+      const Pair pair = unit_pair(g, kernel, q, channel + line);
+      const Complex y = s.load(line * pitch + padded(z));
       const float skip = skip_of(g.p, pair.channel);
       for (int i = 0; i < pair.count; ++i)
-        store_result<T>(g.p, pair.row + i * pair.step, pair.channel, {0, 0, q}, i == 0 ? y.re : y.im, skip);
+        store_result<T>(g.p, pair.row + i * pair.step, pair.channel, {0, 0, z}, i == 0 ? y.re : y.im, skip);
     });
     prim::sync_threads();  // the readers of the lines
   }
@@ -105,9 +110,7 @@ fft_conv_bwd_kernel(EFFVIT_GRID_CONSTANT Fused w) {
       sums.template store_vec<Complex>(line * pitch + padded(q), Complex{0.f, 0.f});
     });
     for (int64_t q0 = rest * w.split_pairs; q0 < last; ++q0) {
-      const auto pair_at = [&](int line) {
-        return pair_of(g, (kernel * g.pairs + q0) * g.channels + channel + line);
-      };
+      const auto pair_at = [&](int line) { return unit_pair(g, kernel, q0, channel + line); };
       for_each_element(lines, n, !w.channels_last, [&](int line, int q) {
         const Complex x = q < size ? load_pair<T, false>(g.p, pair_at(line), q) : Complex{0.f, 0.f};
         u.store(line * pitch + padded(q), x);
@@ -128,12 +131,11 @@ fft_conv_bwd_kernel(EFFVIT_GRID_CONSTANT Fused w) {
           const Complex x = keeps_y(g.p) ? y.load(at) : Complex{0.f, 0.f};
           const float skip = skip_of(g.p, pair.channel);
           for (int i = 0; i < pair.count; ++i)
-            grad[i] = gradient_of_sum<T>(g.p, pair.row + i * pair.step, pair.channel, {0, 0, q}, i == 0 ? x.re : x.im,
-                                         skip);
+            grad[i] =
+                gradient_of_sum<T>(g.p, pair.row + i * pair.step, pair.channel, {0, 0, q}, i == 0 ? x.re : x.im, skip);
           if (w.packed != nullptr)
-            prim::store_global_vec(
-                w.packed + ((kernel * g.pairs + q0) * g.channels + channel + line) * size + q,
-                Complex{grad[0], grad[1]});
+            prim::store_global_vec(w.packed + ((kernel * g.pairs + q0) * g.channels + channel + line) * size + q,
+                                   Complex{grad[0], grad[1]});
         }
         y.store(at, {grad[0], grad[1]});
       });
@@ -163,9 +165,8 @@ fft_conv_bwd_kernel(EFFVIT_GRID_CONSTANT Fused w) {
     }
     for_each_element(lines, n, true, [&](int line, int q) {
       const Complex sum = sums.template load_vec<Complex>(line * pitch + padded(q));
-      prim::store_global_vec(
-          w.sums + ((rest * g.p.J + kernel) * g.channels + channel + line) * n + q,
-          Complex{sum.re * g.scale, sum.im * g.scale});
+      prim::store_global_vec(w.sums + ((rest * g.p.J + kernel) * g.channels + channel + line) * n + q,
+                             Complex{sum.re * g.scale, sum.im * g.scale});
     });
     prim::sync_threads();
   }

@@ -38,9 +38,7 @@ EFFVIT_DEVICE Place grid_place(const Problem& g, int32_t i) { return place_of(i,
 EFFVIT_DEVICE int32_t grid_index(const Problem& g, const Place& at) {
   return (at.x * g.axes[1].n + at.y) * g.axes[2].n + at.z;
 }
-EFFVIT_DEVICE bool inside(const Problem& g, const Place& at) {
-  return at.x < g.p.X && at.y < g.p.Y && at.z < g.p.Z;
-}
+EFFVIT_DEVICE bool inside(const Problem& g, const Place& at) { return at.x < g.p.X && at.y < g.p.Y && at.z < g.p.Z; }
 
 // The rows of the batch and the channel that a grid row holds.
 struct Pair {
@@ -209,9 +207,8 @@ fft_conv_pack_kernel(EFFVIT_GRID_CONSTANT Problem g, Complex* to /* [rows, grid]
       const Pair pair = pair_of(g, row);
       for (int i = 0; i < pair.count; ++i) {
         const int64_t b = pair.row + i * pair.step;
-        x[i] = kGradient
-                   ? load_map<T>(g.p.grad_out, map_offset(g.p.grad_out_stride, b, pair.channel, at))
-                   : load_input<T>(g.p, b, pair.channel, at);
+        x[i] = kGradient ? load_map<T>(g.p.grad_out, map_offset(g.p.grad_out_stride, b, pair.channel, at))
+                         : load_input<T>(g.p, b, pair.channel, at);
       }
     }
     prim::store_global_vec(to + e, Complex{x[0], x[1]});
@@ -224,8 +221,8 @@ EFFVIT_DEVICE void for_each_place(const Problem& g, const F& f) {
   const int64_t count = g.p.J * g.pairs * g.channels * g.size;
   for (int64_t e = first_index(); e < count; e += all_threads()) {
     const int64_t row = e / g.size;
-    const Place at = place_of(static_cast<int32_t>(e - row * g.size), static_cast<int32_t>(g.p.Y),
-                              static_cast<int32_t>(g.p.Z));
+    const Place at =
+        place_of(static_cast<int32_t>(e - row * g.size), static_cast<int32_t>(g.p.Y), static_cast<int32_t>(g.p.Z));
     f(pair_of(g, row), at, row * g.grid + grid_index(g, at), e);
   }
 }

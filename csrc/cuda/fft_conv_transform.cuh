@@ -17,9 +17,9 @@ namespace cuda {
 namespace fft_conv_impl {
 
 using prim::Shared;
-using tile::most;
-using tile::least;
 using tile::grid_size;
+using tile::least;
+using tile::most;
 
 constexpr int kThreads = 256;
 constexpr int kMaxFactors = 20;  // of a length below 2^31: 3^19 has most, as there is one of 2, 4 or 8
@@ -29,9 +29,7 @@ struct alignas(8) Complex {
 };
 EFFVIT_DEVICE Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
 EFFVIT_DEVICE Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
-EFFVIT_DEVICE Complex operator*(Complex a, Complex b) {
-  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
-}
+EFFVIT_DEVICE Complex operator*(Complex a, Complex b) { return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; }
 EFFVIT_DEVICE Complex conjugate(Complex a) { return {a.re, -a.im}; }
 // a times -i forward, i inverse.
 template <bool kInverse>
@@ -276,8 +274,7 @@ EFFVIT_DEVICE void sum_pass(const Lines& s, const Axis& axis, const LinePlan& pl
     // Forward w_length^((j + m M) q), inverse the conjugate of w_length^((j + q M) m).
     const int64_t start = kInverse ? 0 : static_cast<int64_t>(j) * q;
     const int64_t stride = kInverse ? j + static_cast<int64_t>(q) * M : static_cast<int64_t>(q) * M;
-    s.other.template store_vec<Complex>(row + padded(at),
-                                        long_sum<kInverse>(axis, f, start, stride, length, step, x));
+    s.other.template store_vec<Complex>(row + padded(at), long_sum<kInverse>(axis, f, start, stride, length, step, x));
   }
 }
 
@@ -290,13 +287,27 @@ EFFVIT_DEVICE void transform(Lines& s, const Axis& axis, const LinePlan& plan, i
     const int f = axis.factors[plan.first + (kInverse ? plan.count - 1 - i : i)];
     if (kInverse) length *= f;
     switch (f) {
-      case 2: radix_pass<2, kInverse>(s, axis, plan, lines, length); break;
-      case 3: radix_pass<3, kInverse>(s, axis, plan, lines, length); break;
-      case 4: radix_pass<4, kInverse>(s, axis, plan, lines, length); break;
-      case 5: radix_pass<5, kInverse>(s, axis, plan, lines, length); break;
-      case 7: radix_pass<7, kInverse>(s, axis, plan, lines, length); break;
-      case 8: radix_pass<8, kInverse>(s, axis, plan, lines, length); break;
-      case 16: radix_pass<16, kInverse>(s, axis, plan, lines, length); break;
+      case 2:
+        radix_pass<2, kInverse>(s, axis, plan, lines, length);
+        break;
+      case 3:
+        radix_pass<3, kInverse>(s, axis, plan, lines, length);
+        break;
+      case 4:
+        radix_pass<4, kInverse>(s, axis, plan, lines, length);
+        break;
+      case 5:
+        radix_pass<5, kInverse>(s, axis, plan, lines, length);
+        break;
+      case 7:
+        radix_pass<7, kInverse>(s, axis, plan, lines, length);
+        break;
+      case 8:
+        radix_pass<8, kInverse>(s, axis, plan, lines, length);
+        break;
+      case 16:
+        radix_pass<16, kInverse>(s, axis, plan, lines, length);
+        break;
       default:
         sum_pass<kInverse>(s, axis, plan, lines, length, f);
         s.swap();

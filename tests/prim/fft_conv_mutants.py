@@ -50,7 +50,7 @@ class Case:
 ONE = (1, 1)
 CASES = [
     # One axis in one kernel: an odd row of the batch, taps on both sides, factors 16, 3 and 5; two shares of the pairs.
-    Case(5, 2, (*ONE, 200), (*ONE, 41), (*ONE, 9), (*ONE, 240), (CIRCULAR, CIRCULAR, SAME), act=1,
+    Case(15, 2, (*ONE, 200), (*ONE, 41), (*ONE, 9), (*ONE, 240), (CIRCULAR, CIRCULAR, SAME), act=1,
          absent=("spectrum",)),
     # The same from a spectrum, channels last, factors 13 and 4; an own kernel for each row.
     Case(2, 3, (*ONE, 52), (*ONE, 1), (*ONE, 1), (*ONE, 52), (CIRCULAR,) * 3, J=2, last=True, keep=(0, 0, 20),
@@ -73,7 +73,7 @@ MUTANTS = [
            "    prim::sync_threads();  // the readers of the lines\n  }\n}\n\n// Gradients of maps", "  }\n}\n//",
            "race"),
     Mutant("backward_readers", FUSED, "      prim::sync_threads();  // the readers of the lines\n", "", "race"),
-    Mutant("padding", FUSED, "q < g.p.Z ? load_pair<T, false>", "q <= g.p.Z ? load_pair<T, false>", "outside"),
+    Mutant("padding", FUSED, "z < size ? load_pair<T, false>", "z <= size ? load_pair<T, false>", "outside"),
     Mutant("odd_row", PASSES, "2 * q + 1 < g.per_kernel ? 2 : 1", "2", "outside|written twice"),
     Mutant("lost_row", PASSES, "2 * q + 1 < g.per_kernel ? 2 : 1", "1", "unwritten"),
     Mutant("bank_padding", TRANSFORM, "return i + (i >> 4);", "return i - (i >> 4);"),
