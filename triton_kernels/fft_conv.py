@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from effvit.reference.fft_conv import MODES, kept, kernel_spectrum, transform_sizes
+
 from ._common import (
     INTERPRETED,
     SCALE,
@@ -38,7 +39,7 @@ LONGEST_FACTOR = 64
 CHUNK_BYTES = 64 << 20  # of a grid of real parts, where a channel is less
 MAX_SPLITS = 64
 
-_SIZES = ["first", "C", "J", "pairs", "per_kernel", "Y", "Z", "NY", "NZ", "size", "grid", "X", "count"]
+_SIZES = ["first", "C", "J", "pairs", "per_kernel", "Y", "Z", "NY", "NZ", "size", "cells", "X", "count"]
 _PASS_SIZES = ["lines", "inner", "rest", "n", "length", "axis_n", "q_blocks"]
 
 
@@ -80,7 +81,7 @@ def _place(i, ny, nz):
 
 @device_function
 def _pair(row, first, C, J, pairs, per_kernel):
-    """Of grid rows (kernel, pair, channel): the first of two rows of the batch, whether there is a second, channel."""
+    """Of cells rows (kernel, pair, channel): the first of two rows of the batch, whether there is a second, channel."""
     rest = row // C
     j = rest // pairs
     q = rest - j * pairs
@@ -126,13 +127,13 @@ def _activate(z, ACT: tl.constexpr):
 @triton.jit(do_not_specialize=_SIZES)
 def fft_conv_pack_kernel(
     u, pregate,  # Maps; pregate or None
-    to,  # Grid [rows, grid]
-    count, first, C, J, pairs, per_kernel, X, Y, Z, NY, NZ, grid, BLOCK: tl.constexpr,
+    to,  # Grid [rows, cells]
+    count, first, C, J, pairs, per_kernel, X, Y, Z, NY, NZ, cells, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Signals with zeros behind them."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row = e // grid
-    x, y, z = _place(e - row * grid, NY, NZ)
+    row = e // cells
+    x, y, z = _place(e - row * cells, NY, NZ)
     b, second, c = _pair(row, first, C, J, pairs, per_kernel)
     ok = (e < count) & (x < X) & (y < Y) & (z < Z)
     tl.store(to.re + e, _load_input(u, pregate, b, c, x, y, z, ok), mask=e < count)
@@ -151,17 +152,17 @@ def _write_result(u, pregate, postgate, d, out, value, b, c, x, y, z, ok, ACT: t
 
 @triton.jit(do_not_specialize=_SIZES)
 def fft_conv_out_kernel(
-    signal,  # Grid [rows, grid]
+    signal,  # Grid [rows, cells]
     u, pregate, postgate, out,  # Maps; gates or None
     d,  # [C] or None
-    count, first, C, J, pairs, per_kernel, Y, Z, NY, NZ, size, grid, ACT: tl.constexpr, BLOCK: tl.constexpr,
+    count, first, C, J, pairs, per_kernel, Y, Z, NY, NZ, size, cells, ACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = e // size
     x, y, z = _place(e - row * size, Y, Z)
     b, second, c = _pair(row, first, C, J, pairs, per_kernel)
     ok = e < count
-    at = row * grid + (x * NY + y) * NZ + z
+    at = row * cells + (x * NY + y) * NZ + z
     value = tl.load(signal.re + at, mask=ok, other=0.0)
     _write_result(u, pregate, postgate, d, out, value, b, c, x, y, z, ok, ACT)
     value = tl.load(signal.im + at, mask=ok, other=0.0)
@@ -185,16 +186,16 @@ def _gradient_of_sum(u, pregate, postgate, grad, dpostgate, d, value, b, c, x, y
 
 @triton.jit(do_not_specialize=_SIZES)
 def fft_conv_bwd_sum_kernel(
-    signal,  # Grid [rows, grid]: y, and what takes its place
+    signal,  # Grid [rows, cells]: y, and what takes its place
     packed,  # Grid [rows, size] or None: the same without what is behind it
     u, pregate, postgate, grad, dpostgate,  # Maps; gates or None
     d,  # [C] or None
-    count, first, C, J, pairs, per_kernel, X, Y, Z, NY, NZ, size, grid, ACT: tl.constexpr, BLOCK: tl.constexpr,
+    count, first, C, J, pairs, per_kernel, X, Y, Z, NY, NZ, size, cells, ACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of y + d u', with zeros behind it."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row = e // grid
-    x, y, z = _place(e - row * grid, NY, NZ)
+    row = e // cells
+    x, y, z = _place(e - row * cells, NY, NZ)
     b, second, c = _pair(row, first, C, J, pairs, per_kernel)
     ok = (e < count) & (x < X) & (y < Y) & (z < Z)
     re = tl.load(signal.re + e, mask=ok, other=0.0)
@@ -220,18 +221,18 @@ def _write_gradient(u, pregate, du, dpregate, value, b, c, x, y, z, ok):
 
 @triton.jit(do_not_specialize=_SIZES)
 def fft_conv_bwd_input_kernel(
-    signal,  # Grid [rows, grid]: the gradient of u', but for the skip's part
+    signal,  # Grid [rows, cells]: the gradient of u', but for the skip's part
     packed,  # Grid [rows, size] or None: the gradient of y + d u'
     u, pregate, du, dpregate,  # Maps; gates or None
     d,  # [C] or None
-    count, first, C, J, pairs, per_kernel, Y, Z, NY, NZ, size, grid, BLOCK: tl.constexpr,
+    count, first, C, J, pairs, per_kernel, Y, Z, NY, NZ, size, cells, BLOCK: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = e // size
     x, y, z = _place(e - row * size, Y, Z)
     b, second, c = _pair(row, first, C, J, pairs, per_kernel)
     ok = e < count
-    at = row * grid + (x * NY + y) * NZ + z
+    at = row * cells + (x * NY + y) * NZ + z
     re = tl.load(signal.re + at, mask=ok, other=0.0)
     im = tl.load(signal.im + at, mask=ok, other=0.0)
     if packed is not None:
@@ -274,7 +275,7 @@ def fft_conv_bwd_skip_kernel(
 
 @triton.jit(do_not_specialize=_PASS_SIZES)
 def fft_conv_pass_kernel(
-    source, to,  # Grids [rows, grid]
+    source, to,  # Grids [rows, cells]
     roots,  # [axis_n, 2]: e^(-2 pi i j / axis_n)
     lines, inner, rest, n, length, axis_n, q_blocks,
     INVERSE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -324,18 +325,18 @@ def fft_conv_pass_kernel(
     tl.store(to.im + at, im, mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "C", "pairs", "grid"])
+@triton.jit(do_not_specialize=["count", "C", "pairs", "cells"])
 def fft_conv_product_kernel(
-    source, to,  # Grids [rows, grid]
-    spectra,  # [J, C, grid, 2] float32
-    count, C, pairs, grid, CONJUGATE: tl.constexpr, BLOCK: tl.constexpr,
+    source, to,  # Grids [rows, cells]
+    spectra,  # [J, C, cells, 2] float32
+    count, C, pairs, cells, CONJUGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """to = source times its kernel's spectrum, or the conjugate of that."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = e < count
-    row = e // grid
+    row = e // cells
     pair = row // C
-    at = 2 * ((pair // pairs * C + row - pair * C) * grid + e - row * grid)
+    at = 2 * ((pair // pairs * C + row - pair * C) * cells + e - row * cells)
     a = tl.load(spectra + at, mask=ok, other=0.0)
     b = tl.load(spectra + at + 1, mask=ok, other=0.0)
     if CONJUGATE:
@@ -348,8 +349,8 @@ def fft_conv_product_kernel(
 
 @triton.jit(do_not_specialize=["count", "per_kernel_elements", "pairs"])
 def fft_conv_bwd_correlate_kernel(
-    u, grad,  # Grids [J, pairs, C, grid]
-    sums,  # [J, C, grid, 2] float32
+    u, grad,  # Grids [J, pairs, C, cells]
+    sums,  # [J, C, cells, 2] float32
     count, per_kernel_elements, pairs, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over a kernel's rows of conj(u) grad."""
@@ -457,7 +458,7 @@ class _Problem:
         shared = {
             "first": self.first, "C": self.channels, "J": self.J, "pairs": self.pairs, "per_kernel": self.per_kernel,
             "X": self.X, "Y": self.Y, "Z": self.Z, "NY": self.N[1], "NZ": self.N[2], "size": self.size,
-            "grid": self.grid, "count": count, "ACT": self.act, "d": self.d, "BLOCK": block,
+            "cells": self.grid, "count": count, "ACT": self.act, "d": self.d, "BLOCK": block,
         }  # fmt: skip
         known = self.maps | shared | arguments
         programs = arguments.get("programs", cdiv(count, block))
@@ -612,7 +613,7 @@ def _backward(p, execute):
             parts = torch.empty((splits, p.channels), dtype=torch.float32, device=p.device)
             p.launch(
                 fft_conv_bwd_skip_kernel, places, programs=splits * p.channels, splits=splits,
-                share=cdiv(places, splits), parts=parts,
+                share=cdiv(places, splits), parts=parts, packed=packed,
             )  # fmt: skip
             p.launches.append(sum_partials(parts, dd[p.first : p.first + p.channels], splits))
         execute(p)

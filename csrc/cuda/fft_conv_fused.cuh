@@ -161,14 +161,12 @@ fft_conv_bwd_kernel(EFFVIT_GRID_CONSTANT Fused w) {
         for (int i = 0; i < pair.count; ++i)
           store_input_gradient<T>(g.p, pair.row + i * pair.step, pair.channel, {0, 0, q}, i == 0 ? x.re : x.im);
       });
-      prim::sync_threads();  // the readers of the lines
     }
     for_each_element(lines, n, true, [&](int line, int q) {
       const Complex sum = sums.template load_vec<Complex>(line * pitch + padded(q));
       prim::store_global_vec(w.sums + ((rest * g.p.J + kernel) * g.channels + channel + line) * n + q,
                              Complex{sum.re * g.scale, sum.im * g.scale});
     });
-    prim::sync_threads();
   }
 }
 
