@@ -21,6 +21,7 @@ from effvit.reference.fft_conv import MODES, kept, kernel_spectrum, transform_si
 
 from ._common import (
     INTERPRETED,
+    MAX_GRID,
     SCALE,
     Launch,
     _loop_bound,
@@ -278,13 +279,14 @@ def fft_conv_pass_kernel(
     source, to,  # Grids [rows, cells]
     roots,  # [axis_n, 2]: e^(-2 pi i j / axis_n)
     lines, inner, rest, n, length, axis_n, q_blocks,
-    INVERSE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    INVERSE: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Of blocks of `length` = n M elements: sum over m of x[j + m M] w^((j + m M) q) goes to j + q M; inverse: back.
 
     Elements of a line are `inner` apart, of which `rest` are those of later axes.
     """
-    unit = tl.program_id(0).to(tl.int64)
+    unit = tl.program_id(0).to(INDEX)
     block = unit // q_blocks
     q = (unit - block * q_blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     line = block * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -297,7 +299,7 @@ def fft_conv_pass_kernel(
     re = tl.zeros([BLOCK_Q, BLOCK_L], tl.float32)
     im = tl.zeros([BLOCK_Q, BLOCK_L], tl.float32)
     for first in range(0, _loop_bound(n), BLOCK_M):
-        m = first + tl.arange(0, BLOCK_M).to(tl.int64)
+        m = (first + tl.arange(0, BLOCK_M)).to(INDEX)
         inside = (m < n)[:, None] & ok[None, :]
         at = start[None, :] + m[:, None] * inner
         x = tl.load(source.re + at, mask=inside, other=0.0)
@@ -454,7 +456,7 @@ class _Problem:
         return Grid(*torch.empty(shape, dtype=torch.float32, device=self.device).unbind())
 
     def launch(self, kernel, count, block=None, num_warps=4, **arguments):
-        block = block or tuned(512 * SCALE, small=64)
+        block = block or tuned(256 * SCALE, small=64)
         shared = {
             "first": self.first, "C": self.channels, "J": self.J, "pairs": self.pairs, "per_kernel": self.per_kernel,
             "X": self.X, "Y": self.Y, "Z": self.Z, "NY": self.N[1], "NZ": self.N[2], "size": self.size,
@@ -475,14 +477,15 @@ class _Problem:
                 length //= f
         for n, f, length, rest in reversed(passes) if inverse else passes:
             lines = rows * self.grid // f
-            block_q = min(max(16, next_power_of_two(f)), tuned(64, small=16))
-            block_l = tuned(64 * (4 if INTERPRETED else 1), small=16)
+            block_q = min(max(16, next_power_of_two(f)), tuned(32, small=16))
+            block_l = tuned(32 * (8 if INTERPRETED else 1), small=16)
+            wide = 2 * (rows * self.grid + block_l * f) > MAX_GRID or 2 * f * f > MAX_GRID
             q_blocks = cdiv(f, block_q)
             arguments = {
                 "source": data, "to": other, "roots": _roots(n, self.device), "lines": lines,
                 "inner": length // f * rest, "rest": rest, "n": f, "length": length, "axis_n": n,
-                "q_blocks": q_blocks, "INVERSE": inverse, "BLOCK_Q": block_q, "BLOCK_M": min(block_q, 32),
-                "BLOCK_L": block_l,
+                "q_blocks": q_blocks, "INVERSE": inverse, "INDEX": tl.int64 if wide else tl.int32,
+                "BLOCK_Q": block_q, "BLOCK_M": 16, "BLOCK_L": block_l,
             }  # fmt: skip
             self.launches.append(Launch(fft_conv_pass_kernel, cdiv(lines, block_l) * q_blocks, arguments, 4, 1))
             data, other = other, data
