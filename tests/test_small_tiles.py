@@ -20,6 +20,7 @@ CASES = {
     "block_relu2_attention": ["small_causal"],
     "aft": ["small_local", "strided"],
     "rnn_scan": ["small_lstm"],
+    "fft_conv": ["small", "small_2d_last"],
     "int8_matmul": ["small_unsigned", "int16_int8_3x9x21"],
     "int_attention": ["small_16_bits", "small_bias"],
 }  # fmt: skip

@@ -38,6 +38,19 @@ def _wrapped(k: torch.Tensor, dim: int, size: int, shift: int) -> torch.Tensor:
     return F.pad(k, padding).unflatten(dim, (periods, size)).sum(dim).roll(-shift, dim)
 
 
+def _half_transform(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """rfftn along the last three axes, zeros behind x; its own derivative would work in place."""
+    return torch.fft.fftn(x, s=sizes, dim=(-3, -2, -1))[..., : sizes[-1] // 2 + 1]
+
+
+def _real_transform(spectrum: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """irfftn: what is not in the half spectrum is the conjugate of what is, and the real part of both is the same."""
+    f = torch.arange(spectrum.shape[-1], device=spectrum.device)
+    once = (f == 0) | (2 * f == sizes[-1])
+    full = F.pad(spectrum * (2 - once.to(spectrum.real.dtype)), (0, sizes[-1] - spectrum.shape[-1]))
+    return torch.fft.ifftn(full, dim=(-3, -2, -1)).real
+
+
 def kernel_spectrum(
     k: torch.Tensor,
     k_rev: torch.Tensor | None,
@@ -53,9 +66,9 @@ def kernel_spectrum(
         shift = (taps[axis] - 1) // 2 if MODES[mode[axis]] == "same" else 0
         k = _wrapped(k, 2 + axis, size, shift)
         k_rev = None if k_rev is None else _wrapped(k_rev, 2 + axis, size, 0)
-    spectrum = torch.fft.rfftn(k, dim=(-3, -2, -1))
+    spectrum = _half_transform(k, sizes)
     if k_rev is not None:
-        spectrum = spectrum + torch.fft.rfftn(k_rev, dim=(-3, -2, -1)).conj()
+        spectrum = spectrum + _half_transform(k_rev, sizes).conj()
     return kept(spectrum * scale, sizes, keep)
 
 
@@ -96,6 +109,8 @@ def fft_conv(
     mode, keep = (mode_x, mode_y, mode_z), (keep_x, keep_y, keep_z)
     shape = u.shape
     wide = torch.promote_types(u.dtype, torch.float32)
+    if 0 in shape:
+        return u.to(wide) * 1.0
 
     def channels_first(t):
         return t.to(wide).movedim(-1, 2).flatten(1, 2)  # [B, C, X, Y, Z]
@@ -113,9 +128,8 @@ def fft_conv(
         half = spectrum.shape[4]
         padded = [*spectrum.shape[2:4], sizes[2] if MODES[mode_z] == "circular" else 2 * (half - 1)]
         kernel = kept(torch.view_as_complex(spectrum.to(wide).contiguous()), padded, keep)
-    transformed = torch.fft.rfftn(x, s=padded, dim=(-3, -2, -1)).unflatten(0, (-1, kernel.shape[0]))
-    product = (transformed * kernel).flatten(0, 1)
-    y = torch.fft.irfftn(product, s=padded, dim=(-3, -2, -1))[..., : sizes[0], : sizes[1], : sizes[2]]
+    transformed = _half_transform(x, padded).unflatten(0, (-1, kernel.shape[0]))
+    y = _real_transform((transformed * kernel).flatten(0, 1), padded)[..., : sizes[0], : sizes[1], : sizes[2]]
     if d is not None:
         y = y + d.to(wide).view(-1, 1, 1, 1) * x
     y = list(ACTIVATIONS.values())[act](y).unflatten(1, (shape[1], shape[5])).movedim(2, -1)
