@@ -1,17 +1,21 @@
 // FFT convolution, forward and backward: device code and launch, on prim only.
 //
-// Signals are transformed in float32, two rows of the batch that share a kernel as one complex signal, and never put
-// in order: spectra of signals and of kernels are in the same digit-reversed order. One axis whose transform fits into
-// shared memory takes one kernel, forward or backward, that reads its inputs once. Everything else, more axes or a
-// longer one, is packed into grids of complex numbers in the workspace and goes through passes: an axis is cut into
-// groups of factors that shared memory holds. The workspace is bounded: channels are taken in chunks.
+// A real signal is transformed as a complex one of half its length, in float32, and never put in order: spectra of
+// signals and of kernels are in the same digit-reversed order, and a product with a kernel's spectrum takes two
+// frequencies that are mirror images. One axis whose transform fits into shared memory takes one kernel, forward or
+// backward, that reads its inputs once. Everything else, more axes or a longer one, is packed into grids of complex
+// numbers in the workspace and goes through passes: an axis is cut into groups of factors that shared memory holds.
+// Grids of the workspace are bounded: channels are taken in chunks.
+//
+// Butterflies of 16 on the FMA units, not products with matrices on the tensor cores: those need three products of
+// split bfloat16 numbers for less accuracy, 15 times the operations and the same traffic of shared memory.
 //
 // Lengths are any. Prime factors above 7 are sums of products, in shared memory or, where that is too small, from
 // global memory: right for every length, slow for a large prime number. Padded lengths never have one.
 //
 // Backward: grad of y + d u' first, for which y is computed again where there is an activation or a gate behind it;
-// its spectrum times the conjugate of the kernel's gives du', the sum over rows of conj(u's spectrum) times it what
-// gradients of kernels are made of.
+// its spectrum times the transposed kernel gives du', the sum over rows of conj(u's spectrum) times it what gradients
+// of kernels are made of.
 //
 // fft_conv_transform.cuh has transforms in shared memory, _passes.cuh and _spectra.cuh the kernels for any grid,
 // _fused.cuh those for one axis; this file plans and launches.
@@ -29,6 +33,7 @@ constexpr int64_t kShortestLine = 32;  // a CTA can always hold this many
 constexpr int64_t kLongestLine = 16384;
 constexpr int64_t kChunkBytes = 64 << 20;  // of a grid of the workspace, where a channel is less
 constexpr int64_t kMaxSplits = 32;
+constexpr int64_t kMostPlaces = int64_t{1} << 30;  // of a transform
 
 // Shared memory for lines, of `sets` buffers each.
 inline int64_t line_bytes(int64_t n, int sets) { return sets * 8 * padded(static_cast<int32_t>(n)); }
@@ -98,14 +103,16 @@ struct Plan {
     g.p = p;
     const int64_t sizes[] = {p.NX, p.NY, p.NZ};
     int64_t grid = 1;
+    g.halved = p.NZ % 2 == 0;
     for (int a = 0; a < 3; ++a) {
-      valid = valid && sizes[a] < (int64_t{1} << 31) && grid < (int64_t{1} << 31) / most(1, sizes[a]);
+      valid = valid && sizes[a] < kMostPlaces && grid < kMostPlaces / most(1, sizes[a]);
       if (!valid) return;
-      g.axes[a] = make_axis(sizes[a]), grid *= sizes[a];
+      g.axes[a] = make_axis(a == 2 && g.halved ? sizes[a] / 2 : sizes[a]), grid *= g.axes[a].n;
     }
-    g.grid = static_cast<int32_t>(grid), g.size = static_cast<int32_t>(p.X * p.Y * p.Z);
+    g.z_places = static_cast<int32_t>(g.halved ? ceil_div(p.Z, 2) : p.Z);
+    g.grid = static_cast<int32_t>(grid), g.size = static_cast<int32_t>(p.X * p.Y) * g.z_places;
     g.scale = 1.f / static_cast<float>(grid);
-    g.per_kernel = p.B / p.J, g.pairs = ceil_div(g.per_kernel, 2);
+    g.per_kernel = p.B / p.J;
     channels_last = p.u_stride.c == 1 && p.C > 1;
     const Axis& z = g.axes[2];
     const int sets = is_backward ? 3 : 1;
@@ -119,13 +126,13 @@ struct Plan {
     fused = p.NX == 1 && p.NY == 1 && line_fits(z.n, sets + (buffers ? 1 : 0));
     chunk = g.channels = p.C;
     if (!fused) {
-      const int64_t bytes = p.J * g.pairs * grid * 8;
+      const int64_t bytes = p.B * grid * 8;
       chunk = least(p.C, most(1, kChunkBytes / bytes));
     }
     skip_splits = least(kMaxSplits, ceil_div(p.B * static_cast<int64_t>(g.size), 64 * kThreads));
   }
 
-  int64_t rows() const { return g.p.J * g.pairs * chunk; }
+  int64_t rows() const { return g.p.B * chunk; }
   int64_t kernels() const { return g.p.J * chunk; }
 };
 
@@ -136,11 +143,11 @@ inline Fused make_fused(const Plan& plan, bool backward) {
   w.g = plan.g, w.channels_last = plan.channels_last;
   w.plan = make_line_plan(z, 0, z.count, backward ? 3 : 1, p.C, plan.channels_last);
   w.blocks = ceil_div(p.C, w.plan.lines);
-  w.total = w.blocks * p.J * plan.g.pairs;
+  w.total = w.blocks * p.B;
   if (backward) {
-    w.split_pairs =
-        ceil_div(plan.g.pairs, tile::split_count(prim::target_ctas(), w.blocks * p.J, least(kMaxSplits, plan.g.pairs)));
-    w.splits = ceil_div(plan.g.pairs, w.split_pairs);
+    const int64_t rows = plan.g.per_kernel;
+    w.split_rows = ceil_div(rows, tile::split_count(prim::target_ctas(), w.blocks * p.J, least(kMaxSplits, rows)));
+    w.splits = ceil_div(rows, w.split_rows);
     w.total = w.blocks * p.J * w.splits;
   }
   return w;
@@ -148,8 +155,10 @@ inline Fused make_fused(const Plan& plan, bool backward) {
 
 // Scratch memory.
 struct Workspace {
-  Complex *roots[3] = {}, *spectra = nullptr, *u = nullptr, *y = nullptr, *spare = nullptr;
-  Complex *sums = nullptr, *packed = nullptr;
+  Complex *roots[3] = {}, *turns[3] = {};
+  int32_t* mirror[3] = {};
+  Complex *taps = nullptr, *u = nullptr, *y = nullptr, *spare = nullptr, *sums = nullptr, *packed = nullptr;
+  Coefficients* kernels = nullptr;
   float* parts = nullptr;  // of the gradient of d
   size_t bytes = 0;
 
@@ -160,10 +169,13 @@ struct Workspace {
       bytes += static_cast<size_t>(ceil_div(count * static_cast<int64_t>(sizeof(*to)), 16) * 16);
     };
     const Problem& g = plan.g;
-    for (int a = 0; a < 3; ++a) take(roots[a], true, g.axes[a].n);
+    for (int a = 0; a < 3; ++a) {
+      take(roots[a], true, g.axes[a].n), take(turns[a], true, g.axes[a].n), take(mirror[a], true, g.axes[a].n);
+    }
     // Grids of kernels are as large as those of signals where `spare` takes turns with either.
     const int64_t of_rows = plan.rows() * g.grid, of_kernels = plan.direct ? of_rows : plan.kernels() * g.grid;
-    take(spectra, true, of_kernels);
+    take(kernels, true, plan.kernels() * g.grid);
+    take(taps, g.p.k != nullptr, of_kernels);
     take(u, !plan.fused, of_rows);
     take(y, !plan.fused && backward, of_rows);
     take(spare, plan.direct, of_rows);
@@ -199,14 +211,18 @@ struct Run {
 
   Run(const FftConvParams& p, void* workspace, bool backward, cudaStream_t s)
       : plan(p, backward), w(plan, workspace, backward), stream(s) {
-    for (int a = 0; a < 3; ++a) plan.g.axes[a].roots = w.roots[a];
+    for (int a = 0; a < 3; ++a) {
+      Axis& axis = plan.g.axes[a];
+      axis.roots = w.roots[a], axis.mirror = w.mirror[a], axis.turns = w.turns[a];
+    }
   }
 
-  void roots() {
-    for (Axis& axis : plan.g.axes) {
+  void tables() {
+    for (int a = 0; a < 3; ++a) {
+      const Axis& axis = plan.g.axes[a];
       launches.then([&] {
-        return EFFVIT_LAUNCH((fft_conv_roots_kernel<int64_t>), element_ctas(axis.n), kThreads, 0, stream,
-                             static_cast<int64_t>(axis.n), const_cast<Complex*>(axis.roots));
+        return EFFVIT_LAUNCH((fft_conv_tables_kernel<int64_t>), element_ctas(axis.n), kThreads, 0, stream, axis,
+                             static_cast<int64_t>(axis.n), w.roots[a], w.mirror[a], w.turns[a]);
       });
     }
   }
@@ -259,30 +275,19 @@ struct Run {
     }
   }
 
-  // The spectra of this chunk's kernels, over the grid's size.
-  void spectra() {
-    Problem& g = plan.g;
-    const int64_t rows = g.p.J * g.channels;
+  // The coefficients of this chunk's kernels, over the grid's size.
+  void kernels() {
+    const Problem& g = plan.g;
+    const int64_t rows = g.p.J * g.channels, ctas = element_ctas(rows * g.grid);
     if (g.p.spectrum != nullptr) {
-      launches.then([&] {
-        return EFFVIT_LAUNCH((fft_conv_spectrum_kernel<int64_t>), element_ctas(rows * g.grid), kThreads, 0, stream, g,
-                             w.spectra);
-      });
+      launches.then(
+          [&] { return EFFVIT_LAUNCH((fft_conv_spectrum_kernel<int64_t>), ctas, kThreads, 0, stream, g, w.kernels); });
       return;
     }
+    launches.then([&] { return EFFVIT_LAUNCH((fft_conv_taps_kernel<int64_t>), ctas, kThreads, 0, stream, g, w.taps); });
+    transform_grid<false>(w.taps, rows);
     launches.then([&] {
-      return EFFVIT_LAUNCH((fft_conv_taps_kernel<int64_t>), element_ctas(rows * g.grid), kThreads, 0, stream, g,
-                           w.spectra);
-    });
-    transform_grid<false>(w.spectra, rows);
-    keep(w.spectra);
-  }
-  void keep(Complex* data) {
-    const Problem& g = plan.g;
-    if (keeps_all(g.p)) return;
-    launches.then([&] {
-      return EFFVIT_LAUNCH((fft_conv_keep_kernel<int64_t>), element_ctas(g.p.J * g.channels * g.grid), kThreads, 0,
-                           stream, g, data);
+      return EFFVIT_LAUNCH((fft_conv_coefficients_kernel<int64_t>), ctas, kThreads, 0, stream, g, w.taps, w.kernels);
     });
   }
 
@@ -298,7 +303,12 @@ struct Run {
       });
       return;
     }
-    keep(w.sums);
+    if (!keeps_all(p)) {
+      launches.then([&] {
+        return EFFVIT_LAUNCH((fft_conv_bwd_keep_kernel<int64_t>), element_ctas(rows * g.grid), kThreads, 0, stream, g,
+                             w.sums);
+      });
+    }
     transform_grid<true>(w.sums, rows);
     launches.then([&] {
       return EFFVIT_LAUNCH((fft_conv_bwd_taps_kernel<false>), element_ctas(rows * p.KX * p.KY * p.KZ), kThreads, 0,
@@ -331,17 +341,32 @@ struct Run {
     Problem& g = plan.g;
     for (int64_t c = 0; c < g.p.C; c += plan.chunk) {
       g.first_channel = c, g.channels = least(plan.chunk, g.p.C - c);
-      f(g.p.J * g.pairs * g.channels);
+      f(g.p.B * g.channels);
     }
+  }
+
+  template <class T>
+  void pack(Complex* to, int64_t rows) {
+    launches.then([&] {
+      return EFFVIT_LAUNCH((fft_conv_pack_kernel<T>), element_ctas(rows * plan.g.grid), kThreads, 0, stream, plan.g,
+                           to);
+    });
+  }
+  template <bool kTransposed>
+  void product(const Complex* from, Complex* to, int64_t rows) {
+    launches.then([&] {
+      return EFFVIT_LAUNCH((fft_conv_product_kernel<kTransposed>), element_ctas(rows * plan.g.grid), kThreads, 0,
+                           stream, plan.g, from, w.kernels, to);
+    });
   }
 
   template <class T>
   void forward() {
     const Problem& g = plan.g;
     if (plan.fused) {
-      spectra();
+      kernels();
       Fused fused = make_fused(plan, false);
-      fused.g = g, fused.spectra = w.spectra;
+      fused.kernels = w.kernels;
       launches.then([&] {
         return EFFVIT_LAUNCH((fft_conv_fwd_kernel<T>), grid_size(fused.total), kThreads, shared_bytes(fused.plan, 1),
                              stream, fused);
@@ -349,8 +374,8 @@ struct Run {
       return;
     }
     for_each_chunk([&](int64_t rows) {
-      spectra();
-      pack<T, false>(w.u, rows);
+      kernels();
+      pack<T>(w.u, rows);
       transform_grid<false>(w.u, rows);
       product<false>(w.u, w.u, rows);
       transform_grid<true>(w.u, rows);
@@ -360,28 +385,13 @@ struct Run {
     });
   }
 
-  template <class T, bool kGradient>
-  void pack(Complex* to, int64_t rows) {
-    launches.then([&] {
-      return EFFVIT_LAUNCH((fft_conv_pack_kernel<T, kGradient>), element_ctas(rows * plan.g.grid), kThreads, 0, stream,
-                           plan.g, to);
-    });
-  }
-  template <bool kConjugate>
-  void product(const Complex* from, Complex* to, int64_t rows) {
-    launches.then([&] {
-      return EFFVIT_LAUNCH((fft_conv_product_kernel<kConjugate>), element_ctas(rows * plan.g.grid), kThreads, 0, stream,
-                           plan.g, from, w.spectra, to);
-    });
-  }
-
   template <class T>
   void backward() {
     const Problem& g = plan.g;
     if (plan.fused) {
-      spectra();
+      kernels();
       Fused fused = make_fused(plan, true);
-      fused.g = g, fused.spectra = w.spectra, fused.sums = w.sums, fused.packed = w.packed;
+      fused.kernels = w.kernels, fused.sums = w.sums, fused.packed = w.packed;
       launches.then([&] {
         return EFFVIT_LAUNCH((fft_conv_bwd_kernel<T>), grid_size(fused.total), kThreads, shared_bytes(fused.plan, 3),
                              stream, fused);
@@ -398,21 +408,17 @@ struct Run {
       return;
     }
     for_each_chunk([&](int64_t rows) {
-      spectra();
-      pack<T, false>(w.u, rows);
+      kernels();
+      pack<T>(w.u, rows);
       transform_grid<false>(w.u, rows);
       if (keeps_y(g.p)) {
         product<false>(w.u, w.y, rows);
         transform_grid<true>(w.y, rows);
       }
-      if (keeps_y(g.p) || g.p.d != nullptr) {
-        launches.then([&] {
-          return EFFVIT_LAUNCH((fft_conv_bwd_sum_kernel<T>), element_ctas(rows * g.grid), kThreads, 0, stream, g, w.y,
-                               w.packed);
-        });
-      } else {
-        pack<T, true>(w.y, rows);
-      }
+      launches.then([&] {
+        return EFFVIT_LAUNCH((fft_conv_bwd_sum_kernel<T>), element_ctas(rows * g.grid), kThreads, 0, stream, g, w.y,
+                             w.packed);
+      });
       transform_grid<false>(w.y, rows);
       launches.then([&] {
         return EFFVIT_LAUNCH((fft_conv_bwd_correlate_kernel<int64_t>), element_ctas(g.p.J * g.channels * g.grid),
@@ -468,12 +474,12 @@ cudaError_t launch_fft_conv_fwd(const FftConvParams& p, void* workspace, cudaStr
   using namespace cuda;
   using namespace cuda::fft_conv_impl;
   if (is_empty(p)) return cudaSuccess;
-  if (!Plan(p, false).valid) return static_cast<cudaError_t>(1);  // cudaErrorInvalidValue: 2^31 places or more
+  if (!Plan(p, false).valid) return static_cast<cudaError_t>(1);  // cudaErrorInvalidValue: a transform of 2^30 places
   Run run(p, workspace, false, stream);
   prim::GlobalRanges ranges;
   register_inputs(ranges, p, workspace, run.w.bytes);
   ranges.write_once(p.out, tile::tensor_bytes(p.dtype, p.B * p.C * p.X * p.Y * p.Z));
-  run.roots();
+  run.tables();
   const cudaError_t error = dispatch_dtype<Types>(p.dtype, [&](auto type) {
     run.forward<decltype(type)>();
     return run.launches.error();
@@ -500,7 +506,7 @@ cudaError_t launch_fft_conv_bwd(const FftConvParams& p, void* workspace, cudaStr
   ranges.write_once(p.dk_rev, tile::tensor_bytes(p.k_rev_dtype, p.J * p.C * p.RX * p.RY * p.RZ));
   ranges.write_once(p.dd, tile::tensor_bytes(p.d_dtype, p.C));
   ranges.write_once(p.dspectrum, tile::tensor_bytes(DType::kFloat32, half_spectrum(p)));
-  run.roots();
+  run.tables();
   const cudaError_t error = dispatch_dtype<Types>(p.dtype, [&](auto type) {
     run.backward<decltype(type)>();
     return run.launches.error();

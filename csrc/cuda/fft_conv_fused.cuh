@@ -1,7 +1,7 @@
 // fft_conv of one axis that shared memory holds: forward and backward in one kernel each.
 //
-// A CTA has a few lines, pairs of rows of the batch. The spectra of kernels are made before, by the kernels for any
-// grid, and are read from global memory, [J, C, n].
+// A CTA has a few lines, channels of one row of the batch. The coefficients of kernels are made before, by the kernels
+// for any grid, and are read from global memory, [J, C, n].
 #pragma once
 #include "fft_conv_spectra.cuh"
 
@@ -12,15 +12,15 @@ namespace fft_conv_impl {
 struct Fused {
   Problem g;
   LinePlan plan;
-  int64_t total = 0;  // units of work: a pair of rows, or backward a share of them, and plan.lines channels
-  const Complex* spectra = nullptr;  // [J, C, n]
-  bool channels_last = false;
+  int64_t total = 0;  // units of work: plan.lines channels of a row of the batch, or backward of a share of its rows
   int64_t blocks = 1;  // of plan.lines channels
+  const Coefficients* kernels = nullptr;  // [J, C, n]
+  bool channels_last = false;
 
   // Backward only.
-  int64_t splits = 1, split_pairs = 1;  // shares of a kernel's pairs, and how many there are in one
-  Complex* sums = nullptr;  // [splits, J, C, n]: sums over pairs of conj(u) grad, over n
-  Complex* packed = nullptr;  // [J, pairs, C, Z]: gradients of y + d u', or null
+  int64_t splits = 1, split_rows = 1;  // shares of the rows that share a kernel, and how many there are in one
+  Complex* sums = nullptr;  // [splits, J, C, n]: correlations over n
+  Complex* packed = nullptr;  // [B, C, size]: gradients of y + d u', or null
 };
 
 // f(line, place in it), neighbours being neighbours in a line, or the same place of several.
@@ -31,140 +31,123 @@ EFFVIT_DEVICE void for_each_element(int lines, int n, bool along, const F& f) {
     f(line, along ? e - line * n : e / lines);
   }
 }
-
-// Row i of a pair, of a place of the signal.
-template <class T, bool kGradient>
-EFFVIT_DEVICE Complex load_pair(const FftConvParams& p, const Pair& pair, int32_t z) {
-  float x[2] = {0.f, 0.f};
-  for (int i = 0; i < pair.count; ++i) {
-    const int64_t b = pair.row + i * pair.step;
-    x[i] = kGradient ? load_map<T>(p.grad_out, map_offset(p.grad_out_stride, b, pair.channel, {0, 0, z}))
-                     : load_input<T>(p, b, pair.channel, {0, 0, z});
-  }
-  return {x[0], x[1]};
+// f(line, place, the mirror image's place), once for both.
+template <class F>
+EFFVIT_DEVICE void for_each_mirrored(const Problem& g, int lines, int n, const F& f) {
+  for_each_element(lines, n, true, [&](int line, int i) {
+    const int m = prim::load_global(g.axes[2].mirror + i);
+    if (m >= i) f(line, i, m);
+  });
 }
 
-// The pair that a line of a unit of work is, the unit having one pair of rows and plan.lines channels.
-EFFVIT_DEVICE Pair unit_pair(const Problem& g, int64_t kernel, int64_t q, int64_t channel) {
-  return {kernel + 2 * q * g.p.J, kernel, channel, g.p.J, 2 * q + 1 < g.per_kernel ? 2 : 1};
+template <bool kTransposed>
+EFFVIT_DEVICE void multiply_lines(const Fused& w, const Lines& from, const Lines& to, int lines,
+                                  const Coefficients* kernels) {
+  const int n = w.plan.n;
+  for_each_mirrored(w.g, lines, n, [&](int line, int i, int m) {
+    const int at = line * w.plan.pitch + padded(i), other = line * w.plan.pitch + padded(m);
+    const Coefficients* const k = kernels + line * static_cast<int64_t>(n);
+    Complex x = from.load(at), y = from.load(other);
+    multiply<kTransposed>(x, y, prim::load_global_vec<Coefficients>(k + i), prim::load_global_vec<Coefficients>(k + m));
+    to.store(at, x);
+    if (m != i) to.store(other, y);
+  });
+}
+
+template <class T>
+EFFVIT_DEVICE void load_lines(const Fused& w, const Lines& to, int lines, const Row& first) {
+  for_each_element(lines, w.plan.n, !w.channels_last, [&](int line, int i) {
+    const Row row = {first.b, first.channel + line};
+    to.store(line * w.plan.pitch + padded(i), i < w.g.size ? load_inputs<T>(w.g, row, {0, 0, i}) : Complex{0.f, 0.f});
+  });
 }
 
 template <class T>
 EFFVIT_KERNEL(kThreads, 2)
 fft_conv_fwd_kernel(EFFVIT_GRID_CONSTANT Fused w) {
   const Problem& g = w.g;
-  const int n = w.plan.n, pitch = w.plan.pitch, size = static_cast<int>(g.p.Z);
   for (int64_t unit = prim::cta_id(); unit < w.total; unit += prim::cta_count()) {
     Lines s(w.plan, 0);
-    int64_t kernel = unit;
-    const int64_t channel = tile::take_index(kernel, w.blocks) * w.plan.lines, q = tile::take_index(kernel, g.pairs);
+    int64_t b = unit;
+    const int64_t channel = tile::take_index(b, w.blocks) * w.plan.lines;
     const int lines = static_cast<int>(least(g.channels - channel, w.plan.lines));
-    const Complex* const spectra = w.spectra + (kernel * g.channels + channel) * n;
-    for_each_element(lines, n, !w.channels_last, [&](int line, int z) {
-      const Complex x = z < size ? load_pair<T, false>(g.p, unit_pair(g, kernel, q, channel + line), z) : Complex{0, 0};
-      s.store(line * pitch + padded(z), x);
-    });
+    load_lines<T>(w, s, lines, {b, channel});
     prim::sync_threads();
     transform<false>(s, g.axes[2], w.plan, lines);
-    for_each_element(lines, n, true, [&](int line, int i) {
-      const int at = line * pitch + padded(i);
-      s.store(at, s.load(at) * prim::load_global_vec<Complex>(spectra + line * static_cast<int64_t>(n) + i));
-    });
+    multiply_lines<false>(w, s, s, lines, w.kernels + (b % g.p.J * g.channels + channel) * w.plan.n);
     prim::sync_threads();
     transform<true>(s, g.axes[2], w.plan, lines);
-    for_each_element(lines, size, !w.channels_last, [&](int line, int z) {
-      const Pair pair = unit_pair(g, kernel, q, channel + line);
-      const Complex y = s.load(line * pitch + padded(z));
-      const float skip = skip_of(g.p, pair.channel);
-      for (int i = 0; i < pair.count; ++i)
-        store_result<T>(g.p, pair.row + i * pair.step, pair.channel, {0, 0, z}, i == 0 ? y.re : y.im, skip);
+    for_each_element(lines, g.size, !w.channels_last, [&](int line, int i) {
+      store_results<T>(g, {b, channel + line}, {0, 0, i}, s.load(line * w.plan.pitch + padded(i)));
     });
     prim::sync_threads();  // the readers of the lines
   }
 }
 
-// Gradients of maps, and the sums that those of kernels are made of. A CTA walks over a share of a kernel's pairs.
+// Gradients of maps, and the correlations that those of kernels are made of. A CTA walks over a share of the rows that
+// share a kernel.
 template <class T>
 EFFVIT_KERNEL(kThreads, 1)
 fft_conv_bwd_kernel(EFFVIT_GRID_CONSTANT Fused w) {
   const Problem& g = w.g;
-  const int n = w.plan.n, pitch = w.plan.pitch, size = static_cast<int>(g.p.Z), set = w.plan.lines * pitch;
+  const int n = w.plan.n, pitch = w.plan.pitch, set = w.plan.lines * pitch;
   for (int64_t unit = prim::cta_id(); unit < w.total; unit += prim::cta_count()) {
-    int64_t rest = unit;
-    const int64_t channel = tile::take_index(rest, w.blocks) * w.plan.lines, kernel = tile::take_index(rest, g.p.J);
+    int64_t split = unit;
+    const int64_t channel = tile::take_index(split, w.blocks) * w.plan.lines, j = tile::take_index(split, g.p.J);
     const int lines = static_cast<int>(least(g.channels - channel, w.plan.lines));
-    const int64_t last = least((rest + 1) * w.split_pairs, g.pairs);
+    const int64_t last = least((split + 1) * w.split_rows, g.per_kernel), kernel = j * g.channels + channel;
+    const Coefficients* const kernels = w.kernels + kernel * n;
     const Shared<Complex> sums(0, set);
     Lines u, y;
     u.data = Shared<Complex>(set * 8, set), y.data = Shared<Complex>(set * 16, set);
     if (w.plan.buffers) u.other = Shared<Complex>(set * 24, set);  // in turn that of u and of y
-    const Complex* const spectra = w.spectra + (kernel * g.channels + channel) * n;
-    const auto product = [&](const Lines& from, bool conjugated) {
-      for_each_element(lines, n, true, [&](int line, int q) {
-        const int at = line * pitch + padded(q);
-        const Complex k = prim::load_global_vec<Complex>(spectra + line * static_cast<int64_t>(n) + q);
-        y.store(at, from.load(at) * (conjugated ? conjugate(k) : k));
-      });
-    };
-    for_each_element(lines, n, true, [&](int line, int q) {
-      sums.template store_vec<Complex>(line * pitch + padded(q), Complex{0.f, 0.f});
+    for_each_element(lines, n, true, [&](int line, int i) {
+      sums.template store_vec<Complex>(line * pitch + padded(i), Complex{0.f, 0.f});
     });
-    for (int64_t q0 = rest * w.split_pairs; q0 < last; ++q0) {
-      const auto pair_at = [&](int line) { return unit_pair(g, kernel, q0, channel + line); };
-      for_each_element(lines, n, !w.channels_last, [&](int line, int q) {
-        const Complex x = q < size ? load_pair<T, false>(g.p, pair_at(line), q) : Complex{0.f, 0.f};
-        u.store(line * pitch + padded(q), x);
-      });
+    for (int64_t q = split * w.split_rows; q < last; ++q) {
+      const int64_t b = j + q * g.p.J;
+      Complex* const packed = w.packed == nullptr ? nullptr : w.packed + (b * g.channels + channel) * g.size;
+      load_lines<T>(w, u, lines, {b, channel});
       prim::sync_threads();
       transform<false>(u, g.axes[2], w.plan, lines);
       y.other = u.other;
       if (keeps_y(g.p)) {
-        product(u, false);
+        multiply_lines<false>(w, u, y, lines, kernels);
         prim::sync_threads();
         transform<true>(y, g.axes[2], w.plan, lines);
       }
-      for_each_element(lines, n, !w.channels_last, [&](int line, int q) {
-        const int at = line * pitch + padded(q);
-        float grad[2] = {0.f, 0.f};
-        if (q < size) {
-          const Pair pair = pair_at(line);
-          const Complex x = keeps_y(g.p) ? y.load(at) : Complex{0.f, 0.f};
-          const float skip = skip_of(g.p, pair.channel);
-          for (int i = 0; i < pair.count; ++i)
-            grad[i] =
-                gradient_of_sum<T>(g.p, pair.row + i * pair.step, pair.channel, {0, 0, q}, i == 0 ? x.re : x.im, skip);
-          if (w.packed != nullptr)
-            prim::store_global_vec(w.packed + ((kernel * g.pairs + q0) * g.channels + channel + line) * size + q,
-                                   Complex{grad[0], grad[1]});
+      for_each_element(lines, n, !w.channels_last, [&](int line, int i) {
+        const int at = line * pitch + padded(i);
+        Complex grad = {0.f, 0.f};
+        if (i < g.size) {
+          grad = gradients_of_sums<T>(g, {b, channel + line}, {0, 0, i}, keeps_y(g.p) ? y.load(at) : grad);
+          if (packed != nullptr) prim::store_global_vec(packed + line * static_cast<int64_t>(g.size) + i, grad);
         }
-        y.store(at, {grad[0], grad[1]});
+        y.store(at, grad);
       });
       prim::sync_threads();
       transform<false>(y, g.axes[2], w.plan, lines);
-      for_each_element(lines, n, true, [&](int line, int q) {
-        const int at = line * pitch + padded(q);
-        sums.template store_vec<Complex>(at, sums.template load_vec<Complex>(at) + conjugate(u.load(at)) * y.load(at));
+      for_each_mirrored(g, lines, n, [&](int line, int i, int m) {
+        const int at = line * pitch + padded(i), other = line * pitch + padded(m);
+        Complex sum = sums.template load_vec<Complex>(at), sum_mirror = sums.template load_vec<Complex>(other);
+        correlate(g, i, u.load(at), u.load(other), y.load(at), y.load(other), sum, sum_mirror);
+        sums.template store_vec<Complex>(at, sum);
+        if (m != i) sums.template store_vec<Complex>(other, sum_mirror);
       });
-      product(y, true);
+      multiply_lines<true>(w, y, y, lines, kernels);
       prim::sync_threads();
       transform<true>(y, g.axes[2], w.plan, lines);
       u.other = y.other;
-      for_each_element(lines, size, !w.channels_last, [&](int line, int q) {
-        const Pair pair = pair_at(line);
-        Complex x = y.load(line * pitch + padded(q));
-        if (w.packed != nullptr) {  // written by another thread, before a barrier
-          const float skip = skip_of(g.p, pair.channel);
-          const Complex sum = prim::load_global_vec<Complex>(
-              w.packed + ((kernel * g.pairs + q0) * g.channels + channel + line) * size + q);
-          x = x + Complex{skip * sum.re, skip * sum.im};
-        }
-        for (int i = 0; i < pair.count; ++i)
-          store_input_gradient<T>(g.p, pair.row + i * pair.step, pair.channel, {0, 0, q}, i == 0 ? x.re : x.im);
+      for_each_element(lines, g.size, !w.channels_last, [&](int line, int i) {
+        Complex sum = {0.f, 0.f};  // written by another thread, before a barrier
+        if (packed != nullptr) sum = prim::load_global_vec<Complex>(packed + line * static_cast<int64_t>(g.size) + i);
+        store_input_gradients<T>(g, {b, channel + line}, {0, 0, i}, y.load(line * pitch + padded(i)), sum);
       });
     }
-    for_each_element(lines, n, true, [&](int line, int q) {
-      const Complex sum = sums.template load_vec<Complex>(line * pitch + padded(q));
-      prim::store_global_vec(w.sums + ((rest * g.p.J + kernel) * g.channels + channel + line) * n + q,
+    prim::sync_threads();  // sums are of other threads
+    for_each_element(lines, n, true, [&](int line, int i) {
+      const Complex sum = sums.template load_vec<Complex>(line * pitch + padded(i));
+      prim::store_global_vec(w.sums + (split * g.p.J * g.channels + kernel + line) * n + i,
                              Complex{sum.re * g.scale, sum.im * g.scale});
     });
   }
@@ -175,8 +158,8 @@ template <class Index>
 EFFVIT_KERNEL(kThreads, 1)
 fft_conv_bwd_reduce_kernel(EFFVIT_GRID_CONSTANT Fused w, Index count) {
   for (Index e = first_index(); e < count; e += all_threads()) {
-    Complex sum = prim::load_global_vec<Complex>(w.sums + e);
-    for (Index s = 1; s < w.splits; ++s) sum = sum + prim::load_global_vec<Complex>(w.sums + s * count + e);
+    Complex sum = load_grid(w.sums, e);
+    for (Index s = 1; s < w.splits; ++s) sum = sum + load_grid(w.sums, s * count + e);
     prim::store_global_vec(w.sums + e, sum);
   }
 }

@@ -1,9 +1,9 @@
-// Kernels of fft_conv that work on spectra and signals in global memory: packing, passes along an axis, products,
-// correlations, taps, and what becomes of results. Grids of complex numbers are [rows, NX, NY, NZ], in place.
+// Kernels of fft_conv that work on signals and grids in global memory: packing, passes along an axis, and what becomes
+// of results. Grids of complex numbers are [rows, NX, NY, n], in place.
 //
-// Two rows of the batch that have the same kernel are the real and the imaginary part of one signal: kernels are real,
-// so that they come out of a convolution as they went in. A grid row is kernel j, pair q of its rows (j + 2 q J and
-// j + (2 q + 1) J), channel c of the chunk that is in work: (j pairs + q) channels + c.
+// A real signal is a complex one of half its length along Z, neighbours being real and imaginary part; where the
+// transform's size along Z is odd, one of its own length. A row never meets another one: its rounding errors are
+// relative to itself. Rows are those of the batch and the channels of the chunk that is in work: b channels + c.
 #pragma once
 #include "../common/fft_conv_params.h"
 #include "fft_conv_transform.cuh"
@@ -16,10 +16,11 @@ enum Act : int32_t { kNone, kGelu, kSilu };
 
 struct Problem {
   FftConvParams p;
-  Axis axes[3];  // X, Y, Z
-  int32_t grid = 1;  // NX NY NZ
-  int32_t size = 1;  // X Y Z
-  int64_t per_kernel = 1, pairs = 1;  // rows of the batch that share a kernel, pairs of them
+  Axis axes[3];  // X, Y, Z: as transforms have them
+  int32_t grid = 1;  // their sizes' product
+  bool halved = true;  // two places along Z are a complex number
+  int32_t z_places = 1, size = 1;  // complex numbers along Z that a signal has, and in all
+  int64_t per_kernel = 1;  // rows of the batch that share a kernel
   int64_t first_channel = 0, channels = 1;  // of the chunk
   float scale = 1.f;  // 1 / grid: what an inverse transform is divided by
 };
@@ -35,24 +36,34 @@ EFFVIT_DEVICE Place place_of(int32_t i, int32_t ny, int32_t nz) {
   return {line / ny, line % ny, i - line * nz};
 }
 EFFVIT_DEVICE Place grid_place(const Problem& g, int32_t i) { return place_of(i, g.axes[1].n, g.axes[2].n); }
+EFFVIT_DEVICE Place signal_place(const Problem& g, int32_t i) {
+  return place_of(i, static_cast<int32_t>(g.p.Y), g.z_places);
+}
 EFFVIT_DEVICE int32_t grid_index(const Problem& g, const Place& at) {
   return (at.x * g.axes[1].n + at.y) * g.axes[2].n + at.z;
 }
-EFFVIT_DEVICE bool inside(const Problem& g, const Place& at) { return at.x < g.p.X && at.y < g.p.Y && at.z < g.p.Z; }
+EFFVIT_DEVICE bool inside(const Problem& g, const Place& at) {
+  return at.x < g.p.X && at.y < g.p.Y && at.z < g.z_places;
+}
+// f(place in the map, element) for the one or two elements of a complex number of a signal.
+template <class F>
+EFFVIT_DEVICE void for_each_part(const Problem& g, const Place& at, const F& f) {
+  const int32_t z = g.halved ? 2 * at.z : at.z;
+  f(Place{at.x, at.y, z}, 0);
+  if (g.halved && z + 1 < g.p.Z) f(Place{at.x, at.y, z + 1}, 1);
+}
+EFFVIT_DEVICE float part_of(const Complex& x, int part) { return part == 0 ? x.re : x.im; }
 
-// The rows of the batch and the channel that a grid row holds.
-struct Pair {
-  int64_t row, kernel, channel;
-  int64_t step;  // from the first row of the batch to the second
-  int count;  // 1 or 2
+struct Row {
+  int64_t b, channel;
 };
-EFFVIT_DEVICE Pair pair_of(const Problem& g, int64_t row) {
-  const int64_t c = tile::take_index(row, g.channels), q = tile::take_index(row, g.pairs);
-  return {row + 2 * q * g.p.J, row, g.first_channel + c, g.p.J, 2 * q + 1 < g.per_kernel ? 2 : 1};
+EFFVIT_DEVICE Row row_of(const Problem& g, int64_t row) {
+  const int64_t c = tile::take_index(row, g.channels);
+  return {row, g.first_channel + c};
 }
 
-EFFVIT_DEVICE int64_t map_offset(const FftConvStrides& s, int64_t b, int64_t c, const Place& at) {
-  return b * s.b + c * s.c + at.x * s.x + at.y * s.y + at.z * s.z;
+EFFVIT_DEVICE int64_t map_offset(const FftConvStrides& s, const Row& row, const Place& at) {
+  return row.b * s.b + row.channel * s.c + at.x * s.x + at.y * s.y + at.z * s.z;
 }
 template <class T>
 EFFVIT_DEVICE float load_map(const void* map, int64_t offset) {
@@ -64,9 +75,9 @@ EFFVIT_DEVICE void store_map(void* map, int64_t offset, float x) {
 }
 // u times its gate.
 template <class T>
-EFFVIT_DEVICE float load_input(const FftConvParams& p, int64_t b, int64_t c, const Place& at) {
-  const float u = load_map<T>(p.u, map_offset(p.u_stride, b, c, at));
-  return p.pregate == nullptr ? u : u * load_map<T>(p.pregate, map_offset(p.pregate_stride, b, c, at));
+EFFVIT_DEVICE float load_input(const FftConvParams& p, const Row& row, const Place& at) {
+  const float u = load_map<T>(p.u, map_offset(p.u_stride, row, at));
+  return p.pregate == nullptr ? u : u * load_map<T>(p.pregate, map_offset(p.pregate_stride, row, at));
 }
 EFFVIT_DEVICE float skip_of(const FftConvParams& p, int64_t c) {
   return p.d == nullptr ? 0.f : load_small(p.d, c, p.d_dtype);
@@ -88,33 +99,32 @@ EFFVIT_DEVICE float activation(int32_t act, float x, float& slope) {
 }
 
 template <class T>
-EFFVIT_DEVICE void store_result(const FftConvParams& p, int64_t b, int64_t c, const Place& at, float y, float skip) {
-  if (p.d != nullptr) y += skip * load_input<T>(p, b, c, at);
+EFFVIT_DEVICE void store_result(const FftConvParams& p, const Row& row, const Place& at, float y, float skip) {
+  if (p.d != nullptr) y += skip * load_input<T>(p, row, at);
   float slope, out = activation(p.act, y, slope);
-  if (p.postgate != nullptr) out *= load_map<T>(p.postgate, map_offset(p.postgate_stride, b, c, at));
-  store_map<T>(p.out, map_offset(p.out_stride, b, c, at), out);
+  if (p.postgate != nullptr) out *= load_map<T>(p.postgate, map_offset(p.postgate_stride, row, at));
+  store_map<T>(p.out, map_offset(p.out_stride, row, at), out);
 }
 // The gradient of y + d u', and that of the gate, which is stored. y is of use only where keeps_y is true.
 EFFVIT_HD bool keeps_y(const FftConvParams& p) { return p.act != kNone || p.postgate != nullptr; }
 template <class T>
-EFFVIT_DEVICE float gradient_of_sum(const FftConvParams& p, int64_t b, int64_t c, const Place& at, float y,
-                                    float skip) {
-  const float grad = load_map<T>(p.grad_out, map_offset(p.grad_out_stride, b, c, at));
+EFFVIT_DEVICE float gradient_of_sum(const FftConvParams& p, const Row& row, const Place& at, float y, float skip) {
+  const float grad = load_map<T>(p.grad_out, map_offset(p.grad_out_stride, row, at));
   if (!keeps_y(p)) return grad;
-  if (p.d != nullptr) y += skip * load_input<T>(p, b, c, at);
+  if (p.d != nullptr) y += skip * load_input<T>(p, row, at);
   float slope, result = activation(p.act, y, slope);
   if (p.postgate == nullptr) return grad * slope;
-  store_map<T>(p.dpostgate, map_offset(p.out_stride, b, c, at), grad * result);
-  return grad * load_map<T>(p.postgate, map_offset(p.postgate_stride, b, c, at)) * slope;
+  store_map<T>(p.dpostgate, map_offset(p.out_stride, row, at), grad * result);
+  return grad * load_map<T>(p.postgate, map_offset(p.postgate_stride, row, at)) * slope;
 }
 template <class T>
-EFFVIT_DEVICE void store_input_gradient(const FftConvParams& p, int64_t b, int64_t c, const Place& at, float grad) {
-  const int64_t to = map_offset(p.out_stride, b, c, at);
+EFFVIT_DEVICE void store_input_gradient(const FftConvParams& p, const Row& row, const Place& at, float grad) {
+  const int64_t to = map_offset(p.out_stride, row, at);
   if (p.pregate == nullptr) {
     store_map<T>(p.du, to, grad);
   } else {
-    store_map<T>(p.du, to, grad * load_map<T>(p.pregate, map_offset(p.pregate_stride, b, c, at)));
-    store_map<T>(p.dpregate, to, grad * load_map<T>(p.u, map_offset(p.u_stride, b, c, at)));
+    store_map<T>(p.du, to, grad * load_map<T>(p.pregate, map_offset(p.pregate_stride, row, at)));
+    store_map<T>(p.dpregate, to, grad * load_map<T>(p.u, map_offset(p.u_stride, row, at)));
   }
 }
 
@@ -194,70 +204,74 @@ fft_conv_long_pass_kernel(EFFVIT_GRID_CONSTANT Pass g) {
 
 // ---- signals ----
 
-// The padded signal, of the input or of the gradient of the output.
-template <class T, bool kGradient>
-EFFVIT_KERNEL(kThreads, 2)
-fft_conv_pack_kernel(EFFVIT_GRID_CONSTANT Problem g, Complex* to /* [rows, grid] */) {
-  const int64_t count = g.p.J * g.pairs * g.channels * g.grid;
-  for (int64_t e = first_index(); e < count; e += all_threads()) {
-    const int64_t row = e / g.grid;
-    const Place at = grid_place(g, static_cast<int32_t>(e - row * g.grid));
-    float x[2] = {0.f, 0.f};
-    if (inside(g, at)) {
-      const Pair pair = pair_of(g, row);
-      for (int i = 0; i < pair.count; ++i) {
-        const int64_t b = pair.row + i * pair.step;
-        x[i] = kGradient ? load_map<T>(g.p.grad_out, map_offset(g.p.grad_out_stride, b, pair.channel, at))
-                         : load_input<T>(g.p, b, pair.channel, at);
-      }
-    }
-    prim::store_global_vec(to + e, Complex{x[0], x[1]});
-  }
+template <class T>
+EFFVIT_DEVICE Complex load_inputs(const Problem& g, const Row& row, const Place& at) {
+  float x[2] = {0.f, 0.f};
+  for_each_part(g, at, [&](const Place& place, int part) { x[part] = load_input<T>(g.p, row, place); });
+  return {x[0], x[1]};
+}
+template <class T>
+EFFVIT_DEVICE void store_results(const Problem& g, const Row& row, const Place& at, const Complex& y) {
+  const float skip = skip_of(g.p, row.channel);
+  for_each_part(g, at, [&](const Place& place, int part) { store_result<T>(g.p, row, place, part_of(y, part), skip); });
+}
+template <class T>
+EFFVIT_DEVICE Complex gradients_of_sums(const Problem& g, const Row& row, const Place& at, const Complex& y) {
+  float x[2] = {0.f, 0.f};
+  const float skip = skip_of(g.p, row.channel);
+  for_each_part(g, at, [&](const Place& place, int part) {
+    x[part] = gradient_of_sum<T>(g.p, row, place, part_of(y, part), skip);
+  });
+  return {x[0], x[1]};
+}
+// grad: of u' but for the skip's part; sum: the gradient of y + d u'.
+template <class T>
+EFFVIT_DEVICE void store_input_gradients(const Problem& g, const Row& row, const Place& at, Complex grad,
+                                         const Complex& sum) {
+  const float skip = skip_of(g.p, row.channel);
+  grad = grad + Complex{skip * sum.re, skip * sum.im};
+  for_each_part(g, at,
+                [&](const Place& place, int part) { store_input_gradient<T>(g.p, row, place, part_of(grad, part)); });
 }
 
-// f(grid row, place, index in the grid, index among the rows' sizes) for every place of the signals.
-template <class F>
-EFFVIT_DEVICE void for_each_place(const Problem& g, const F& f) {
-  const int64_t count = g.p.J * g.pairs * g.channels * g.size;
-  for (int64_t e = first_index(); e < count; e += all_threads()) {
-    const int64_t row = e / g.size;
-    const Place at =
-        place_of(static_cast<int32_t>(e - row * g.size), static_cast<int32_t>(g.p.Y), static_cast<int32_t>(g.p.Z));
-    f(pair_of(g, row), at, row * g.grid + grid_index(g, at), e);
+// The input with zeros behind it.
+template <class T>
+EFFVIT_KERNEL(kThreads, 2)
+fft_conv_pack_kernel(EFFVIT_GRID_CONSTANT Problem g, Complex* to /* [rows, grid] */) {
+  for (int64_t e = first_index(); e < g.p.B * g.channels * g.grid; e += all_threads()) {
+    const int64_t row = e / g.grid;
+    const Place at = grid_place(g, static_cast<int32_t>(e - row * g.grid));
+    prim::store_global_vec(to + e, inside(g, at) ? load_inputs<T>(g, row_of(g, row), at) : Complex{0.f, 0.f});
   }
 }
 
 template <class T>
 EFFVIT_KERNEL(kThreads, 2)
 fft_conv_out_kernel(EFFVIT_GRID_CONSTANT Problem g, const Complex* y /* [rows, grid] */) {
-  for_each_place(g, [&](const Pair& pair, const Place& at, int64_t from, int64_t) {
-    const Complex x = prim::load_global_vec<Complex>(y + from);
-    const float skip = skip_of(g.p, pair.channel);
-    for (int i = 0; i < pair.count; ++i)
-      store_result<T>(g.p, pair.row + i * pair.step, pair.channel, at, i == 0 ? x.re : x.im, skip);
-  });
+  for (int64_t e = first_index(); e < g.p.B * g.channels * g.size; e += all_threads()) {
+    const int64_t row = e / g.size;
+    const Place at = signal_place(g, static_cast<int32_t>(e - row * g.size));
+    const Complex x = prim::load_global_vec<Complex>(y + row * g.grid + grid_index(g, at));
+    store_results<T>(g, row_of(g, row), at, x);
+  }
 }
 
-// The gradient of y + d u', in place of y, and zeros around it; and packed, for the gradients of d and of u.
+// The gradient of y + d u', in place of y, and zeros around it; and without these, for the gradients of d and of u.
 template <class T>
 EFFVIT_KERNEL(kThreads, 2)
 fft_conv_bwd_sum_kernel(EFFVIT_GRID_CONSTANT Problem g, Complex* y /* [rows, grid] */,
                         Complex* packed /* [rows, size], or null */) {
-  const int64_t count = g.p.J * g.pairs * g.channels * g.grid;
-  for (int64_t e = first_index(); e < count; e += all_threads()) {
+  for (int64_t e = first_index(); e < g.p.B * g.channels * g.grid; e += all_threads()) {
     const int64_t row = e / g.grid;
     const Place at = grid_place(g, static_cast<int32_t>(e - row * g.grid));
-    float grad[2] = {0.f, 0.f};
+    Complex grad = {0.f, 0.f};
     if (inside(g, at)) {
-      const Pair pair = pair_of(g, row);
-      const Complex x = prim::load_global_vec<Complex>(y + e);
-      const float skip = skip_of(g.p, pair.channel);
-      for (int i = 0; i < pair.count; ++i)
-        grad[i] = gradient_of_sum<T>(g.p, pair.row + i * pair.step, pair.channel, at, i == 0 ? x.re : x.im, skip);
+      const Complex x = keeps_y(g.p) ? prim::load_global_vec<Complex>(y + e) : grad;
+      grad = gradients_of_sums<T>(g, row_of(g, row), at, x);
       if (packed != nullptr)
-        prim::store_global_vec(packed + row * g.size + (at.x * g.p.Y + at.y) * g.p.Z + at.z, Complex{grad[0], grad[1]});
+        prim::store_global_vec(packed + row * g.size + (at.x * g.p.Y + at.y) * g.z_places + at.z, grad);
     }
-    prim::store_global_vec(y + e, Complex{grad[0], grad[1]});
+    prim::store_global_vec(y + e, grad);
   }
 }
 
@@ -265,16 +279,13 @@ template <class T>
 EFFVIT_KERNEL(kThreads, 2)
 fft_conv_bwd_input_kernel(EFFVIT_GRID_CONSTANT Problem g, const Complex* grad /* [rows, grid] */,
                           const Complex* packed /* [rows, size], or null */) {
-  for_each_place(g, [&](const Pair& pair, const Place& at, int64_t from, int64_t e) {
-    Complex x = prim::load_global_vec<Complex>(grad + from);
-    if (packed != nullptr) {
-      const float skip = skip_of(g.p, pair.channel);
-      const Complex sum = prim::load_global_vec<Complex>(packed + e);
-      x = x + Complex{skip * sum.re, skip * sum.im};
-    }
-    for (int i = 0; i < pair.count; ++i)
-      store_input_gradient<T>(g.p, pair.row + i * pair.step, pair.channel, at, i == 0 ? x.re : x.im);
-  });
+  for (int64_t e = first_index(); e < g.p.B * g.channels * g.size; e += all_threads()) {
+    const int64_t row = e / g.size;
+    const Place at = signal_place(g, static_cast<int32_t>(e - row * g.size));
+    const Complex x = prim::load_global_vec<Complex>(grad + row * g.grid + grid_index(g, at));
+    const Complex sum = packed == nullptr ? Complex{0.f, 0.f} : prim::load_global_vec<Complex>(packed + e);
+    store_input_gradients<T>(g, row_of(g, row), at, x, sum);
+  }
 }
 
 // Sums of u' times the gradient of y + d u': a CTA takes a share of a channel's places.
@@ -283,18 +294,16 @@ EFFVIT_KERNEL(kThreads, 2)
 fft_conv_bwd_skip_kernel(EFFVIT_GRID_CONSTANT Problem g, const Complex* packed /* [rows, size] */, int64_t splits,
                          float* parts /* [channels, splits] */) {
   const Shared<float> sums(0, kThreads);
-  const int64_t places = g.p.J * g.pairs * g.size, share = ceil_div(places, splits);
+  const int64_t places = g.p.B * g.size, share = ceil_div(places, splits);
   for (int64_t unit = prim::cta_id(); unit < g.channels * splits; unit += prim::cta_count()) {
     const int64_t c = unit / splits, first = (unit - c * splits) * share, last = least(first + share, places);
     float sum = 0.f;
     for (int64_t i = first + prim::thread_id(); i < last; i += kThreads) {
-      const int64_t pair_index = i / g.size, row = pair_index * g.channels + c;
-      const int32_t inside_row = static_cast<int32_t>(i - pair_index * g.size);
-      const Place at = place_of(inside_row, static_cast<int32_t>(g.p.Y), static_cast<int32_t>(g.p.Z));
-      const Pair pair = pair_of(g, row);
-      const Complex x = prim::load_global_vec<Complex>(packed + row * g.size + inside_row);
-      sum += x.re * load_input<T>(g.p, pair.row, pair.channel, at);
-      if (pair.count == 2) sum += x.im * load_input<T>(g.p, pair.row + pair.step, pair.channel, at);
+      const int64_t b = i / g.size, row = b * g.channels + c;
+      const auto within = static_cast<int32_t>(i - b * g.size);
+      const Complex x = prim::load_global_vec<Complex>(packed + row * g.size + within);
+      const Complex u = load_inputs<T>(g, {b, g.first_channel + c}, signal_place(g, within));
+      sum += x.re * u.re + x.im * u.im;
     }
     sums.store(prim::thread_id(), sum);
     prim::sync_threads();

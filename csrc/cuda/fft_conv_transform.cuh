@@ -43,6 +43,8 @@ struct Axis {
   int32_t n = 1, count = 0;  // length, number of factors
   int32_t factors[kMaxFactors] = {};
   const Complex* roots = nullptr;  // [n]: e^(-2 pi i j / n)
+  const int32_t* mirror = nullptr;  // [n]: of a position, that of the negative frequency
+  const Complex* turns = nullptr;  // [n]: e^(-2 pi i k / 2n) for the frequency k at a position
 };
 
 // The frequency at a position, and where a frequency is.
@@ -340,9 +342,13 @@ EFFVIT_DEVICE Complex root_of_unity(int64_t j, int64_t n) {
 
 template <class Index>
 EFFVIT_KERNEL(kThreads, 1)
-fft_conv_roots_kernel(Index n, Complex* roots /* [n] */) {
-  for (Index j = prim::cta_id() * kThreads + prim::thread_id(); j < n; j += prim::cta_count() * kThreads)
-    prim::store_global_vec(roots + j, root_of_unity(j, n));
+fft_conv_tables_kernel(EFFVIT_GRID_CONSTANT Axis axis, Index n, Complex* roots, int32_t* mirror, Complex* turns) {
+  for (Index i = prim::cta_id() * kThreads + prim::thread_id(); i < n; i += prim::cta_count() * kThreads) {
+    const int32_t frequency = frequency_at(axis, static_cast<int32_t>(i), 0, axis.count, axis.n);
+    prim::store_global_vec(roots + i, root_of_unity(i, n));
+    prim::store_global(mirror + i, position_of(axis, frequency == 0 ? 0 : axis.n - frequency));
+    prim::store_global_vec(turns + i, root_of_unity(frequency, 2 * n));
+  }
 }
 
 }  // namespace fft_conv_impl

@@ -49,13 +49,13 @@ class Case:
 
 ONE = (1, 1)
 CASES = [
-    # One axis in one kernel: an odd row of the batch, taps on both sides, factors 16, 3 and 5; two shares of the pairs.
-    Case(15, 2, (*ONE, 200), (*ONE, 41), (*ONE, 9), (*ONE, 240), (CIRCULAR, CIRCULAR, SAME), act=1,
+    # One axis in one kernel: an odd length, taps on both sides, factors 8, 3 and 5; shares of the rows.
+    Case(15, 2, (*ONE, 199), (*ONE, 41), (*ONE, 9), (*ONE, 240), (CIRCULAR, CIRCULAR, SAME), act=1,
          absent=("spectrum",)),
-    # The same from a spectrum, channels last, factors 13 and 4; an own kernel for each row.
+    # The same from a spectrum, channels last, factors 2 and 13; an own kernel for each row.
     Case(2, 3, (*ONE, 52), (*ONE, 1), (*ONE, 1), (*ONE, 52), (CIRCULAR,) * 3, J=2, last=True, keep=(0, 0, 20),
          absent=("k", "k_rev", "postgate")),
-    # One axis in passes: two groups of factors, 128 = 16 * 8.
+    # One axis in passes: two groups of factors, 64 = 16 * 4.
     Case(3, 1, (*ONE, 96), (*ONE, 33), (*ONE, 1), (*ONE, 128), (CIRCULAR, CIRCULAR, CAUSAL), act=2, keep=(0, 0, 40),
          shared_bytes=256),
     # Three axes, and a prime number that is summed up from global memory.
@@ -72,11 +72,12 @@ MUTANTS = [
     Mutant("readers_barrier", FUSED,
            "    prim::sync_threads();  // the readers of the lines\n  }\n}\n\n// Gradients of maps", "  }\n}\n//",
            "race"),
-    Mutant("product_barrier", FUSED, "      product(y, true);\n      prim::sync_threads();\n",
-           "      product(y, true);\n", "race"),
-    Mutant("padding", FUSED, "z < size ? load_pair<T, false>", "z <= size ? load_pair<T, false>", "outside"),
-    Mutant("odd_row", PASSES, "2 * q + 1 < g.per_kernel ? 2 : 1", "2", "outside|written twice"),
-    Mutant("lost_row", PASSES, "2 * q + 1 < g.per_kernel ? 2 : 1", "1", "unwritten"),
+    Mutant("product_barrier", FUSED, "      multiply_lines<true>(w, y, y, lines, kernels);\n      prim::sync_threads();\n",
+           "      multiply_lines<true>(w, y, y, lines, kernels);\n", "race"),
+    Mutant("sums_barrier", FUSED, "    prim::sync_threads();  // sums are of other threads\n", "", "race"),
+    Mutant("padding", FUSED, "i < w.g.size ? load_inputs<T>", "i <= w.g.size ? load_inputs<T>", "outside"),
+    Mutant("odd_size", PASSES, "if (g.halved && z + 1 < g.p.Z) f(", "if (g.halved) f(", "outside|written twice"),
+    Mutant("lost_part", PASSES, "if (g.halved && z + 1 < g.p.Z) f(", "if (false) f(", "unwritten"),
     Mutant("bank_padding", TRANSFORM, "return i + (i >> 4);", "return i - (i >> 4);", "race"),
     Mutant("twiddle_sign", TRANSFORM, "x[q] = x[q] * root<true>(axis, q * j * step);",
            "x[q] = x[q] * root<false>(axis, q * j * step);"),
@@ -92,19 +93,22 @@ MUTANTS = [
     Mutant("between", PASSES, "  if (j == 0) return x;\n", "  return x;\n"),
     Mutant("between_inverse", PASSES, "return x * root<kInverse>(g.axis, j", "return x * root<false>(g.axis, j"),
     Mutant("long_inverse", PASSES, "long_sum<kInverse>(g.axis,", "long_sum<false>(g.axis,"),
-    Mutant("shift", SPECTRA, "wrapped(at.z + p.shift_z, g.axes[2].n)}", "wrapped(at.z, g.axes[2].n)}"),
-    Mutant("reverse_taps", SPECTRA, "p.RX, p.RY, p.RZ, g, negated(g, at));", "p.RX, p.RY, p.RZ, g, at);"),
-    Mutant("wrapped_taps", SPECTRA, "for (int64_t z = at.z; z < KZ; z += g.axes[2].n)",
-           "for (int64_t z = at.z; z < KZ; z += KZ)"),
+    Mutant("shift", SPECTRA, "wrapped(z + p.shift_z, NZ)}", "wrapped(z, NZ)}"),
+    Mutant("reverse_taps", SPECTRA, "p.RX, p.RY, p.RZ, p, back);", "p.RX, p.RY, p.RZ, p, tap);"),
+    Mutant("wrapped_taps", SPECTRA, "z < KZ; z += p.NZ)", "z < KZ; z += KZ)"),
     Mutant("keep", SPECTRA, "min_of(f, n - f) < keep;", "f < keep;"),
     Mutant("mirror", SPECTRA, "f.z < mirror.z ? load_half(g, matrix, f) : conjugate(load_half(g, matrix, mirror));",
            "f.z < mirror.z ? load_half(g, matrix, f) : load_half(g, matrix, mirror);"),
-    Mutant("conjugate", SPECTRA, "sum = sum + conjugate(prim::load_global_vec<Complex>(u + first + q * count)) *",
-           "sum = sum + prim::load_global_vec<Complex>(u + first + q * count) *"),
-    Mutant("half_weight", SPECTRA, "const float weight = f.z == mirror.z ? 0.5f : 1.f;", "const float weight = 0.5f;"),
+    Mutant("conjugate", SPECTRA, "conjugate(x.even) * y.even + conjugate(x.odd)", "x.even * y.even + conjugate(x.odd)"),
+    Mutant("odd_lags", SPECTRA, "conjugate(x.odd * t * t) * y.even", "conjugate(x.odd) * y.even"),
+    Mutant("coefficient", SPECTRA, "odd * Complex{1.f + w.re, w.im}", "odd * Complex{1.f + w.re, -w.im}"),
+    Mutant("transposed", SPECTRA, "z = conjugate(k.a) * a + k_mirror.b * conjugate(b);",
+           "z = conjugate(k.a) * a + k.b * conjugate(b);"),
+    Mutant("half_weight", SPECTRA, "        weight *= 0.5f;  // sums are over half the size of the transform\n", ""),
     Mutant("lost_split", FUSED, "for (Index s = 1; s < w.splits; ++s)", "for (Index s = 2; s < w.splits; ++s)"),
     Mutant("slope", PASSES, "slope = half + x * density;", "slope = half;"),
-    Mutant("skip", FUSED, "x = x + Complex{skip * sum.re, skip * sum.im};", "x = x + Complex{skip * sum.re, sum.im};"),
+    Mutant("skip", PASSES, "grad = grad + Complex{skip * sum.re, skip * sum.im};",
+           "grad = grad + Complex{skip * sum.re, sum.im};"),
 ]  # fmt: skip
 
 
