@@ -1,10 +1,10 @@
 """fft_conv in Triton: forward and backward, of any length, one to three axes.
 
-Signals are float32 grids of real and imaginary parts: two rows of the batch that share a kernel are one complex signal.
-A transform is a pass per factor of each axis: products with the matrix of a short Fourier transform (tl.dot), whose
-entries are read from the axis's table of roots of unity, and twiddle factors between. Factors are 64 at most, except
-for prime numbers. Nothing is put in order: spectra of kernels, which PyTorch makes, are brought into the order of the
-passes.
+Signals are float32 grids of real and imaginary parts, each row of the batch in one of its own, or its rounding errors
+would be relative to another row. A transform is a pass per factor of each axis: products with the matrix of a short
+Fourier transform (tl.dot), whose entries are read from the axis's table of roots of unity, and twiddle factors between.
+Factors are 64 at most, except for prime numbers. Nothing is put in order: spectra of kernels, which PyTorch makes, are
+brought into the order of the passes.
 
 Backward: the gradient of y + d u' first, for which y is computed again where there is an activation or a gate behind
 it; its spectrum times the conjugate of the kernel's gives du', the sum over rows of conj(u's spectrum) times it what
@@ -40,7 +40,7 @@ LONGEST_FACTOR = 64
 CHUNK_BYTES = 64 << 20  # of a grid of real parts, where a channel is less
 MAX_SPLITS = 64
 
-_SIZES = ["first", "C", "J", "pairs", "per_kernel", "Y", "Z", "NY", "NZ", "size", "cells", "X", "count"]
+_SIZES = ["first", "C", "J", "rows", "Y", "Z", "NY", "NZ", "size", "cells", "X", "count"]
 _PASS_SIZES = ["lines", "inner", "rest", "n", "length", "axis_n", "q_blocks"]
 
 
@@ -81,12 +81,10 @@ def _place(i, ny, nz):
 
 
 @device_function
-def _pair(row, first, C, J, pairs, per_kernel):
-    """Of cells rows (kernel, pair, channel): the first of two rows of the batch, whether there is a second, channel."""
-    rest = row // C
-    j = rest // pairs
-    q = rest - j * pairs
-    return j + 2 * q * J, 2 * q + 1 < per_kernel, first + row - rest * C
+def _row(row, first, C):
+    """Of rows [B, C] of a grid, C being the channels of a chunk: the row of the batch, and the channel."""
+    b = row // C
+    return b, first + row - b * C
 
 
 @device_function
@@ -129,16 +127,16 @@ def _activate(z, ACT: tl.constexpr):
 def fft_conv_pack_kernel(
     u, pregate,  # Maps; pregate or None
     to,  # Grid [rows, cells]
-    count, first, C, J, pairs, per_kernel, X, Y, Z, NY, NZ, cells, BLOCK: tl.constexpr,
+    count, first, C, X, Y, Z, NY, NZ, cells, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Signals with zeros behind them."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = e // cells
     x, y, z = _place(e - row * cells, NY, NZ)
-    b, second, c = _pair(row, first, C, J, pairs, per_kernel)
+    b, c = _row(row, first, C)
     ok = (e < count) & (x < X) & (y < Y) & (z < Z)
     tl.store(to.re + e, _load_input(u, pregate, b, c, x, y, z, ok), mask=e < count)
-    tl.store(to.im + e, _load_input(u, pregate, b + J, c, x, y, z, ok & second), mask=e < count)
+    tl.store(to.im + e, tl.zeros([BLOCK], tl.float32), mask=e < count)
 
 
 @device_function
@@ -156,18 +154,16 @@ def fft_conv_out_kernel(
     signal,  # Grid [rows, cells]
     u, pregate, postgate, out,  # Maps; gates or None
     d,  # [C] or None
-    count, first, C, J, pairs, per_kernel, Y, Z, NY, NZ, size, cells, ACT: tl.constexpr, BLOCK: tl.constexpr,
+    count, first, C, Y, Z, NY, NZ, size, cells, ACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = e // size
     x, y, z = _place(e - row * size, Y, Z)
-    b, second, c = _pair(row, first, C, J, pairs, per_kernel)
+    b, c = _row(row, first, C)
     ok = e < count
     at = row * cells + (x * NY + y) * NZ + z
     value = tl.load(signal.re + at, mask=ok, other=0.0)
     _write_result(u, pregate, postgate, d, out, value, b, c, x, y, z, ok, ACT)
-    value = tl.load(signal.im + at, mask=ok, other=0.0)
-    _write_result(u, pregate, postgate, d, out, value, b + J, c, x, y, z, ok & second, ACT)
 
 
 @device_function
@@ -188,27 +184,23 @@ def _gradient_of_sum(u, pregate, postgate, grad, dpostgate, d, value, b, c, x, y
 @triton.jit(do_not_specialize=_SIZES)
 def fft_conv_bwd_sum_kernel(
     signal,  # Grid [rows, cells]: y, and what takes its place
-    packed,  # Grid [rows, size] or None: the same without what is behind it
+    packed,  # [rows, size] float32 or None: the same without what is behind it
     u, pregate, postgate, grad, dpostgate,  # Maps; gates or None
     d,  # [C] or None
-    count, first, C, J, pairs, per_kernel, X, Y, Z, NY, NZ, size, cells, ACT: tl.constexpr, BLOCK: tl.constexpr,
+    count, first, C, X, Y, Z, NY, NZ, size, cells, ACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of y + d u', with zeros behind it."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = e // cells
     x, y, z = _place(e - row * cells, NY, NZ)
-    b, second, c = _pair(row, first, C, J, pairs, per_kernel)
+    b, c = _row(row, first, C)
     ok = (e < count) & (x < X) & (y < Y) & (z < Z)
     re = tl.load(signal.re + e, mask=ok, other=0.0)
-    im = tl.load(signal.im + e, mask=ok, other=0.0)
     re = _gradient_of_sum(u, pregate, postgate, grad, dpostgate, d, re, b, c, x, y, z, ok, ACT)
-    im = _gradient_of_sum(u, pregate, postgate, grad, dpostgate, d, im, b + J, c, x, y, z, ok & second, ACT)
     tl.store(signal.re + e, re, mask=e < count)
-    tl.store(signal.im + e, im, mask=e < count)
+    tl.store(signal.im + e, tl.zeros([BLOCK], tl.float32), mask=e < count)
     if packed is not None:
-        at = row * size + (x * Y + y) * Z + z
-        tl.store(packed.re + at, re, mask=ok)
-        tl.store(packed.im + at, im, mask=ok)
+        tl.store(packed + row * size + (x * Y + y) * Z + z, re, mask=ok)
 
 
 @device_function
@@ -223,33 +215,29 @@ def _write_gradient(u, pregate, du, dpregate, value, b, c, x, y, z, ok):
 @triton.jit(do_not_specialize=_SIZES)
 def fft_conv_bwd_input_kernel(
     signal,  # Grid [rows, cells]: the gradient of u', but for the skip's part
-    packed,  # Grid [rows, size] or None: the gradient of y + d u'
+    packed,  # [rows, size] float32 or None: the gradient of y + d u'
     u, pregate, du, dpregate,  # Maps; gates or None
     d,  # [C] or None
-    count, first, C, J, pairs, per_kernel, Y, Z, NY, NZ, size, cells, BLOCK: tl.constexpr,
+    count, first, C, Y, Z, NY, NZ, size, cells, BLOCK: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = e // size
     x, y, z = _place(e - row * size, Y, Z)
-    b, second, c = _pair(row, first, C, J, pairs, per_kernel)
+    b, c = _row(row, first, C)
     ok = e < count
     at = row * cells + (x * NY + y) * NZ + z
     re = tl.load(signal.re + at, mask=ok, other=0.0)
-    im = tl.load(signal.im + at, mask=ok, other=0.0)
     if packed is not None:
-        skip = _load_skip(d, c, ok)
-        re += skip * tl.load(packed.re + e, mask=ok, other=0.0)
-        im += skip * tl.load(packed.im + e, mask=ok, other=0.0)
+        re += _load_skip(d, c, ok) * tl.load(packed + e, mask=ok, other=0.0)
     _write_gradient(u, pregate, du, dpregate, re, b, c, x, y, z, ok)
-    _write_gradient(u, pregate, du, dpregate, im, b + J, c, x, y, z, ok & second)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "splits", "share"])
 def fft_conv_bwd_skip_kernel(
-    packed,  # Grid [rows, size]: the gradient of y + d u'
+    packed,  # [rows, size] float32: the gradient of y + d u'
     u, pregate,  # Maps; pregate or None
     parts,  # [splits, C] float32
-    count, first, C, J, pairs, per_kernel, Y, Z, size, splits, share, BLOCK: tl.constexpr,
+    count, first, C, Y, Z, size, splits, share, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of u' times that gradient: a program has a share of a channel's places."""
     unit = tl.program_id(0).to(tl.int64)
@@ -263,11 +251,9 @@ def fft_conv_bwd_skip_kernel(
         row = e // size * C + channel
         inside = e - e // size * size
         x, y, z = _place(inside, Y, Z)
-        b, second, c = _pair(row, first, C, J, pairs, per_kernel)
-        at = row * size + inside
-        total += tl.load(packed.re + at, mask=ok, other=0.0) * _load_input(u, pregate, b, c, x, y, z, ok)
-        ok = ok & second
-        total += tl.load(packed.im + at, mask=ok, other=0.0) * _load_input(u, pregate, b + J, c, x, y, z, ok)
+        b, c = _row(row, first, C)
+        value = tl.load(packed + row * size + inside, mask=ok, other=0.0)
+        total += value * _load_input(u, pregate, b, c, x, y, z, ok)
     tl.store(parts + unit, tl.sum(total, axis=0))
 
 
@@ -327,18 +313,18 @@ def fft_conv_pass_kernel(
     tl.store(to.im + at, im, mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "C", "pairs", "cells"])
+@triton.jit(do_not_specialize=["count", "C", "J", "cells"])
 def fft_conv_product_kernel(
     source, to,  # Grids [rows, cells]
     spectra,  # [J, C, cells, 2] float32
-    count, C, pairs, cells, CONJUGATE: tl.constexpr, BLOCK: tl.constexpr,
+    count, C, J, cells, CONJUGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """to = source times its kernel's spectrum, or the conjugate of that."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = e < count
     row = e // cells
-    pair = row // C
-    at = 2 * ((pair // pairs * C + row - pair * C) * cells + e - row * cells)
+    b = row // C
+    at = 2 * ((b % J * C + row - b * C) * cells + e - row * cells)
     a = tl.load(spectra + at, mask=ok, other=0.0)
     b = tl.load(spectra + at + 1, mask=ok, other=0.0)
     if CONJUGATE:
@@ -349,21 +335,19 @@ def fft_conv_product_kernel(
     tl.store(to.im + e, x * b + y * a, mask=ok)
 
 
-@triton.jit(do_not_specialize=["count", "per_kernel_elements", "pairs"])
+@triton.jit(do_not_specialize=["count", "rows"])
 def fft_conv_bwd_correlate_kernel(
-    u, grad,  # Grids [J, pairs, C, cells]
+    u, grad,  # Grids [rows, J, C, cells]
     sums,  # [J, C, cells, 2] float32
-    count, per_kernel_elements, pairs, BLOCK: tl.constexpr,
+    count, rows, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over a kernel's rows of conj(u) grad."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = e < count
-    kernel = e // per_kernel_elements
-    first = kernel * pairs * per_kernel_elements + e - kernel * per_kernel_elements
     re = tl.zeros([BLOCK], tl.float32)
     im = tl.zeros([BLOCK], tl.float32)
-    for q in range(0, _loop_bound(pairs)):
-        at = first + q * per_kernel_elements
+    for q in range(0, _loop_bound(rows)):
+        at = e + tl.full([BLOCK], q, tl.int64) * count
         a = tl.load(u.re + at, mask=ok, other=0.0)
         b = tl.load(u.im + at, mask=ok, other=0.0)
         x = tl.load(grad.re + at, mask=ok, other=0.0)
@@ -436,13 +420,10 @@ class _Problem:
             last = self.Z if MODES[self.mode[2]] == "circular" else 2 * (spectrum.shape[4] - 1)
             self.N = [*spectrum.shape[2:4], last]
         self.J = (k if spectrum is None else spectrum).shape[0]
-        self.per_kernel = self.B // max(self.J, 1)
-        self.pairs = cdiv(self.per_kernel, 2)
         self.grid, self.size = math.prod(self.N), math.prod(sizes)
         self.keeps_y = postgate is not None or self.act != 0
         self.maps = {n: _map(t) for n, t in self.tensors.items()}
-        rows = self.J * self.pairs
-        self.chunk = min(self.C, max(1, tuned(CHUNK_BYTES // max(rows * self.grid * 4, 1), small=2)))
+        self.chunk = min(self.C, max(1, tuned(CHUNK_BYTES // max(self.B * self.grid * 4, 1), small=2)))
         self.launches = []
 
     def result(self, name, like):
@@ -452,13 +433,13 @@ class _Problem:
         return out
 
     def new_grid(self, size):
-        shape = (2, self.J * self.pairs * self.chunk, size)
+        shape = (2, self.B * self.chunk, size)
         return Grid(*torch.empty(shape, dtype=torch.float32, device=self.device).unbind())
 
     def launch(self, kernel, count, block=None, num_warps=4, **arguments):
         block = block or tuned(256 * SCALE, small=64)
         shared = {
-            "first": self.first, "C": self.channels, "J": self.J, "pairs": self.pairs, "per_kernel": self.per_kernel,
+            "first": self.first, "C": self.channels, "J": self.J, "rows": self.B // self.J,
             "X": self.X, "Y": self.Y, "Z": self.Z, "NY": self.N[1], "NZ": self.N[2], "size": self.size,
             "cells": self.grid, "count": count, "ACT": self.act, "d": self.d, "BLOCK": block,
         }  # fmt: skip
@@ -468,7 +449,7 @@ class _Problem:
 
     def transform(self, data, other, inverse):
         """(where the transform of `data` is, the other grid)"""
-        rows = self.J * self.pairs * self.channels
+        rows = self.B * self.channels
         passes = []
         for axis, n in enumerate(self.N):
             rest, length = math.prod(self.N[axis + 1 :]), n
@@ -549,7 +530,7 @@ class _Problem:
     def chunks(self):
         for first in range(0, self.C, self.chunk):
             self.first, self.channels = first, min(self.chunk, self.C - first)
-            yield self.J * self.pairs * self.channels
+            yield self.B * self.channels
 
 
 def _forward(p, execute):
@@ -588,7 +569,7 @@ def _backward(p, execute):
         return tuple(t.zero_() for t in results)
     to = {n: None if given[n] is None else t for n, t in kernels.items()}
     a, b, c = (p.new_grid(p.grid) for _ in range(3))
-    packed = None if d is None else p.new_grid(p.size)
+    packed = None if d is None else torch.empty((p.B * p.chunk, p.size), dtype=torch.float32, device=p.device)
     for rows in p.chunks():
         grid, spectra = rows * p.grid, p.spectra()
         p.launch(fft_conv_pack_kernel, grid, to=a)
@@ -603,15 +584,12 @@ def _backward(p, execute):
             p.launch(fft_conv_pack_kernel, grid, to=y, u=p.maps["grad"], pregate=None)
         y, other = p.transform(y, other, inverse=False)
         sums = torch.empty((p.J, p.channels, p.grid, 2), dtype=torch.float32, device=p.device)
-        p.launch(
-            fft_conv_bwd_correlate_kernel, sums.numel() // 2, u=x, grad=y, sums=sums,
-            per_kernel_elements=p.channels * p.grid,
-        )  # fmt: skip
+        p.launch(fft_conv_bwd_correlate_kernel, sums.numel() // 2, u=x, grad=y, sums=sums)
         p.launch(fft_conv_product_kernel, grid, source=y, to=y, spectra=spectra, CONJUGATE=True)
         y, _ = p.transform(y, other, inverse=True)
         p.launch(fft_conv_bwd_input_kernel, rows * p.size, signal=y, packed=packed)
         if d is not None:
-            places = p.J * p.pairs * p.size
+            places = p.B * p.size
             splits = min(MAX_SPLITS, cdiv(places, tuned(4096 * SCALE, small=64)))
             parts = torch.empty((splits, p.channels), dtype=torch.float32, device=p.device)
             p.launch(
