@@ -218,13 +218,15 @@ struct Run {
   }
 
   void tables() {
+    Tables t;
+    int64_t count = 0;
     for (int a = 0; a < 3; ++a) {
-      const Axis& axis = plan.g.axes[a];
-      launches.then([&] {
-        return EFFVIT_LAUNCH((fft_conv_tables_kernel<int64_t>), element_ctas(axis.n), kThreads, 0, stream, axis,
-                             static_cast<int64_t>(axis.n), w.roots[a], w.mirror[a], w.turns[a]);
-      });
+      t.axes[a] = plan.g.axes[a], t.roots[a] = w.roots[a], t.turns[a] = w.turns[a], t.mirror[a] = w.mirror[a];
+      count += t.axes[a].n;
     }
+    launches.then([&] {
+      return EFFVIT_LAUNCH((fft_conv_tables_kernel<int64_t>), element_ctas(count), kThreads, 0, stream, t, count);
+    });
   }
 
   template <bool kInverse>

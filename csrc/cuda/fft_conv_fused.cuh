@@ -144,7 +144,7 @@ fft_conv_bwd_kernel(EFFVIT_GRID_CONSTANT Fused w) {
         store_input_gradients<T>(g, {b, channel + line}, {0, 0, i}, y.load(line * pitch + padded(i)), sum);
       });
     }
-    prim::sync_threads();  // sums are of other threads
+    // Since the last sums were made there have been barriers.
     for_each_element(lines, n, true, [&](int line, int i) {
       const Complex sum = sums.template load_vec<Complex>(line * pitch + padded(i));
       prim::store_global_vec(w.sums + (split * g.p.J * g.channels + kernel + line) * n + i,

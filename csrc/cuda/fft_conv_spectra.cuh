@@ -59,7 +59,9 @@ fft_conv_taps_kernel(EFFVIT_GRID_CONSTANT Problem g, Complex* to /* [J, channels
     const Index row = e / g.grid, j = row / g.channels, matrix = j * p.C + g.first_channel + row - j * g.channels;
     const Place at = grid_place(g, static_cast<int32_t>(e - row * g.grid));
     float sum[2] = {0.f, 0.f};
-    for (int part = 0; part < (g.halved ? 2 : 1); ++part) {
+    EFFVIT_UNROLL
+    for (int part = 0; part < 2; ++part) {
+      if (part == 1 && !g.halved) continue;
       const int32_t z = g.halved ? 2 * at.z + part : at.z;
       const Place tap = {wrapped(at.x + p.shift_x, NX), wrapped(at.y + p.shift_y, NY), wrapped(z + p.shift_z, NZ)};
       sum[part] = sum_of_taps(p.k, p.k_dtype, matrix * p.KX * p.KY * p.KZ, p.KX, p.KY, p.KZ, p, tap);

@@ -340,14 +340,29 @@ EFFVIT_DEVICE Complex root_of_unity(int64_t j, int64_t n) {
   return conjugate(w);
 }
 
+// Where the tables of axes are written.
+struct Tables {
+  Axis axes[3];
+  Complex *roots[3] = {}, *turns[3] = {};  // [n]
+  int32_t* mirror[3] = {};  // [n]
+};
+
 template <class Index>
 EFFVIT_KERNEL(kThreads, 1)
-fft_conv_tables_kernel(EFFVIT_GRID_CONSTANT Axis axis, Index n, Complex* roots, int32_t* mirror, Complex* turns) {
-  for (Index i = prim::cta_id() * kThreads + prim::thread_id(); i < n; i += prim::cta_count() * kThreads) {
-    const int32_t frequency = frequency_at(axis, static_cast<int32_t>(i), 0, axis.count, axis.n);
-    prim::store_global_vec(roots + i, root_of_unity(i, n));
-    prim::store_global(mirror + i, position_of(axis, frequency == 0 ? 0 : axis.n - frequency));
-    prim::store_global_vec(turns + i, root_of_unity(frequency, 2 * n));
+fft_conv_tables_kernel(EFFVIT_GRID_CONSTANT Tables t, Index count) {
+  for (Index e = prim::cta_id() * kThreads + prim::thread_id(); e < count; e += prim::cta_count() * kThreads) {
+    Index i = e;
+    EFFVIT_UNROLL
+    for (int a = 0; a < 3; ++a) {
+      const Index n = t.axes[a].n;
+      if (i >= 0 && i < n) {
+        const int32_t frequency = frequency_at(t.axes[a], static_cast<int32_t>(i), 0, t.axes[a].count, t.axes[a].n);
+        prim::store_global_vec(t.roots[a] + i, root_of_unity(i, n));
+        prim::store_global(t.mirror[a] + i, position_of(t.axes[a], frequency == 0 ? 0 : t.axes[a].n - frequency));
+        prim::store_global_vec(t.turns[a] + i, root_of_unity(frequency, 2 * n));
+      }
+      i -= n;
+    }
   }
 }
 

@@ -75,7 +75,6 @@ MUTANTS = [
     Mutant("product_barrier", FUSED,
            "      multiply_lines<true>(w, y, y, lines, kernels);\n      prim::sync_threads();\n",
            "      multiply_lines<true>(w, y, y, lines, kernels);\n", "race"),
-    Mutant("sums_barrier", FUSED, "    prim::sync_threads();  // sums are of other threads\n", "", "race"),
     Mutant("padding", FUSED, "i < w.g.size ? load_inputs<T>", "i <= w.g.size ? load_inputs<T>", "outside"),
     Mutant("odd_size", PASSES, "if (g.halved && z + 1 < g.p.Z) f(", "if (g.halved) f(", "outside|written twice"),
     Mutant("lost_part", PASSES, "if (g.halved && z + 1 < g.p.Z) f(", "if (false) f(", "unwritten"),
@@ -90,7 +89,7 @@ MUTANTS = [
     Mutant("any_factor", TRANSFORM, "part = part + x(e) * root<kInverse>(axis, at * scale);",
            "part = part + x(e) * root<kInverse>(axis, at);"),
     Mutant("octant", TRANSFORM, "  if (odd) s = -s;\n", ""),
-    Mutant("frequency", TRANSFORM, "    scale *= f;\n", ""),
+    Mutant("frequency", TRANSFORM, "    scale *= f;\n", "", "race"),  # images that are none of each other
     Mutant("between", PASSES, "  if (j == 0) return x;\n", "  return x;\n"),
     Mutant("between_inverse", PASSES, "return x * root<kInverse>(g.axis, j", "return x * root<false>(g.axis, j"),
     Mutant("long_inverse", PASSES, "long_sum<kInverse>(g.axis,", "long_sum<false>(g.axis,"),
