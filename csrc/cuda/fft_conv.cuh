@@ -33,6 +33,9 @@ constexpr int64_t kShortestLine = 32;  // a CTA can always hold this many
 constexpr int64_t kLongestLine = 16384;
 constexpr int64_t kChunkBytes = 64 << 20;  // of a grid of the workspace, where a channel is less
 constexpr int64_t kMaxSplits = 32;
+inline int64_t chunk_bytes() {
+  return least(kChunkBytes, 4096 * prim::max_shared_bytes());
+}  // small where tests say so
 constexpr int64_t kMostPlaces = int64_t{1} << 30;  // of a transform
 
 // Shared memory for lines, of `sets` buffers each.
@@ -97,7 +100,6 @@ struct Plan {
   bool valid = true, fused = false, direct = false, channels_last = false;
   int64_t chunk = 1;  // channels at a time
   int64_t skip_splits = 1;
-  Fused forward, backward;
 
   Plan(const FftConvParams& p, bool is_backward) {
     g.p = p;
@@ -124,11 +126,10 @@ struct Plan {
     bool buffers = false;
     for (int i = 0; i < z.count; ++i) buffers = buffers || !has_butterfly(z.factors[i]);
     fused = p.NX == 1 && p.NY == 1 && line_fits(z.n, sets + (buffers ? 1 : 0));
-    chunk = g.channels = p.C;
-    if (!fused) {
-      const int64_t bytes = p.B * grid * 8;
-      chunk = least(p.C, most(1, kChunkBytes / bytes));
-    }
+    // Of the largest buffers that a channel needs: grids, or coefficients, taps, and what the gradient of d is made of.
+    const int64_t of_signals = p.B * grid * 8, of_kernels = p.J * grid * 24;
+    const int64_t of_sums = is_backward && p.d != nullptr ? p.B * g.size * 8 : 0;
+    chunk = g.channels = least(p.C, most(1, chunk_bytes() / most(fused ? of_sums : of_signals, of_kernels)));
     skip_splits = least(kMaxSplits, ceil_div(p.B * static_cast<int64_t>(g.size), 64 * kThreads));
   }
 
@@ -141,12 +142,12 @@ inline Fused make_fused(const Plan& plan, bool backward) {
   const FftConvParams& p = plan.g.p;
   const Axis& z = plan.g.axes[2];
   w.g = plan.g, w.channels_last = plan.channels_last;
-  w.plan = make_line_plan(z, 0, z.count, backward ? 3 : 1, p.C, plan.channels_last);
-  w.blocks = ceil_div(p.C, w.plan.lines);
+  w.plan = make_line_plan(z, 0, z.count, backward ? 3 : 1, plan.chunk, plan.channels_last);
+  w.blocks = ceil_div(plan.g.channels, w.plan.lines);
   w.total = w.blocks * p.B;
   if (backward) {
-    const int64_t rows = plan.g.per_kernel;
-    w.split_rows = ceil_div(rows, tile::split_count(prim::target_ctas(), w.blocks * p.J, least(kMaxSplits, rows)));
+    const int64_t rows = plan.g.per_kernel, blocks = ceil_div(plan.chunk, w.plan.lines);  // the last chunk's is smaller
+    w.split_rows = ceil_div(rows, tile::split_count(prim::target_ctas(), blocks * p.J, least(kMaxSplits, rows)));
     w.splits = ceil_div(rows, w.split_rows);
     w.total = w.blocks * p.J * w.splits;
   }
@@ -365,18 +366,17 @@ struct Run {
   template <class T>
   void forward() {
     const Problem& g = plan.g;
-    if (plan.fused) {
-      kernels();
-      Fused fused = make_fused(plan, false);
-      fused.kernels = w.kernels;
-      launches.then([&] {
-        return EFFVIT_LAUNCH((fft_conv_fwd_kernel<T>), grid_size(fused.total), kThreads, shared_bytes(fused.plan, 1),
-                             stream, fused);
-      });
-      return;
-    }
     for_each_chunk([&](int64_t rows) {
       kernels();
+      if (plan.fused) {
+        Fused fused = make_fused(plan, false);
+        fused.kernels = w.kernels;
+        launches.then([&] {
+          return EFFVIT_LAUNCH((fft_conv_fwd_kernel<T>), grid_size(fused.total), kThreads, shared_bytes(fused.plan, 1),
+                               stream, fused);
+        });
+        return;
+      }
       pack<T>(w.u, rows);
       transform_grid<false>(w.u, rows);
       product<false>(w.u, w.u, rows);
@@ -388,29 +388,34 @@ struct Run {
   }
 
   template <class T>
+  void backward_of_lines() {
+    const Problem& g = plan.g;
+    Fused fused = make_fused(plan, true);
+    fused.kernels = w.kernels, fused.sums = w.sums, fused.packed = w.packed;
+    launches.then([&] {
+      return EFFVIT_LAUNCH((fft_conv_bwd_kernel<T>), grid_size(fused.total), kThreads, shared_bytes(fused.plan, 3),
+                           stream, fused);
+    });
+    const int64_t count = g.p.J * g.channels * g.grid;
+    if (fused.splits > 1) {
+      launches.then([&] {
+        return EFFVIT_LAUNCH((fft_conv_bwd_reduce_kernel<int64_t>), element_ctas(count), kThreads, 0, stream, fused,
+                             count);
+      });
+    }
+    kernel_gradients();
+    skip_gradient<T>();
+  }
+
+  template <class T>
   void backward() {
     const Problem& g = plan.g;
-    if (plan.fused) {
-      kernels();
-      Fused fused = make_fused(plan, true);
-      fused.kernels = w.kernels, fused.sums = w.sums, fused.packed = w.packed;
-      launches.then([&] {
-        return EFFVIT_LAUNCH((fft_conv_bwd_kernel<T>), grid_size(fused.total), kThreads, shared_bytes(fused.plan, 3),
-                             stream, fused);
-      });
-      const int64_t count = g.p.J * g.p.C * g.grid;
-      if (fused.splits > 1) {
-        launches.then([&] {
-          return EFFVIT_LAUNCH((fft_conv_bwd_reduce_kernel<int64_t>), element_ctas(count), kThreads, 0, stream, fused,
-                               count);
-        });
-      }
-      kernel_gradients();
-      skip_gradient<T>();
-      return;
-    }
     for_each_chunk([&](int64_t rows) {
       kernels();
+      if (plan.fused) {
+        backward_of_lines<T>();
+        return;
+      }
       pack<T>(w.u, rows);
       transform_grid<false>(w.u, rows);
       if (keeps_y(g.p)) {

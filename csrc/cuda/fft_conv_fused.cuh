@@ -1,7 +1,7 @@
 // fft_conv of one axis that shared memory holds: forward and backward in one kernel each.
 //
 // A CTA has a few lines, channels of one row of the batch. The coefficients of kernels are made before, by the kernels
-// for any grid, and are read from global memory, [J, C, n].
+// for any grid, and are read from global memory, [J, channels, n].
 #pragma once
 #include "fft_conv_spectra.cuh"
 
@@ -14,13 +14,13 @@ struct Fused {
   LinePlan plan;
   int64_t total = 0;  // units of work: plan.lines channels of a row of the batch, or backward of a share of its rows
   int64_t blocks = 1;  // of plan.lines channels
-  const Coefficients* kernels = nullptr;  // [J, C, n]
+  const Coefficients* kernels = nullptr;  // [J, channels, n]
   bool channels_last = false;
 
   // Backward only.
   int64_t splits = 1, split_rows = 1;  // shares of the rows that share a kernel, and how many there are in one
-  Complex* sums = nullptr;  // [splits, J, C, n]: correlations over n
-  Complex* packed = nullptr;  // [B, C, size]: gradients of y + d u', or null
+  Complex* sums = nullptr;  // [splits, J, channels, n]: correlations over n
+  Complex* packed = nullptr;  // [B, channels, size]: gradients of y + d u', or null
 };
 
 // f(line, place in it), neighbours being neighbours in a line, or the same place of several.
@@ -71,14 +71,14 @@ fft_conv_fwd_kernel(EFFVIT_GRID_CONSTANT Fused w) {
     int64_t b = unit;
     const int64_t channel = tile::take_index(b, w.blocks) * w.plan.lines;
     const int lines = static_cast<int>(least(g.channels - channel, w.plan.lines));
-    load_lines<T>(w, s, lines, {b, channel});
+    load_lines<T>(w, s, lines, {b, g.first_channel + channel});
     prim::sync_threads();
     transform<false>(s, g.axes[2], w.plan, lines);
     multiply_lines<false>(w, s, s, lines, w.kernels + (b % g.p.J * g.channels + channel) * w.plan.n);
     prim::sync_threads();
     transform<true>(s, g.axes[2], w.plan, lines);
     for_each_element(lines, g.size, !w.channels_last, [&](int line, int i) {
-      store_results<T>(g, {b, channel + line}, {0, 0, i}, s.load(line * w.plan.pitch + padded(i)));
+      store_results<T>(g, {b, g.first_channel + channel + line}, {0, 0, i}, s.load(line * w.plan.pitch + padded(i)));
     });
     prim::sync_threads();  // the readers of the lines
   }
@@ -107,7 +107,7 @@ fft_conv_bwd_kernel(EFFVIT_GRID_CONSTANT Fused w) {
     for (int64_t q = split * w.split_rows; q < last; ++q) {
       const int64_t b = j + q * g.p.J;
       Complex* const packed = w.packed == nullptr ? nullptr : w.packed + (b * g.channels + channel) * g.size;
-      load_lines<T>(w, u, lines, {b, channel});
+      load_lines<T>(w, u, lines, {b, g.first_channel + channel});
       prim::sync_threads();
       transform<false>(u, g.axes[2], w.plan, lines);
       y.other = u.other;
@@ -120,7 +120,8 @@ fft_conv_bwd_kernel(EFFVIT_GRID_CONSTANT Fused w) {
         const int at = line * pitch + padded(i);
         Complex grad = {0.f, 0.f};
         if (i < g.size) {
-          grad = gradients_of_sums<T>(g, {b, channel + line}, {0, 0, i}, keeps_y(g.p) ? y.load(at) : grad);
+          grad = gradients_of_sums<T>(g, {b, g.first_channel + channel + line}, {0, 0, i},
+                                      keeps_y(g.p) ? y.load(at) : grad);
           if (packed != nullptr) prim::store_global_vec(packed + line * static_cast<int64_t>(g.size) + i, grad);
         }
         y.store(at, grad);
@@ -141,7 +142,8 @@ fft_conv_bwd_kernel(EFFVIT_GRID_CONSTANT Fused w) {
       for_each_element(lines, g.size, !w.channels_last, [&](int line, int i) {
         Complex sum = {0.f, 0.f};  // written by another thread, before a barrier
         if (packed != nullptr) sum = prim::load_global_vec<Complex>(packed + line * static_cast<int64_t>(g.size) + i);
-        store_input_gradients<T>(g, {b, channel + line}, {0, 0, i}, y.load(line * pitch + padded(i)), sum);
+        store_input_gradients<T>(g, {b, g.first_channel + channel + line}, {0, 0, i}, y.load(line * pitch + padded(i)),
+                                 sum);
       });
     }
     // Since the last sums were made there have been barriers.
