@@ -151,12 +151,12 @@ struct Row {
   const Params& p;
   int64_t b, first;
   int channels;
+  float d[kLanes] = {};  // of the channels. Vectors as arguments would need a stack that is aligned for them
 
   Row(const Params& p, int64_t b, int64_t group)
-      : p(p),
-        b(b),
-        first(group * kLanes),
-        channels(static_cast<int>(std::min<int64_t>(kLanes, p.C - group * kLanes))) {}
+      : p(p), b(b), first(group * kLanes), channels(static_cast<int>(std::min<int64_t>(kLanes, p.C - group * kLanes))) {
+    for (int c = 0; p.d && c < channels; ++c) d[c] = load_scalar(p.d, p.d_dtype, first + c);
+  }
 
   int64_t offset(const FftConvStrides& s, int64_t x, int64_t y, int64_t z) const {
     return b * s.b + first * s.c + x * s.x + y * s.y + z * s.z;

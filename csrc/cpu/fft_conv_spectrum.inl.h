@@ -174,10 +174,11 @@ void spectrum_rows(const Params& p, const Geometry& g, int64_t j, const Row& row
 inline void halves_of_spectrum(const Geometry& g, const float* staged, float* kernel, float scale) {
   for_pairs(g, [&](int64_t t, int64_t, int64_t, int64_t fx, int64_t fy, int64_t fz) {
     const int64_t nx = modulo(-fx, g.x.N), ny = modulo(-fy, g.y.N);
-    const auto at = [&](int64_t x, int64_t y, int64_t z) {
+    const auto at = [&](int64_t x, int64_t y, int64_t z) __attribute__((always_inline)) {
       return load_complex(staged + ((x * g.y.N + y) * g.half() + z) * kWide);
     };
-    const auto hermitian = [&](int64_t z) { return (at(fx, fy, z) + conj(at(nx, ny, z))) * 0.5f; };
+    const auto hermitian = [&](int64_t z)
+                               __attribute__((always_inline)) { return (at(fx, fy, z) + conj(at(nx, ny, z))) * 0.5f; };
     float* const to = kernel + t * g.pair_floats();
     if (!g.packed) {
       const Complex k = fz == 0 ? hermitian(0) : fz < g.half() ? at(fx, fy, fz) : conj(at(nx, ny, g.z.N - fz));
@@ -221,7 +222,7 @@ inline void spectrum_of_sums(const Params& p, const Geometry& g, const float* su
   for_pairs(g, [&](int64_t t, int64_t, int64_t, int64_t fx, int64_t fy, int64_t fz) {
     const auto inside = [](int64_t f, int64_t n, int64_t keep) { return keep == 0 || std::min(f, n - f) < keep; };
     const bool outer = inside(fx, g.x.N, p.keep_x) && inside(fy, g.y.N, p.keep_y);
-    const auto put = [&](int64_t x, int64_t y, int64_t z, Complex s) {
+    const auto put = [&](int64_t x, int64_t y, int64_t z, Complex s) __attribute__((always_inline)) {
       const bool edge = z == 0 || (g.packed && z == g.M), kept = outer && inside(z, g.z.N, p.keep_z);
       store_complex(staged + ((x * g.y.N + y) * g.half() + z) * kWide,
                     kept ? s * (edge ? scale : 2 * scale) : Complex{});
