@@ -56,5 +56,3 @@ WAIVERS |= {
 WAIVERS |= {("gated_linear_attention_step", layer): "bound by memory: the Triton kernel does" for layer in _CUDA}
 _SCANS = "not written: the Triton kernels serve GPUs"
 WAIVERS |= {(op, layer): _SCANS for op in ("block_relu2_attention", "aft", "rnn_scan") for layer in _CUDA}
-_TRANSFORMS = "not written: its definition runs on GPUs"
-WAIVERS |= {("fft_conv", layer): _TRANSFORMS for layer in (*_CUDA, "triton")}
