@@ -1,5 +1,7 @@
 // Sizes and strides of fft_conv, by name. Plain data: no torch, no CUDA; passed by value to every kernel.
 #pragma once
+#include <initializer_list>
+
 #include "dtype.h"
 
 namespace effvit {

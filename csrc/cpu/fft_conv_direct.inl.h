@@ -157,7 +157,6 @@ struct DirectForward {
     make_taps(p, g, j, Row(p, j, group), falling, rising, line);
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const Row row(p, r * p.J + j, group);
-      const vf d = load_skip(p, row);
       for (window.z = 0; window.z < p.Z; window.z += g.z.length) {
         window.load(
             g, [&](int64_t x, int64_t y, int64_t z, int64_t count, float* to) { row.load_input(x, y, z, count, to); });
@@ -165,7 +164,7 @@ struct DirectForward {
         for (int64_t x = 0; x < p.X; ++x) {
           for (int64_t y = 0; y < p.Y; ++y) {
             convolve_line(g, window, falling, x, y, n, line);
-            finish_line(row, d, x, y, window.z, n, line, 1);
+            finish_line(row, x, y, window.z, n, line, 1);
           }
         }
       }
@@ -191,10 +190,9 @@ struct DirectBackward {
     const Row all(p, j, group);
     make_taps(p, g, j, all, falling, rising, line);
     zero(sums, g.slots() * kLanes);
-    vf dd{};
+    float dd[kLanes] = {};
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const Row row(p, r * p.J + j, group);
-      const vf d = load_skip(p, row);
       window.load(
           g, [&](int64_t x, int64_t y, int64_t z, int64_t count, float* to) { row.load_input(x, y, z, count, to); });
       for (int64_t x = 0; x < p.X; ++x) {
@@ -204,7 +202,7 @@ struct DirectBackward {
             convolve_line(g, window, falling, x, y, p.Z, line);
             std::memcpy(to, line, static_cast<size_t>(p.Z * kLanes) * sizeof(float));
           }
-          gradient_line(row, d, dd, x, y, 0, p.Z, to, 1);
+          gradient_line(row, dd, x, y, 0, p.Z, to, 1);
           for (int64_t z = 0; z < p.Z; z += kDirectBlock)
             correlate_line(g, window, to + z * kLanes, x, y, z, std::min(kDirectBlock, p.Z - z), sums);
         }
@@ -217,12 +215,12 @@ struct DirectBackward {
           convolve_line(g, grad, rising, x, y, p.Z, line);
           const float* const own = dy + (x * p.Y + y) * p.Z * kLanes;
           for (int64_t i = 0; p.d && i < p.Z; ++i)
-            store(line + i * kLanes, fma(d, load(own + i * kLanes), load(line + i * kLanes)));
+            store(line + i * kLanes, fma(load(row.d), load(own + i * kLanes), load(line + i * kLanes)));
           finish_gradient_line(row, x, y, 0, p.Z, line);
         }
       }
     }
-    if (g.dd) store(g.dd + unit * kLanes, dd);
+    if (g.dd) store(g.dd + unit * kLanes, load(dd));
     if (g.splits == 1) store_tap_gradients(p, g, j, all, sums, line);
   }
 };

@@ -94,13 +94,12 @@ struct TransformForward : Planes {
     const float* const spectrum = this->spectrum(j, group);
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const Row row(p, r * p.J + j, group);
-      const vf d = load_skip(p, row);
       for (int64_t z = 0; z < p.Z; z += g.z.length) {
         load_window(row, z);
         multiply_by<false>(plane, plane, spectrum);
         transform_plane_back(g, plane, g.x.out_at(), p.X, g.y.out_at(), p.Y, line);
         for_results(plane, z, [&](int64_t x, int64_t y, int64_t count, const float* from) {
-          finish_line(row, d, x, y, z, count, from, g.step());
+          finish_line(row, x, y, z, count, from, g.step());
         });
       }
     }
@@ -118,11 +117,10 @@ struct TransformBackward : Planes {
   void run(int64_t j, int64_t group, int64_t unit, Range rows) {
     const float* const spectrum = this->spectrum(j, group);
     float* const sums = g.splits > 1 ? g.sums + unit * g.sum_floats() : own_sums;
-    vf dd{};
+    float dd[kLanes] = {};
     bool first = true;
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const Row row(p, r * p.J + j, group);
-      const vf d = load_skip(p, row);
       zero(du, p.X * p.Y * p.Z * kLanes);
       for (int64_t z = 0; z < p.Z; z += g.z.length, first = false) {
         load_window(row, z);
@@ -130,7 +128,7 @@ struct TransformBackward : Planes {
           multiply_by<false>(plane, grad, spectrum);
           transform_plane_back(g, grad, g.x.out_at(), p.X, g.y.out_at(), p.Y, line);
         }
-        make_gradient(row, d, dd, z);
+        make_gradient(row, dd, z);
         transform_plane(g, grad, g.x.out_at() + p.X, g.y.out_at() + p.Y, line);
         with_packed(g, [&](auto packed) { add_products<decltype(packed)::value>(g, plane, grad, sums, first); });
         multiply_by<true>(grad, grad, spectrum);
@@ -141,7 +139,7 @@ struct TransformBackward : Planes {
         for (int64_t y = 0; y < p.Y; ++y) finish_gradient_line(row, x, y, 0, p.Z, du_line(x, y));
       }
     }
-    if (g.dd) store(g.dd + unit * kLanes, dd);
+    if (g.dd) store(g.dd + unit * kLanes, load(dd));
     if (g.splits == 1) store_kernel_gradients(p, g, j, Row(p, j, group), sums, plane, line, taps);
   }
 
@@ -149,7 +147,7 @@ struct TransformBackward : Planes {
   float* du_line(int64_t x, int64_t y) const { return du + (x * p.Y + y) * p.Z * kLanes; }
 
   // From y in `grad` to its gradient, zeros around it; the skip's part of du.
-  void make_gradient(const Row& row, vf d, vf& dd, int64_t z) {
+  void make_gradient(const Row& row, float* dd, int64_t z) {
     const int64_t step = g.step(), count = std::min(g.z.length, p.Z - z);
     for (int64_t px = 0; px < g.x.N; ++px) {
       for (int64_t py = 0; py < g.y.N; ++py) {
@@ -160,7 +158,7 @@ struct TransformBackward : Planes {
           continue;
         }
         float* const from = to + g.z.out_at() * step * kLanes;
-        gradient_line(row, d, dd, x, y, z, count, from, step);
+        gradient_line(row, dd, x, y, z, count, from, step);
         zero(to, g.z.out_at() * step * kLanes);
         float* const end = from + count * step * kLanes;
         zero(end, (g.z.N - g.z.out_at() - count) * step * kLanes);
@@ -168,7 +166,7 @@ struct TransformBackward : Planes {
         float* const skip = du_line(x, y) + z * kLanes;
         for (int64_t i = 0; p.d && i < count; ++i) {
           float* const place = skip + i * kLanes;
-          store(place, fma(d, load(from + i * step * kLanes), load(place)));
+          store(place, fma(load(row.d), load(from + i * step * kLanes), load(place)));
         }
       }
     }

@@ -8,17 +8,68 @@ namespace fft_conv_impl {
 // Whether the backward needs the convolution itself.
 inline bool needs_result(const Params& p) { return p.act != 0 || p.postgate; }
 
-inline vf load_skip(const Params& p, const Row& row) {
-  alignas(64) float d[kLanes] = {};
-  for (int c = 0; p.d && c < row.channels; ++c) d[c] = load_scalar(p.d, p.d_dtype, row.first + c);
-  return load(d);
+// The same without buffers, where all maps lie alike, of all lanes; how many places are done.
+inline int64_t finish_together(const Row& row, int64_t x, int64_t y, int64_t z, int64_t count, const float* from,
+                               int64_t step) {
+  const Params& p = row.p;
+  if (row.channels < kLanes) return 0;
+  const vf d = load(row.d);
+  const FftConvStrides &us = p.u_stride, &ws = p.pregate_stride, &gs = p.postgate_stride, &os = p.out_stride;
+  const bool inside =
+      os.c == 1 && (!p.d || us.c == 1) && (!p.d || !p.pregate || ws.c == 1) && (!p.postgate || gs.c == 1);
+  const bool along =
+      os.z == 1 && (!p.d || us.z == 1) && (!p.d || !p.pregate || ws.z == 1) && (!p.postgate || gs.z == 1);
+  if (!inside && !along) return 0;
+  const int64_t now = inside ? count : count / kLanes * kLanes;
+  dispatch_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* const u = p.d ? static_cast<const T*>(p.u) + row.offset(us, x, y, z) : nullptr;
+    const T* const w = p.d && p.pregate ? static_cast<const T*>(p.pregate) + row.offset(ws, x, y, z) : nullptr;
+    const T* const g = p.postgate ? static_cast<const T*>(p.postgate) + row.offset(gs, x, y, z) : nullptr;
+    T* const out = static_cast<T*>(p.out) + row.offset(os, x, y, z);
+    const auto finish = [&](vf v, vf skip, int64_t u_at, int64_t w_at, int64_t g_at, int64_t out_at)
+                            __attribute__((always_inline)) {
+                              vf slope;
+                              if (u) v = fma(skip, w ? load(u + u_at) * load(w + w_at) : load(u + u_at), v);
+                              v = activation<false>(p.act, v, slope);
+                              store(out + out_at, g ? v * load(g + g_at) : v);
+                            };
+    if (inside) {
+      for (int64_t i = 0; i < now; ++i)
+        finish(load(from + i * step * kLanes), d, i * us.z, i * ws.z, i * gs.z, i * os.z);
+      return;
+    }
+    // Channel by channel over some vectors of places: memory is met in longer runs.
+    alignas(64) float rows[kLanes * kChunk];
+    for (int64_t start = 0; start < now; start += kChunk) {
+      const int64_t places = std::min(kChunk, now - start);
+      for (int64_t i = 0; i < places; i += kLanes) {
+        vf r[kLanes];
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j) r[j] = load(from + (start + i + j) * step * kLanes);
+        transpose_block(r);
+#pragma GCC unroll 16
+        for (int c = 0; c < kLanes; ++c) store(rows + c * kChunk + i, r[c]);
+      }
+      for (int c = 0; c < kLanes; ++c) {
+        const vf skip = set1(row.d[c]);
+        for (int64_t i = 0; i < places; i += kLanes) {
+          const int64_t at = start + i;
+          finish(load(rows + c * kChunk + i), skip, at + c * us.c, at + c * ws.c, at + c * gs.c, at + c * os.c);
+        }
+      }
+    }
+  });
+  return now;
 }
 
 // out from place z on; y: vectors `step` apart.
-inline void finish_line(const Row& row, vf d, int64_t x, int64_t y, int64_t z, int64_t count, const float* from,
+inline void finish_line(const Row& row, int64_t x, int64_t y, int64_t z, int64_t count, const float* from,
                         int64_t step) {
   const Params& p = row.p;
-  if (!p.d && !p.act && !p.postgate && step == 1) return row.store_map(p.out, x, y, z, count, from);
+  const vf d = load(row.d);
+  const int64_t done = finish_together(row, x, y, z, count, from, step);
+  z += done, count -= done, from += done * step * kLanes;
   alignas(64) float input[kChunk * kLanes], gate[kChunk * kLanes], out[kChunk * kLanes];
   for (int64_t i = 0; i < count; i += kChunk) {
     const int64_t now = std::min(kChunk, count - i);
@@ -36,9 +87,10 @@ inline void finish_line(const Row& row, vf d, int64_t x, int64_t y, int64_t z, i
 }
 
 // The gradient of y in place of y, vectors `step` apart; dpostgate; adds to that of d.
-inline void gradient_line(const Row& row, vf d, vf& dd, int64_t x, int64_t y, int64_t z, int64_t count, float* at,
+inline void gradient_line(const Row& row, float* dd, int64_t x, int64_t y, int64_t z, int64_t count, float* at,
                           int64_t step) {
   const Params& p = row.p;
+  const vf d = load(row.d);
   alignas(64) float input[kChunk * kLanes], gate[kChunk * kLanes], grad[kChunk * kLanes];
   for (int64_t i = 0; i < count; i += kChunk) {
     const int64_t now = std::min(kChunk, count - i);
@@ -62,7 +114,7 @@ inline void gradient_line(const Row& row, vf d, vf& dd, int64_t x, int64_t y, in
       if (p.d) sum = fma(g, load(input + j * kLanes), sum);
       store(to, g);
     }
-    dd = dd + sum;
+    store(dd, load(dd) + sum);
     if (p.postgate) row.store_map(p.dpostgate, x, y, z + i, now, grad);
   }
 }

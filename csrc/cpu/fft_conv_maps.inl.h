@@ -16,8 +16,6 @@ EFFVIT_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 #undef EFFVIT_FN
 }  // namespace math
 
-constexpr int64_t kChunk = 64;  // places of a line that go through L1 together
-
 // act(v) and, on demand, its derivative.
 template <bool kSlope>
 EFFVIT_INLINE vf activation(int act, vf v, vf& slope) {
@@ -36,6 +34,31 @@ EFFVIT_INLINE vf activation(int act, vf v, vf& slope) {
   return v * s;
 }
 
+// kLanes lines of whole vectors, from rows to columns, some vectors of a row at a time: memory is met in longer runs.
+// gate: what they are multiplied with, or null.
+template <class T>
+inline void load_block(const T* from, int64_t stride_c, const T* gate, int64_t gate_stride_c, int64_t count, float* to,
+                       int64_t ahead) {
+  alignas(64) float rows[kLanes * kChunk];
+  for (int64_t start = 0; start < count; start += kChunk) {
+    const int64_t places = std::min(kChunk, count - start);
+    for (int c = 0; c < kLanes; ++c) {
+      const T* const row = from + c * stride_c + start;
+      const T* const by = gate ? gate + c * gate_stride_c + start : nullptr;
+      for (int64_t i = 0; i < places; i += kLanes)
+        store(rows + c * kChunk + i, by ? load(row + i) * load(by + i) : load(row + i));
+    }
+    for (int64_t i = 0; i < places; i += kLanes) {
+      vf r[kLanes];
+#pragma GCC unroll 16
+      for (int c = 0; c < kLanes; ++c) r[c] = load(rows + c * kChunk + i);
+      transpose_block(r);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) store(to + (start + i + j) * ahead, r[j]);
+    }
+  }
+}
+
 // `channels` lines of `count` elements, stride_c apart, elements stride_z apart -> to[i * step * kLanes + channel],
 // zeros beyond the channels.
 template <class T>
@@ -52,7 +75,12 @@ void load_lines(const T* from, int64_t stride_c, int64_t stride_z, int channels,
   }
   if (stride_z == 1) {
     alignas(64) float rest[kLanes];
-    for (int64_t i = 0; i < count; i += kLanes) {
+    int64_t i = 0;
+    if (channels == kLanes) {
+      i = count / kLanes * kLanes;
+      load_block<T>(from, stride_c, nullptr, 0, i, to, ahead);
+    }
+    for (; i < count; i += kLanes) {
       const int now = static_cast<int>(std::min<int64_t>(kLanes, count - i));
       vf r[kLanes];
 #pragma GCC unroll 16
@@ -89,7 +117,18 @@ void store_lines(T* to, int64_t stride_c, int64_t stride_z, int channels, int64_
     return;
   }
   alignas(64) float block[kLanes * kLanes];
-  for (int64_t i = 0; i < count; i += kLanes) {  // z is contiguous: every result is
+  int64_t i = 0;  // z is contiguous: every result is
+  if (channels == kLanes) {
+    for (; i + kLanes <= count; i += kLanes) {
+      vf r[kLanes];
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) r[j] = load(from + (i + j) * kLanes);
+      transpose_block(r);
+#pragma GCC unroll 16
+      for (int c = 0; c < kLanes; ++c) store(to + c * stride_c + i, r[c]);
+    }
+  }
+  for (; i < count; i += kLanes) {
     const int now = static_cast<int>(std::min<int64_t>(kLanes, count - i));
     vf r[kLanes];
     for (int j = 0; j < kLanes; ++j) r[j] = load(from + (i + std::min(j, now - 1)) * kLanes);
@@ -112,12 +151,12 @@ struct Row {
   const Params& p;
   int64_t b, first;
   int channels;
+  float d[kLanes] = {};  // of the channels. Vectors as arguments would need a stack that is aligned for them
 
   Row(const Params& p, int64_t b, int64_t group)
-      : p(p),
-        b(b),
-        first(group * kLanes),
-        channels(static_cast<int>(std::min<int64_t>(kLanes, p.C - group * kLanes))) {}
+      : p(p), b(b), first(group * kLanes), channels(static_cast<int>(std::min<int64_t>(kLanes, p.C - group * kLanes))) {
+    for (int c = 0; p.d && c < channels; ++c) d[c] = load_scalar(p.d, p.d_dtype, first + c);
+  }
 
   int64_t offset(const FftConvStrides& s, int64_t x, int64_t y, int64_t z) const {
     return b * s.b + first * s.c + x * s.x + y * s.y + z * s.z;
@@ -136,6 +175,7 @@ struct Row {
   }
   // u' from place z on.
   void load_input(int64_t x, int64_t y, int64_t z, int64_t count, float* to, int64_t step = 1) const {
+    if (p.pregate && channels == kLanes && gate_together(x, y, z, count, to, step)) return;
     load_map(p.u, p.u_stride, x, y, z, count, to, step);
     if (!p.pregate) return;
     alignas(64) float gate[kChunk * kLanes];
@@ -147,6 +187,24 @@ struct Row {
         store(at, load(at) * load(gate + j * kLanes));
       }
     }
+  }
+  // u' where u and the gate lie alike, without a stop in between: whole vectors of places where these are contiguous.
+  bool gate_together(int64_t x, int64_t y, int64_t& z, int64_t& count, float*& to, int64_t step) const {
+    const FftConvStrides &a = p.u_stride, &b = p.pregate_stride;
+    const bool inside = a.c == 1 && b.c == 1;
+    if (!inside && (a.z != 1 || b.z != 1)) return false;
+    const int64_t now = inside ? count : count / kLanes * kLanes, ahead = step * kLanes;
+    dispatch_dtype(p.dtype, [&](auto t) {
+      const auto* const u = static_cast<const decltype(t)*>(p.u) + offset(a, x, y, z);
+      const auto* const gate = static_cast<const decltype(t)*>(p.pregate) + offset(b, x, y, z);
+      if (inside) {
+        for (int64_t i = 0; i < now; ++i) store(to + i * ahead, load(u + i * a.z) * load(gate + i * b.z));
+      } else {
+        load_block(u, a.c, gate, b.c, now, to, ahead);
+      }
+    });
+    z += now, count -= now, to += now * ahead;
+    return count == 0;
   }
   // Calls f(position, place, count) for the runs of the first `load` positions of an axis that hold places of the map,
   // and empty(position, count) for the others of these.

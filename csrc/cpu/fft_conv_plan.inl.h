@@ -10,6 +10,7 @@ using Params = FftConvParams;
 constexpr int kTile = 8;  // results of a direct convolution that are in registers together
 constexpr int64_t kDirectBlock = 512;  // places of a row that are convolved directly at a time
 constexpr int64_t kUnits = 16;
+constexpr int64_t kChunk = 64;  // places of a line that go through L1 together
 
 EFFVIT_INLINE int64_t modulo(int64_t a, int64_t n) {
   const int64_t r = a % n;
@@ -127,6 +128,7 @@ struct Geometry {
   Transform tx, ty, tz;
   float* half_roots = nullptr;  // [M, 2]: e^(-2 pi i f / NZ) where packed
   int32_t* pairs = nullptr;  // [pair_count, 3]: places of a frequency and of its negative, and its part along z
+  int32_t* pair_of = nullptr;  // [M/2 + 1]: twice the pair of a frequency, and 1 if it is the negative there; or null
   // In the workspace, where there are splits:
   float* spectra = nullptr;  // [J, groups, spectrum_floats]
   float* sums = nullptr;  // [J, groups, splits, sum_floats]: of the kernels' gradients
@@ -154,6 +156,7 @@ struct Geometry {
       const auto own = [](int64_t n) { return n % 2 ? 1 : 2; };  // frequencies that are their own negatives
       pair_count = (elements + own(x.N) * own(y.N) * own(M)) / 2;
       pairs = s.take<int32_t>(3 * pair_count);
+      if (one_line(p)) pair_of = s.take<int32_t>(M / 2 + 1);
       if (splits > 1) spectra = s.take<float>(p.J * groups * spectrum_floats());
     }
     if (backward && splits > 1) sums = s.take<float>(p.J * groups * splits * sum_floats());
@@ -161,6 +164,8 @@ struct Geometry {
     workspace = s.used() / static_cast<int64_t>(sizeof(float));
   }
 
+  // Whether a spectrum that is given is read in the order of its frequencies.
+  bool one_line(const Params& p) const { return p.spectrum && x.N * y.N == 1 && packed && M >= kChunk; }
   int64_t units(const Params& p) const { return p.J * groups * splits; }
   int64_t plane_floats() const { return elements * kWide; }
   int64_t line_floats() const { return std::max({tx.line_floats(), ty.line_floats(), tz.line_floats()}); }
@@ -230,9 +235,9 @@ void for_pairs(const Geometry& g, const F& f) {
     const int64_t fx = g.tx.frequency[px], qx = g.tx.place[modulo(-fx, g.x.N)];
     for (int64_t py = 0; py < g.y.N; ++py) {
       const int64_t fy = g.ty.frequency[py], qy = g.ty.place[modulo(-fy, g.y.N)];
+      const int64_t at = (px * g.y.N + py) * g.M, other = (qx * g.y.N + qy) * g.M;
       for (int64_t pz = 0; pz < g.M; ++pz) {
-        const int64_t fz = g.tz.frequency[pz], qz = g.tz.place[modulo(-fz, g.M)];
-        const int64_t p = (px * g.y.N + py) * g.M + pz, q = (qx * g.y.N + qy) * g.M + qz;
+        const int64_t fz = g.tz.frequency[pz], p = at + pz, q = other + g.tz.place[fz ? g.M - fz : 0];
         if (p <= q) f(t++, p, q, fx, fy, fz);
       }
     }
@@ -248,6 +253,7 @@ inline void fill_tables(const Geometry& g) {
   for_pairs(g, [&](int64_t t, int64_t p, int64_t q, int64_t, int64_t, int64_t fz) {
     int32_t* const to = g.pairs + 3 * t;
     to[0] = static_cast<int32_t>(p), to[1] = static_cast<int32_t>(q), to[2] = static_cast<int32_t>(fz);
+    if (g.pair_of) g.pair_of[std::min(fz, g.M - fz)] = static_cast<int32_t>(2 * t + (fz > g.M - fz));
   });
 }
 

@@ -174,10 +174,11 @@ void spectrum_rows(const Params& p, const Geometry& g, int64_t j, const Row& row
 inline void halves_of_spectrum(const Geometry& g, const float* staged, float* kernel, float scale) {
   for_pairs(g, [&](int64_t t, int64_t, int64_t, int64_t fx, int64_t fy, int64_t fz) {
     const int64_t nx = modulo(-fx, g.x.N), ny = modulo(-fy, g.y.N);
-    const auto at = [&](int64_t x, int64_t y, int64_t z) {
+    const auto at = [&](int64_t x, int64_t y, int64_t z) __attribute__((always_inline)) {
       return load_complex(staged + ((x * g.y.N + y) * g.half() + z) * kWide);
     };
-    const auto hermitian = [&](int64_t z) { return (at(fx, fy, z) + conj(at(nx, ny, z))) * 0.5f; };
+    const auto hermitian = [&](int64_t z)
+                               __attribute__((always_inline)) { return (at(fx, fy, z) + conj(at(nx, ny, z))) * 0.5f; };
     float* const to = kernel + t * g.pair_floats();
     if (!g.packed) {
       const Complex k = fz == 0 ? hermitian(0) : fz < g.half() ? at(fx, fy, fz) : conj(at(nx, ny, g.z.N - fz));
@@ -192,13 +193,36 @@ inline void halves_of_spectrum(const Geometry& g, const float* staged, float* ke
   });
 }
 
+// The same of one axis, from memory: in the order of frequencies, which come from both ends of the spectrum.
+inline void halves_of_line(const Params& p, const Geometry& g, int64_t j, const Row& row, float* kernel, float scale) {
+  constexpr int kSome = kChunk / 2;
+  const int64_t size = g.half() * 2;
+  const float* const from = p.spectrum + (j * p.C + row.first) * size;
+  alignas(64) float low_block[kSome * kWide], high_block[kSome * kWide];
+  for (int64_t start = 0; start <= g.M / 2; start += kSome) {
+    load_lines(from + 2 * start, size, 1, row.channels, 2 * kSome, low_block, 1);
+    load_lines(from + 2 * (g.M - start - kSome + 1), size, 1, row.channels, 2 * kSome, high_block, 1);
+    for (int64_t i = 0; i < kSome && start + i <= g.M / 2; ++i) {
+      const int64_t f = start + i;
+      Complex low = load_complex(low_block + i * kWide),
+              high = conj(load_complex(high_block + (kSome - 1 - i) * kWide));
+      if (f == 0) low.im = high.im = vf{};
+      const Complex even = (low + high) * (0.5f * scale);
+      const Complex odd = conj_product(root(g.half_roots + 2 * f), low - high) * (0.5f * scale);
+      const int32_t pair = g.pair_of[f];  // of f, or of -f
+      float* const to = kernel + (pair / 2) * g.pair_floats();
+      store_complex(to, pair % 2 ? conj(even) : even), store_complex(to + kWide, pair % 2 ? conj(odd) : odd);
+    }
+  }
+}
+
 // The gradient of such a spectrum, into `staged`, from four times the sum of conj(u) dy.
 inline void spectrum_of_sums(const Params& p, const Geometry& g, const float* sums, float* staged) {
   const float scale = 0.25f / (static_cast<float>(g.x.N * g.y.N) * static_cast<float>(g.z.N));
   for_pairs(g, [&](int64_t t, int64_t, int64_t, int64_t fx, int64_t fy, int64_t fz) {
     const auto inside = [](int64_t f, int64_t n, int64_t keep) { return keep == 0 || std::min(f, n - f) < keep; };
     const bool outer = inside(fx, g.x.N, p.keep_x) && inside(fy, g.y.N, p.keep_y);
-    const auto put = [&](int64_t x, int64_t y, int64_t z, Complex s) {
+    const auto put = [&](int64_t x, int64_t y, int64_t z, Complex s) __attribute__((always_inline)) {
       const bool edge = z == 0 || (g.packed && z == g.M), kept = outer && inside(z, g.z.N, p.keep_z);
       store_complex(staged + ((x * g.y.N + y) * g.half() + z) * kWide,
                     kept ? s * (edge ? scale : 2 * scale) : Complex{});
@@ -222,7 +246,9 @@ inline void spectrum_of_sums(const Params& p, const Geometry& g, const float* su
 inline void make_spectrum(const Params& p, const Geometry& g, int64_t j, const Row& row, float* kernel, float* plane,
                           float* line, float* taps) {
   const float scale = 0.5f / static_cast<float>(g.elements);
-  if (p.spectrum) {
+  if (p.spectrum && g.pair_of) {
+    halves_of_line(p, g, j, row, kernel, scale);
+  } else if (p.spectrum) {
     spectrum_rows(p, g, j, row, [&](int64_t at, int64_t size, int64_t to) {
       load_lines(p.spectrum + at, size, 1, row.channels, 2 * g.half(), plane + to, 1);
     });

@@ -68,7 +68,7 @@ def kernel_spectrum(
         k_rev = None if k_rev is None else _wrapped(k_rev, 2 + axis, size, 0)
     spectrum = _half_transform(k, sizes)
     if k_rev is not None:
-        spectrum = spectrum + _half_transform(k_rev, sizes).conj()
+        spectrum = spectrum + _half_transform(k_rev, sizes).conj_physical()
     return kept(spectrum * scale, sizes, keep)
 
 
