@@ -14,6 +14,7 @@ from .ecoformer import EcoFormerAttention
 from .efficientvit import LiteMLA
 from .flashrnn import FlashGRU, FlashLSTM, FlashSLSTM
 from .flatten import FocusedLinearAttention, FocusedLinearAttentionCSWin, FocusedLinearAttentionPVT
+from .gfnet import GlobalFilter, SpectFormerBlock
 from .gla import GatedLinearAttention
 from .hit_sr import (
     SCC,
@@ -113,6 +114,7 @@ __all__ = [
     "GatedJointAttention",
     "GatedLinearAttention",
     "get_relative_position_cpb",
+    "GlobalFilter",
     "GnConv",
     "HierarchicalTransformerBlock",
     "Int8Attention",
@@ -184,6 +186,7 @@ __all__ = [
     "SoftmaxFreeNormAttention",
     "Sparse24Int8Linear",
     "Sparse24Linear",
+    "SpectFormerBlock",
     "SS2D",
     "SwinTransformerBlock",
     "TableFunction",

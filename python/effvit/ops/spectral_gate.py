@@ -59,7 +59,7 @@ def spectral_gate(x: torch.Tensor, weight: torch.Tensor, *, norm: str = "ortho")
         The shape and dtype of x, contiguous. Differentiable. Computed in float32; deterministic, and independent of the
         number of threads. On the CPU a thread takes memory for the spectrum of a vector of channels (4, 8 or 16), in
         the backward for three, which also has 8 MiB for sums over the batch; in Triton there are two spectra of the
-        whole batch in float32, or four. Under autocast nothing is cast.
+        whole batch in float32, or three. Under autocast nothing is cast.
 
     Raises:
         TypeError: an argument is not a dense tensor or has the wrong dtype; norm is not a string.
