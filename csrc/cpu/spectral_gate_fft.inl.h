@@ -164,36 +164,44 @@ __attribute__((noinline)) void run_radix(const PassPlan& plan, Source from, Targ
 // A prime radix of any size: sums over all pairs, of x[j] + x[r-j] with cosines and x[j] - x[r-j] with sines.
 __attribute__((noinline)) inline void run_prime(const PassPlan& plan, Source from, Target to, float* pairs) {
   constexpr int kBlock = kLanes == 16 ? 4 : 2;
+  constexpr int64_t kTerms = 32;  // added up before the rest: the error of one long sum would grow with it
   const int64_t r = plan.r, m = plan.m, step = plan.step, half = r / 2;
   const float *const cosine = plan.trig, *const sine = plan.trig + r;
+  const Source pair{pairs, pairs + kLanes, kElement};
+  const Target make_pair{pairs, pairs + kLanes, kElement};
   for (int64_t p = 0; p < m; ++p) {
     const float* const twiddle = plan.twiddle + 2 * (p - 1) * (r - 1) - 2;  // of k at 2 k
     for (int64_t q = 0; q < step; ++q) {
       const Complex first = from[q + step * p];
-      Complex total = first;
+      Complex total = first, some{};
       for (int64_t j = 1; j <= half; ++j) {
         const Complex a = from[q + step * (p + m * j)], b = from[q + step * (p + m * (r - j))];
-        const Target pair{pairs, pairs + kLanes, kElement};
-        pair.put(2 * j - 2, a + b), pair.put(2 * j - 1, a - b);
-        total = total + (a + b);
+        make_pair.put(2 * j - 2, a + b), make_pair.put(2 * j - 1, a - b);
+        some = some + (a + b);
+        if (j % kTerms == 0) total = total + some, some = {};
       }
-      to.put(q + step * r * p, total);
+      to.put(q + step * r * p, total + some);
       for (int64_t k = 1; k <= half; k += kBlock) {
         Complex a[kBlock], b[kBlock] = {};
         int64_t turn[kBlock];
 #pragma GCC unroll 4
         for (int i = 0; i < kBlock; ++i) a[i] = first, turn[i] = 0;
-        const Source pair{pairs, pairs + kLanes, kElement};
-        for (int64_t j = 0; j < half; ++j) {
-          const Complex sum = pair[2 * j], difference = pair[2 * j + 1];
+        for (int64_t begin = 0; begin < half; begin += kTerms) {
+          Complex cosines[kBlock] = {}, sines[kBlock] = {};
+          const int64_t end = std::min(begin + kTerms, half);
+          for (int64_t j = begin; j < end; ++j) {
+            const Complex sum = pair[2 * j], difference = pair[2 * j + 1];
 #pragma GCC unroll 4
-          for (int i = 0; i < kBlock; ++i) {
-            turn[i] += k + i;
-            if (turn[i] >= r) turn[i] -= r;
-            const vf c = set1(cosine[turn[i]]), s = set1(sine[turn[i]]);
-            a[i].re = fma(c, sum.re, a[i].re), a[i].im = fma(c, sum.im, a[i].im);
-            b[i].re = fma(s, difference.re, b[i].re), b[i].im = fma(s, difference.im, b[i].im);
+            for (int i = 0; i < kBlock; ++i) {
+              turn[i] += k + i;
+              if (turn[i] >= r) turn[i] -= r;
+              const vf c = set1(cosine[turn[i]]), s = set1(sine[turn[i]]);
+              cosines[i].re = fma(c, sum.re, cosines[i].re), cosines[i].im = fma(c, sum.im, cosines[i].im);
+              sines[i].re = fma(s, difference.re, sines[i].re), sines[i].im = fma(s, difference.im, sines[i].im);
+            }
           }
+#pragma GCC unroll 4
+          for (int i = 0; i < kBlock; ++i) a[i] = a[i] + cosines[i], b[i] = b[i] + sines[i];
         }
 #pragma GCC unroll 4
         for (int i = 0; i < kBlock; ++i) {

@@ -125,6 +125,13 @@ def test_public_function_is_torch_fft(size, each, kind, norm):
         )
 
 
+def test_public_function_is_the_operator():
+    x, weight = randn(3, 4, 6, 5), randn(3, 4, 4, 5, 2, seed=1)
+    op = torch.ops.effvit.spectral_gate
+    assert_bitwise_equal(effvit.ops.spectral_gate(x, weight[0]), op(x[None], weight[:1])[0])
+    assert_bitwise_equal(effvit.ops.spectral_gate(x, weight), op(x[:, None], weight)[:, 0])
+
+
 def test_one_axis_is_a_map_of_one_row():
     x, weight = randn(2, 9, 4), randn(5, 4, 2, seed=1)
     expected = effvit.ops.spectral_gate(x[:, None], weight[None])[:, 0]

@@ -8,5 +8,9 @@ def spectral_gate(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     irfft2 takes no imaginary part of the bins 0 and W/2 of the last axis, once the other is transformed back.
     """
-    spectrum = torch.fft.rfft2(x, dim=(2, 3)) * torch.view_as_complex(weight.contiguous()).unsqueeze(1)
+    if x.numel() == 0:  # torch.fft refuses axes without elements
+        return x * weight.sum().to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gate = torch.view_as_complex(weight.to(wide).contiguous()).unsqueeze(1)
+    spectrum = torch.fft.rfft2(x.to(wide), dim=(2, 3)) * gate
     return torch.fft.irfft2(spectrum, s=x.shape[2:4], dim=(2, 3)).to(x.dtype)

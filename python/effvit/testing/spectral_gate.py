@@ -107,6 +107,8 @@ def magnitudes(args, kwargs, output_grads, eps):
     spectrum's largest, whatever the bin itself is.
     """
     x, weight = args
+    if x.numel() == 0:
+        return {"out": x}, {} if output_grads is None else {"x": x, "weight": torch.zeros_like(weight)}
     H, W = x.shape[2:4]
     gate = torch.view_as_complex(weight.contiguous()).unsqueeze(1)
     twice = x.new_full((W // 2 + 1, 1), 2.0)  # how often a bin of the half spectrum is in the whole one
@@ -237,6 +239,7 @@ SPEC = OpSpec(
     bad_inputs=BAD_INPUTS,
     good_call=good_call,
     magnitudes=magnitudes,
+    public_kwargs=lambda kwargs: None,  # the public function's tensors have other shapes
     dynamic="N",
     resize=resize,
     memory_calls=memory_calls,
