@@ -20,7 +20,8 @@ class GlobalFilter(nn.Module):
     rows and 2 w - 2 or 2 w - 1 columns.
 
     Compared with raoyongming/GFNet, gfnet.py at 4669790, and badripatro/SpectFormers,
-    vanilla_architecture/spectformer.py at 9f2f100. Difference: the result has the dtype of x; theirs is float32. Both compute in float32.
+    vanilla_architecture/spectformer.py at 9f2f100. Difference: the result has the dtype of x; theirs is float32. Both
+    compute in float32.
     """
 
     def __init__(self, dim, h=14, w=8, device=None, dtype=None):

@@ -7,6 +7,7 @@ import math
 import torch
 
 from ..reference.spectral_gate import spectral_gate as _definition
+from ..reference.spectral_gate import spectral_gate_backward as _backward
 from ._checks import check_tensor, shape, type_error, value_error
 from ._op import op
 
@@ -30,6 +31,7 @@ OP = op(
     "spectral_gate",
     "x: G N H W C, weight: G H F C 2 | float32 packed -> out: G N H W C",
     reference=_definition,
+    backward=_backward,
     derive=_derive,
     empty="G N H W C",
     batch="G",
