@@ -15,6 +15,8 @@ import torch
 from ._common import MAX_GRID, Launch, _loop_bound, cdiv, device_function, next_power_of_two, run, tl, triton, tuned
 from ._tiles import _share_of
 
+BLOCK_J = 16  # terms of a product at once: in float32, without tensor cores, a thread holds as many of rows and columns
+
 _SIZES = ["N", "H", "F", "C", "rows", "inner", "row_blocks", "c_blocks", "units", "walk", "bins"]
 
 
@@ -196,10 +198,11 @@ class _Problem:
     def spectrum(self):
         return torch.empty((self.G, self.N, self.H, self.F, 2, self.C), dtype=torch.float32, device=self.device)
 
-    def launch(self, kernel, outer, rows, most_rows, num_warps, **extra):
-        """Of `outer` problems of `rows` rows and all channels."""
-        block_c = max(16, min(tuned(64, small=16), next_power_of_two(self.C)))
-        block_r = max(16, min(tuned(most_rows, small=16), next_power_of_two(rows)))
+    def launch(self, kernel, outer, rows, most, num_stages=2, **extra):
+        """Of `outer` problems of `rows` rows and all channels, in tiles of `most` rows and channels."""
+        block_r, block_c = (
+            max(16, min(tuned(m, small=16), next_power_of_two(n))) for m, n in zip(most, (rows, self.C), strict=True)
+        )
         row_blocks, c_blocks = cdiv(rows, block_r), cdiv(self.C, block_c)
         units = outer * row_blocks * c_blocks
         walk = cdiv(units, tuned(MAX_GRID, small=8))
@@ -208,29 +211,27 @@ class _Problem:
             "c_blocks": c_blocks, "units": units, "walk": walk, "rows": rows,
         }  # fmt: skip
         args = {name: available[name] for name in kernel.arg_names}
-        return Launch(kernel, cdiv(units, walk), args, num_warps, 2)
+        return Launch(kernel, cdiv(units, walk), args, num_stages=num_stages)
 
     def rows_of(self, matrix, x, out):
         """The rows of a map x [G, N, H, inner, C] times the matrix: to its spectrum, or back."""
         inner = matrix.shape[1]
         strides = dict(zip(("x_stride_g", "x_stride_n", "x_stride_y", "x_stride_x"), x.stride(), strict=False))
-        block_j = max(16, min(tuned(32, small=16), next_power_of_two(inner)))
         return self.launch(
-            spectral_gate_rows_kernel, self.G * self.N * self.H, matrix.shape[0], 64, 4, matrix=matrix, x=x, out=out,
-            inner=inner, BLOCK_J=block_j, **strides,
+            spectral_gate_rows_kernel, self.G * self.N * self.H, matrix.shape[0], (32, 64), matrix=matrix, x=x, out=out,
+            inner=inner, BLOCK_J=BLOCK_J, **strides,
         )  # fmt: skip
 
     def columns_of(self, x, out, inverse, weight=None):
-        block_j = max(16, min(tuned(32, small=16), next_power_of_two(self.H)))
         return self.launch(
-            spectral_gate_columns_kernel, self.G * self.N * self.F, self.H, 32, 4, cosine=self.cosine, sine=self.sine,
-            x=x, out=out, weight=weight, INVERSE=inverse, BLOCK_J=block_j,
+            spectral_gate_columns_kernel, self.G * self.N * self.F, self.H, (16, 32), cosine=self.cosine,
+            sine=self.sine, x=x, out=out, weight=weight, INVERSE=inverse, BLOCK_J=BLOCK_J, num_stages=1,
         )  # fmt: skip
 
     def dweight(self, x, y, weight, dweight):
         bins = self.H * self.F
         return self.launch(
-            spectral_gate_dweight_kernel, self.G, bins, 16, 4, x=x, y=y, weight=weight, dweight=dweight, bins=bins,
+            spectral_gate_dweight_kernel, self.G, bins, (16, 32), x=x, y=y, weight=weight, dweight=dweight, bins=bins,
             EVEN=self.W % 2 == 0,
         )  # fmt: skip
 
