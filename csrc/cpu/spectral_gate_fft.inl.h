@@ -110,26 +110,31 @@ EFFVIT_INLINE void dft(const Complex (&x)[R], Complex (&y)[R], const float* trig
 #pragma GCC unroll 16
       for (int j = 1; j <= kHalf; ++j) {
         const int turn = j * k % R, at = turn <= kHalf ? turn : R - turn;
-        const vf c = set1(trig[at - 1]), s = set1(turn <= kHalf ? trig[kHalf + at - 1] : -trig[kHalf + at - 1]);
+        const vf c = set1(trig[at - 1]), s = set1(trig[kHalf + at - 1]);
+        const Complex d = difference[j - 1];
         a.re = fma(c, sum[j - 1].re, a.re), a.im = fma(c, sum[j - 1].im, a.im);
-        b.re = fma(s, difference[j - 1].re, b.re), b.im = fma(s, difference[j - 1].im, b.im);
+        if (turn <= kHalf) {
+          b.re = fma(s, d.re, b.re), b.im = fma(s, d.im, b.im);
+        } else {
+          b.re = b.re - s * d.re, b.im = b.im - s * d.im;
+        }
       }
       y[k] = {a.re + b.im, a.im - b.re}, y[R - k] = {a.re - b.im, a.im + b.re};
     }
   }
 }
 
-// A line: floats between the real parts of its elements, and where these and the imaginary ones begin. The inverse
+// A line: where its real parts begin, floats between these, and from a real part to the imaginary one. The inverse
 // transform is the transform with real and imaginary parts exchanged.
 struct Source {
-  const float *re, *im;
-  int64_t ld;
-  EFFVIT_INLINE Complex operator[](int64_t i) const { return {load(re + i * ld), load(im + i * ld)}; }
+  const float* re;
+  int64_t ld, im;
+  EFFVIT_INLINE Complex operator[](int64_t i) const { return {load(re + i * ld), load(re + i * ld + im)}; }
 };
 struct Target {
-  float *re, *im;
-  int64_t ld;
-  EFFVIT_INLINE void put(int64_t i, Complex x) const { store(re + i * ld, x.re), store(im + i * ld, x.im); }
+  float* re;
+  int64_t ld, im;
+  EFFVIT_INLINE void put(int64_t i, Complex x) const { store(re + i * ld, x.re), store(re + i * ld + im, x.im); }
 };
 
 EFFVIT_INLINE Complex twiddled(Complex x, const float* twiddle) {
@@ -137,27 +142,33 @@ EFFVIT_INLINE Complex twiddled(Complex x, const float* twiddle) {
   return {fma(x.re, c, -(x.im * s)), fma(x.re, s, x.im * c)};
 }
 
+// One transform of R points, `from.ld` and `to.ld` apart.
+template <int R, bool kTwiddled>
+EFFVIT_INLINE void run_points(Source from, Target to, const float* trig, const float* twiddle) {
+  Complex x[R], y[R];
+#pragma GCC unroll 16
+  for (int j = 0; j < R; ++j, from.re += from.ld) x[j] = from[0];
+  dft(x, y, trig);
+#pragma GCC unroll 16
+  for (int k = 0; k < R; ++k, to.re += to.ld)
+    to.put(0, kTwiddled && k > 0 ? twiddled(y[k], twiddle + 2 * (k - 1)) : y[k]);
+}
+
 template <int R>
 __attribute__((noinline)) void run_radix(const PassPlan& plan, Source from, Target to) {
-  const int64_t m = plan.m, step = plan.step;
+  const int64_t m = plan.m, step = plan.step, next_from = from.ld, next_to = to.ld;
   const float *const trig = plan.trig, *twiddle = plan.twiddle;
-  Complex x[R], y[R];
-  for (int64_t q = 0; q < step; ++q) {
-#pragma GCC unroll 16
-    for (int j = 0; j < R; ++j) x[j] = from[q + step * m * j];
-    dft(x, y, trig);
-#pragma GCC unroll 16
-    for (int k = 0; k < R; ++k) to.put(q + step * k, y[k]);
-  }
+  from.ld *= step * m, to.ld *= step;
+  const auto turn = [&](auto twiddled) __attribute__((always_inline)) {
+    Source x = from;
+    Target y = to;
+    for (int64_t q = 0; q < step; ++q, x.re += next_from, y.re += next_to)
+      run_points<R, decltype(twiddled)::value>(x, y, trig, twiddle);
+  };
+  turn(std::false_type{});
   for (int64_t p = 1; p < m; ++p, twiddle += 2 * (R - 1)) {
-    for (int64_t q = 0; q < step; ++q) {
-#pragma GCC unroll 16
-      for (int j = 0; j < R; ++j) x[j] = from[q + step * (p + m * j)];
-      dft(x, y, trig);
-      to.put(q + step * R * p, y[0]);
-#pragma GCC unroll 16
-      for (int k = 1; k < R; ++k) to.put(q + step * (R * p + k), twiddled(y[k], twiddle + 2 * (k - 1)));
-    }
+    from.re += step * next_from, to.re += R * step * next_to;
+    turn(std::true_type{});
   }
 }
 
@@ -167,8 +178,8 @@ __attribute__((noinline)) inline void run_prime(const PassPlan& plan, Source fro
   constexpr int64_t kTerms = 32;  // added up before the rest: the error of one long sum would grow with it
   const int64_t r = plan.r, m = plan.m, step = plan.step, half = r / 2;
   const float *const cosine = plan.trig, *const sine = plan.trig + r;
-  const Source pair{pairs, pairs + kLanes, kElement};
-  const Target make_pair{pairs, pairs + kLanes, kElement};
+  const Source pair{pairs, kElement, kLanes};
+  const Target make_pair{pairs, kElement, kLanes};
   for (int64_t p = 0; p < m; ++p) {
     const float* const twiddle = plan.twiddle + 2 * (p - 1) * (r - 1) - 2;  // of k at 2 k
     for (int64_t q = 0; q < step; ++q) {
@@ -178,7 +189,7 @@ __attribute__((noinline)) inline void run_prime(const PassPlan& plan, Source fro
         const Complex a = from[q + step * (p + m * j)], b = from[q + step * (p + m * (r - j))];
         make_pair.put(2 * j - 2, a + b), make_pair.put(2 * j - 1, a - b);
         some = some + (a + b);
-        if (j % kTerms == 0) total = total + some, some = {};
+        if (j % kTerms == 0) total = total + some, some = Complex{};
       }
       to.put(q + step * r * p, total + some);
       for (int64_t k = 1; k <= half; k += kBlock) {
@@ -236,13 +247,13 @@ struct Line {
 // at `to`, which is neither of these. Without a pass, for n = 1, it stays where it was.
 template <bool kInverse>
 inline Line transform(const Axis& axis, const Lines& lines, Line from, Line to = {nullptr, 0}) {
-  constexpr int kRe = kInverse ? kLanes : 0, kIm = kInverse ? 0 : kLanes;
+  constexpr int kRe = kInverse ? kLanes : 0, kIm = kInverse ? -kLanes : kLanes;
   for (int i = 0; i < axis.count; ++i) {
     const PassPlan& pass = axis.passes[i];
     const bool last = i + 1 == axis.count && to.data;
     const Line next = last ? to : Line{from.data == lines.a ? lines.b : lines.a, kElement};
-    const Source source{from.data + kRe, from.data + kIm, from.ld};
-    const Target target{next.data + kRe, next.data + kIm, next.ld};
+    const Source source{from.data + kRe, from.ld, kIm};
+    const Target target{next.data + kRe, next.ld, kIm};
     switch (pass.r) {
       case 2:
         run_radix<2>(pass, source, target);
