@@ -75,7 +75,6 @@ struct Transforms {
       const bool two = h + 1 < p.H;
       const T *const first = map + h * stride_y, *const second = two ? first + stride_y : nullptr;
       read_rows(first, second, stride_x, left);
-      if (h + 2 < p.H) fetch_rows<0>(first + 2 * stride_y, h + 3 < p.H ? stride_y : 0, stride_x);
       const Line line = transform<false>(rows, lines, {lines.a, kElement});
       const float *forth = line.data, *back = line.data;  // bins k and -k
       float *a = plane + h * g.ld, *b = a + g.ld;
@@ -85,16 +84,6 @@ struct Transforms {
         if (two) store(b, im + im_back), store(b + kLanes, re_back - re);
         forth += line.ld, back = line.data + (W - 1 - k) * line.ld, a += kElement, b += kElement;
       }
-    }
-  }
-
-  // No hardware prefetcher follows rows of a few channels.
-  template <int kWrite>
-  EFFVIT_INLINE void fetch_rows(const T* row, int64_t stride_y, int64_t stride_x) const {
-    const int64_t W = p.W;
-    for (int64_t w = 0; w < W; ++w, row += stride_x) {
-      __builtin_prefetch(row, kWrite);
-      __builtin_prefetch(row + stride_y, kWrite);
     }
   }
 
@@ -129,7 +118,6 @@ struct Transforms {
           store(back, re + im_b), store(back + kLanes, re_b - im);
         }
       }
-      fetch_rows<1>(map + h * W * C, two ? W * C : 0, C);
       const Line line = transform<true>(rows, lines, {lines.a, kElement});
       write_row(map + h * W * C, line, left);
       if (two) write_row(map + (h + 1) * W * C, {line.data + kLanes, line.ld}, left);
