@@ -58,3 +58,4 @@ WAIVERS |= {
 WAIVERS |= {("gated_linear_attention_step", layer): "bound by memory: the Triton kernel does" for layer in _CUDA}
 _SCANS = "not written: the Triton kernels serve GPUs"
 WAIVERS |= {(op, layer): _SCANS for op in ("block_relu2_attention", "aft", "rnn_scan") for layer in _CUDA}
+WAIVERS |= {("spectral_gate", layer): "the Triton kernels serve GPUs" for layer in _CUDA}

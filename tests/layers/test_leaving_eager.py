@@ -93,6 +93,7 @@ LAYERS = {
         lambda: layers.FocusedLinearAttentionPVT(C, H * W, 2, sr_ratio=2, kernel_size=3), TOKENS,
         lambda m, x: m(x, H, W),
     ),
+    "GlobalFilter": (lambda: layers.GlobalFilter(C, H, W // 2 + 1), TOKENS, lambda m, x: m(x, (H, W))),
     "GnConv": (lambda: layers.GnConv(C, order=3, s=0.5), (2, C, H, W), None),
     "GatedLinearAttention": (
         lambda: layers.GatedLinearAttention(hidden_size=C, num_heads=2, gate_low_rank_dim=3, use_short_conv=True),
@@ -177,6 +178,9 @@ LAYERS = {
     "SoftmaxFreeNormAttention": (lambda: layers.SoftmaxFreeNormAttention(C, 2, 2, 3), TOKENS, lambda m, x: m(x, H, W)),
     "Sparse24Int8Linear": (lambda: quantised(layers.Sparse24Int8Linear, activation="silu"), TOKENS, None),
     "Sparse24Linear": (lambda: layers.Sparse24Linear(C, 12), TOKENS, None),
+    "SpectFormerBlock": (
+        lambda: layers.SpectFormerBlock(C, 2.0, h=H, w=W // 2 + 1, init_values=0.5), TOKENS, lambda m, x: m(x, (H, W))
+    ),
     "SS2D": (lambda: layers.SS2D(C, d_state=3), MAP, None),
     "SwinTransformerBlock": (lambda: layers.SwinTransformerBlock(C, (H, W), 2, window_size=4, shift_size=2), MAP, None),
     "TableFunction": (lambda: layers.TableFunction(torch.tanh, block=4), TOKENS, None),

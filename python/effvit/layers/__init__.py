@@ -17,6 +17,7 @@ from .ecoformer import EcoFormerAttention
 from .efficientvit import LiteMLA
 from .flashrnn import FlashGRU, FlashLSTM, FlashSLSTM
 from .flatten import FocusedLinearAttention, FocusedLinearAttentionCSWin, FocusedLinearAttentionPVT
+from .gfnet import GlobalFilter, SpectFormerBlock
 from .gla import GatedLinearAttention
 from .hit_sr import (
     SCC,
@@ -135,6 +136,7 @@ __all__ = [
     "GatedJointAttention",
     "GatedLinearAttention",
     "get_relative_position_cpb",
+    "GlobalFilter",
     "GnConv",
     "HierarchicalTransformerBlock",
     "HyenaND",
@@ -223,6 +225,7 @@ __all__ = [
     "SoftmaxFreeNormAttention",
     "Sparse24Int8Linear",
     "Sparse24Linear",
+    "SpectFormerBlock",
     "SS2D",
     "SwinTransformerBlock",
     "TableFunction",

@@ -161,6 +161,14 @@ def selective_scan2d(x, dt, b, c, a, d=None, dt_bias=None):
     return _reference("selective_scan2d", x, dt, b, c, a, d, dt_bias)
 
 
+def spectral_gate(x, weight):
+    """effvit.spectral_gate with one weight; float64 in plain PyTorch."""
+    x = _dense(x)
+    if _covered(x.dtype, 1):
+        return effvit.ops.spectral_gate(x, weight)
+    return _reference("spectral_gate", x.unsqueeze(0), weight.unsqueeze(0)).squeeze(0)
+
+
 def dwconv_glu(x, v, weight, bias=None, **options):
     """effvit.dwconv_glu; float64 in plain PyTorch."""
     x, v = _dense(x), None if v is None else _dense(v)

@@ -45,6 +45,7 @@ from .sparse24_linear import sparse24_linear
 from .sparse24_mask import sparse24_mask
 from .sparse24_prepack import sparse24_prepack
 from .sparse24_prune import sparse24_prune
+from .spectral_gate import spectral_gate
 from .table_lookup import table_lookup
 from .window_attention import window_attention
 
@@ -56,5 +57,5 @@ __all__ = [
     "linear_attention", "local_pool_attention", "newton_pinv", "pam_matmul", "pow2_linear", "quantize_int8",
     "quantize_lut", "rbf_gram", "requantize", "rnn_scan", "selective_scan2d", "shift_gelu", "shiftmax", "sign_bits",
     "sparse24_compress", "sparse24_decompress", "sparse24_int8_linear", "sparse24_linear", "sparse24_mask",
-    "sparse24_prepack", "sparse24_prune", "table_lookup", "window_attention",
+    "sparse24_prepack", "sparse24_prune", "spectral_gate", "table_lookup", "window_attention",
 ]  # fmt: skip

@@ -14,10 +14,11 @@ from .newton_pinv import newton_pinv
 from .rbf_gram import rbf_gram
 from .rnn_scan import rnn_scan
 from .selective_scan2d import selective_scan2d
+from .spectral_gate import spectral_gate
 from .window_attention import window_attention
 
 __all__ = [
     "aft", "block_relu2_attention", "dwconv", "dwconv_glu", "fft_conv", "gated_linear_attention",
     "gated_linear_attention_step", "glu", "linear_attention", "local_pool_attention", "newton_pinv", "rbf_gram",
-    "rnn_scan", "selective_scan2d", "window_attention",
+    "rnn_scan", "selective_scan2d", "spectral_gate", "window_attention",
 ]  # fmt: skip
