@@ -81,9 +81,9 @@ inline void convolve_line(const Geometry& g, const Window& w, const float* taps,
   }
 }
 
-// sums[e] += sum of dy[i] window[i + e], of a line of n results from z on.
+// sums[e] += sum of dy[i] window[i + e], of a line of n results from z on; lows: what rounding took off the sums.
 inline void correlate_line(const Geometry& g, const Window& w, const float* dy, int64_t x, int64_t y, int64_t z,
-                           int64_t n, float* sums) {
+                           int64_t n, float* sums, float* lows) {
   const Range rx = taps_met(g.x, w.before_x, x, 1), ry = taps_met(g.y, w.before_y, y, 1);
   const Range rz = taps_met(g.z, w.before_z, z, n);
   const int64_t hy = g.y.slots(), hz = g.z.slots();
@@ -97,9 +97,9 @@ inline void correlate_line(const Geometry& g, const Window& w, const float* dy, 
 #pragma GCC unroll 8
           for (int t = 0; t < kTile; ++t) acc[t] = fma(g_i, load(from + t * kLanes), acc[t]);
         }
-        float* const to = sums + ((ex * hy + ey) * hz + e) * kLanes;
+        const int64_t at = ((ex * hy + ey) * hz + e) * kLanes;
         const int64_t now = std::min<int64_t>(kTile, hz - e);
-        for (int64_t t = 0; t < now; ++t) store(to + t * kLanes, load(to + t * kLanes) + acc[t]);
+        for (int64_t t = 0; t < now; ++t) add_compensated(sums + at + t * kLanes, lows + at + t * kLanes, acc[t]);
       }
     }
   }
@@ -176,21 +176,21 @@ struct DirectBackward {
   const Params& p;
   const Geometry& g;
   Window window, grad;
-  float *falling, *rising, *line, *dy, *own_sums;
+  float *falling, *rising, *line, *dy, *own_sums, *lows;
 
   DirectBackward(const Params& p, const Geometry& g, Scratch& s) : p(p), g(g), window(g, s), grad(g, s, true) {
     falling = s.take<float>(g.slots() * kLanes), rising = s.take<float>(g.slots() * kLanes);
     line = s.take<float>(std::max(most_taps(p), g.z.length + kTile) * kLanes);
     dy = s.take<float>(p.X * p.Y * p.Z * kLanes);
-    own_sums = s.take<float>(g.splits > 1 ? 0 : g.slots() * kLanes);
+    own_sums = s.take<float>(g.splits > 1 ? 0 : g.slots() * kLanes), lows = s.take<float>(g.slots() * kLanes);
   }
 
   void run(int64_t j, int64_t group, int64_t unit, Range rows) {
     float* const sums = g.splits > 1 ? g.sums + unit * g.sum_floats() : own_sums;
     const Row all(p, j, group);
     make_taps(p, g, j, all, falling, rising, line);
-    zero(sums, g.slots() * kLanes);
-    float dd[kLanes] = {};
+    zero(sums, g.slots() * kLanes), zero(lows, g.slots() * kLanes);
+    float dd[2 * kLanes] = {};
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const Row row(p, r * p.J + j, group);
       window.load(
@@ -203,8 +203,8 @@ struct DirectBackward {
             std::memcpy(to, line, static_cast<size_t>(p.Z * kLanes) * sizeof(float));
           }
           gradient_line(row, dd, x, y, 0, p.Z, to, 1);
-          for (int64_t z = 0; z < p.Z; z += kDirectBlock)
-            correlate_line(g, window, to + z * kLanes, x, y, z, std::min(kDirectBlock, p.Z - z), sums);
+          for (int64_t z = 0; z < p.Z; z += kChunk)
+            correlate_line(g, window, to + z * kLanes, x, y, z, std::min(kChunk, p.Z - z), sums, lows);
         }
       }
       grad.load(g, [&](int64_t x, int64_t y, int64_t z, int64_t count, float* to) {

@@ -117,7 +117,7 @@ struct TransformBackward : Planes {
   void run(int64_t j, int64_t group, int64_t unit, Range rows) {
     const float* const spectrum = this->spectrum(j, group);
     float* const sums = g.splits > 1 ? g.sums + unit * g.sum_floats() : own_sums;
-    float dd[kLanes] = {};
+    float dd[2 * kLanes] = {};
     bool first = true;
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const Row row(p, r * p.J + j, group);

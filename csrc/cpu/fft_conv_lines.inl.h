@@ -86,7 +86,8 @@ inline void finish_line(const Row& row, int64_t x, int64_t y, int64_t z, int64_t
   }
 }
 
-// The gradient of y in place of y, vectors `step` apart; dpostgate; adds to that of d.
+// The gradient of y in place of y, vectors `step` apart; dpostgate; adds to that of d, a sum and what
+// rounding took off it.
 inline void gradient_line(const Row& row, float* dd, int64_t x, int64_t y, int64_t z, int64_t count, float* at,
                           int64_t step) {
   const Params& p = row.p;
@@ -97,7 +98,7 @@ inline void gradient_line(const Row& row, float* dd, int64_t x, int64_t y, int64
     row.load_map(p.grad_out, p.grad_out_stride, x, y, z + i, now, grad);
     if (p.d) row.load_input(x, y, z + i, now, input);
     if (p.postgate) row.load_map(p.postgate, p.postgate_stride, x, y, z + i, now, gate);
-    vf sum{};
+    vf sum{}, some{};
     for (int64_t j = 0; j < now; ++j) {
       float* const to = at + (i + j) * step * kLanes;
       vf g = load(grad + j * kLanes);
@@ -111,10 +112,11 @@ inline void gradient_line(const Row& row, float* dd, int64_t x, int64_t y, int64
         }
         g = g * slope;
       }
-      if (p.d) sum = fma(g, load(input + j * kLanes), sum);
+      if (p.d) some = fma(g, load(input + j * kLanes), some);
+      if (j % 16 == 15) sum = sum + some, some = vf{};
       store(to, g);
     }
-    store(dd, load(dd) + sum);
+    add_compensated(dd, dd + kLanes, sum + some);
     if (p.postgate) row.store_map(p.dpostgate, x, y, z + i, now, grad);
   }
 }

@@ -121,7 +121,8 @@ def fft_conv(
         pregate, postgate: of u's shape and dtype. None: 1.
         k_rev: like k, of any length: taps at negative lags, ``y[i] += sum_j k_rev[j] u'[i + j]``; lag 0 is in both.
         spectrum: complex64 [C, \*N_half] or [B, C, \*N_half], the kernel's transform, in place of k and k_rev: from
-            :func:`fft_conv_spectrum`, or any other. ``y = irfftn(rfftn(u', N) spectrum, N)``, cropped to S.
+            :func:`fft_conv_spectrum`, or any other. ``y = irfftn(rfftn(u', N) spectrum, N)``, cropped to S. A kernel
+            much shorter than u is faster as k: it needs no transform of the whole.
         mode: per axis, or one for all: "causal": zeros before the start, y as long as u; "same": the middle, from
             ``(K - 1) // 2`` on, as scipy.signal.convolve has it; "circular": indices modulo S.
         act: "none", "gelu" (the exact one) or "silu".
