@@ -28,7 +28,7 @@ struct Geometry {
   int64_t L, chunks;
   int64_t splits, groups;  // of the batch, and of the blocks of channels: units of a direction in backward
   int N, ldn;  // states, and rounded up to whole vectors
-  int blocks, group_blocks;
+  int blocks, group_blocks;  // of a group, at most
   int slabs;
   int64_t slab_chunks;  // of a slab but perhaps the last
   int chunk;  // tokens
@@ -48,20 +48,24 @@ struct Geometry {
     rows = round_up(chunk * N, kLanes);
     splits = std::min(p.B, kMaxSplits);
     const int64_t row_bytes = p.B * 2 * N * static_cast<int64_t>(sizeof(float));  // of a group, per token
-    const int64_t wanted = std::min<int64_t>(blocks, small ? blocks : ceil_div(kUnits, splits));
+    int64_t wanted = std::min<int64_t>(blocks, small ? blocks : ceil_div(kUnits, splits));
+    const bool few = p.B < kSlabBatch && wanted > 1;
     slabs = 1;
-    if (small) {
-      slabs = static_cast<int>(std::min<int64_t>(p.B < kSlabBatch ? 2 : 1, chunks));
-    } else if (p.B < kSlabBatch) {
+    if (small && few) {
+      slabs = static_cast<int>(std::min<int64_t>(2, chunks));
+    } else if (few && 2 * row_bytes * L > kPartialBytes) {  // not even two groups
+      wanted = p.B == 1 && blocks >= 8 ? 4 : 2;  // of neighbouring blocks: a line of each at a time wastes fetches
       slabs = static_cast<int>(std::min<int64_t>({ceil_div(wanted * row_bytes * L, kPartialBytes), chunks, kMaxSlabs}));
     }
     slab_chunks = ceil_div(chunks, slabs);
     const int64_t fit = kPartialBytes / (row_bytes * std::min(L, slab_chunks * chunk));
-    group_blocks = static_cast<int>(ceil_div(blocks, std::max<int64_t>(std::min(wanted, fit), 1)));
-    groups = ceil_div(blocks, group_blocks);
+    groups = std::max<int64_t>(std::min(wanted, fit), 1);
+    group_blocks = static_cast<int>(ceil_div(blocks, groups));
+    if (slabs == 1) groups = ceil_div(blocks, group_blocks);
     if (groups == 1) slabs = 1, slab_chunks = chunks;
   }
 
+  int first_block(int64_t group) const { return static_cast<int>(blocks * group / groups); }
   int tokens_of(int64_t c) const { return static_cast<int>(std::min<int64_t>(chunk, L - c * chunk)); }
   // Sums of a block that leave a unit: gradients of a, of d, and of dt_bias.
   int64_t parameter_rows() const { return N + 2; }
@@ -473,8 +477,7 @@ struct Backward {
     float* const kept = partials + g.partial_floats(p);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t group = unit % g.groups, split = unit / g.groups;
-      const int first = static_cast<int>(group) * g.group_blocks;
-      const int blocks = std::min(g.group_blocks, g.blocks - first);
+      const int first = g.first_block(group), blocks = g.first_block(group + 1) - first;
       float* const parameters = workspace + (split * g.blocks + first) * block_floats;
       if (slab == 0) zero(parameters, blocks * block_floats);
       for (int j = 0; j < blocks; ++j) {
