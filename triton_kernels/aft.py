@@ -29,6 +29,7 @@ from ._tiles import _rounded, _share_of
 LEAST = tl.constexpr(2.0**-60)
 MOST = tl.constexpr(41.0)  # e^41 < 2^60
 LOW = tl.constexpr(-1e30)  # stands in for -infinity where two are subtracted
+LARGE_LSE = tl.constexpr(8.0)  # from there on its rounding is more than two of a weight's own
 
 # Sizes that change from call to call; specialising on their values would only recompile.
 _SIZES = ["B", "L", "M", "l_blocks", "m_blocks", "c_blocks", "units", "walk"]
@@ -66,6 +67,29 @@ def _sigmoid(x):
 def _exp_k(k, key, M, top):
     """exp(k - top), zeros beyond the keys."""
     return tl.where((key < M)[:, None], tl.exp(k - top[None, :]), 0.0)
+
+
+@device_function
+def _exact_sum(a, b):
+    """a + b, and what rounding took off: keys and biases in the hundreds may cancel."""
+    high = a + b
+    part = high - a
+    return high, (a - (high - part)) + (b - part)
+
+
+@device_function
+def _exponent(k, w, lse):
+    """k + w - lse, and what rounding took off."""
+    both, low = _exact_sum(k, w)
+    high, more = _exact_sum(both, -lse)
+    return high, low + more
+
+
+@device_function
+def _exp(high, low):
+    """exp(high + low). A term that does not count has no low part: an infinity less itself."""
+    e = tl.exp(high)
+    return tl.where(e > 0.0, e + e * low, e)
 
 
 @device_function
@@ -123,7 +147,7 @@ def aft_fwd_kernel(
             num = tl.dot(ew, _rounded(ev, DTYPE), num, input_precision="ieee")
         there = (row < L)[:, None] & (column < C)[None, :]
         lost = (den < LEAST) & there
-        total = k_top[None, :] + w_top[:, None]
+        total, low = _exact_sum(k_top[None, :], w_top[:, None])
         if tl.max(lost.to(tl.int32)) > 0:
             top = tl.full([BLOCK_L, BLOCK_C], float("-inf"), tl.float32)
             for j in range(0, _loop_bound(M)):
@@ -136,16 +160,18 @@ def aft_fwd_kernel(
                 w_j = tl.max(_load_bias(bias, row, L, j + tl.arange(0, 1), M, bias_stride_l, bias_stride_m, window), 1)
                 k_j = _load_row(k_item + tl.cast(j, tl.int64) * k_stride_l, column, C)
                 v_j = _load_row(v_item + tl.cast(j, tl.int64) * v_stride_l, column, C)
-                e_j = tl.exp(k_j[None, :] + w_j[:, None] - top)
+                x_j, low_j = _exact_sum(k_j[None, :], w_j[:, None])
+                e_j = _exp(x_j - top, low_j)
                 own_den += e_j
                 own_num += e_j * v_j[None, :]
             den = tl.where(lost, own_den, den)
             num = tl.where(lost, own_num, num)
             total = tl.where(lost, top, total)
+            low = tl.where(lost, 0.0, low)
         result = num / den
         offset = (b * L + row)[:, None] * C + column[None, :]
         tl.store(mean + offset, result, mask=there)
-        tl.store(lse + offset, total + tl.log(den), mask=there)
+        tl.store(lse + offset, total + (tl.log(den) + low), mask=there)
         gate = _sigmoid(_load(q + b * q_stride_b, row, L, q_stride_l, column, C))
         tl.store(out + offset, (gate * result).to(out.dtype.element_ty), mask=there)
 
@@ -216,10 +242,10 @@ def aft_bwd_dkv_kernel(
             gy, gm, lse_tile = _gradients(
                 grad_out + b * grad_out_stride_b, grad_mean + item, grad_lse + item, q + b * q_stride_b, mean + item,
                 lse + item, row, L, column, grad_out_stride_l, q_stride_l, C, HAS_GRAD_MEAN, HAS_GRAD_LSE)  # fmt: skip
-            x = k_top[None, :] + (w_top[:, None] - lse_tile)
+            x, low = _exponent(k_top[None, :], w_top[:, None], lse_tile)
             there = (row < L)[:, None] & (column < C)[None, :]
             far = (x > MOST) & there
-            f = tl.where(there & (x <= MOST), tl.exp(tl.minimum(x, MOST)), 0.0)
+            f = tl.where(there & (x <= MOST), _exp(tl.minimum(x, MOST), low), 0.0)
             f = tl.where(x == x, f, x)
             ew = tl.trans(_rounded(tl.exp(w - w_top[:, None]), DTYPE))
             dv_acc = tl.dot(ew, _rounded(gy * f, DTYPE), dv_acc, input_precision="ieee")
@@ -232,8 +258,10 @@ def aft_bwd_dkv_kernel(
                         grad_out + b * grad_out_stride_b, grad_mean + item, grad_lse + item, q + b * q_stride_b,
                         mean + item, lse + item, one, L, column, grad_out_stride_l, q_stride_l, C, HAS_GRAD_MEAN,
                         HAS_GRAD_LSE)  # fmt: skip
-                    here = (k_top[None, :] + (tl.maximum(tl.max(w_i, 0), LOW) - lse_i) > MOST) & (one < L)[:, None]
-                    p = tl.exp(k_tile + (w_i[:, None] - lse_i))
+                    x_i, _ = _exponent(k_top[None, :], tl.maximum(tl.max(w_i, 0), LOW), lse_i)
+                    here = (x_i > MOST) & (one < L)[:, None]
+                    x_ij, low_ij = _exponent(k_tile, w_i[:, None], lse_i)
+                    p = _exp(x_ij, low_ij)
                     p = tl.where(here & (key < M)[:, None], p, 0.0)
                     dv_rest += p * gy_i
                     dk_rest += p * gm_i
@@ -284,10 +312,10 @@ def aft_bwd_dbias_kernel(
                     grad_out + b * grad_out_stride_b, grad_mean + item, grad_lse + item, q + b * q_stride_b,
                     mean + item, lse + item, row, L, column, grad_out_stride_l, q_stride_l, C, HAS_GRAD_MEAN,
                     HAS_GRAD_LSE)  # fmt: skip
-                x = k_top[None, :] + (w_top[:, None] - lse_tile)
+                x, low = _exponent(k_top[None, :], w_top[:, None], lse_tile)
                 there = (row < L)[:, None] & (column < C)[None, :]
                 far = (x > MOST) & there
-                f = tl.where(there & (x <= MOST), tl.exp(tl.minimum(x, MOST)), 0.0)
+                f = tl.where(there & (x <= MOST), _exp(tl.minimum(x, MOST), low), 0.0)
                 f = tl.where(x == x, f, x)
                 acc = tl.dot(_rounded(gy * f, DTYPE), tl.trans(_rounded(ev, DTYPE)), acc, input_precision="ieee")
                 acc = tl.dot(_rounded(-gm * f, DTYPE), tl.trans(_rounded(e, DTYPE)), acc, input_precision="ieee")
@@ -301,10 +329,10 @@ def aft_bwd_dbias_kernel(
                             mean + item, lse + item, row, L, one, grad_out_stride_l, q_stride_l, C, HAS_GRAD_MEAN,
                             HAS_GRAD_LSE)  # fmt: skip
                         top_c = tl.maximum(tl.max(tl.where((key < M)[:, None], k_c, LOW), 0), LOW)
-                        here = (
-                            (top_c[None, :] + (w_top[:, None] - lse_c) > MOST) & (row < L)[:, None] & (one < C)[None, :]
-                        )
-                        p = tl.exp(tl.trans(k_c) + (w - lse_c))
+                        x_c, _ = _exponent(top_c[None, :], w_top[:, None], lse_c)
+                        here = (x_c > MOST) & (row < L)[:, None] & (one < C)[None, :]
+                        x_ij, low_ij = _exponent(tl.trans(k_c), w, lse_c)
+                        p = _exp(x_ij, low_ij)
                         p = tl.where(here & (key < M)[None, :], p, 0.0)
                         rest += p * (gy_c * tl.trans(v_c) - gm_c)
         result = tl.exp(w - w_top[:, None]) * acc + rest
@@ -389,6 +417,15 @@ def aft_simple_bwd_kernel(
             gy += tl.sum(gate * grad, axis=0)
         m = _load_row(mean + b * C, column, C)
         s = _load_row(lse + b * C, column, C)
+        large = tl.abs(s) > LARGE_LSE
+        if tl.max(large.to(tl.int32)) > 0:  # its rounding is in the sum of the weights
+            total = tl.zeros([BLOCK_C], tl.float32)
+            for start in range(0, _loop_bound(M), BLOCK_M):
+                key = start + tl.arange(0, BLOCK_M)
+                total += tl.sum(_exp_k(_load(k + b * k_stride_b, key, M, k_stride_l, column, C), key, M, s), axis=0)
+            scale = tl.where(large, 1.0 / total, 1.0)
+            gy = gy * scale
+            glse = glse * scale
         for start in range(0, _loop_bound(M), BLOCK_M):
             key = start + tl.arange(0, BLOCK_M)
             p = tl.exp(_load(k + b * k_stride_b, key, M, k_stride_l, column, C) - s[None, :])

@@ -17,6 +17,7 @@ using Params = AftParams;
 
 constexpr float kLow = -1e30f;  // stands in for -infinity where two are subtracted
 constexpr float kLeast = 0x1p-60f, kMostExponent = 41.f;  // e^41 < 2^60
+constexpr float kLargeLse = 8.f;  // from there on its rounding is more than two of a weight's own
 
 struct Plan {
   int rows, keys = 128, channels = 128;  // of a block, a tile and a chunk; rows and channels are whole vectors
@@ -48,6 +49,17 @@ template <class T>
 EFFVIT_INLINE const T* row_of(const void* base, int64_t stride_b, int64_t stride_l, int64_t b, int64_t l) {
   return static_cast<const T*>(base) + b * stride_b + l * stride_l;
 }
+
+// A sum of two, and what rounding took off: keys and biases in the hundreds may cancel.
+struct ExactSum {
+  vf high, low;
+  EFFVIT_INLINE ExactSum(vf a, vf b) : high(a + b) {
+    const vf part = high - a;
+    low = (a - (high - part)) + (b - part);
+  }
+};
+
+EFFVIT_INLINE vf abs(vf x) { return max(x, -x); }
 
 EFFVIT_INLINE vf load_or_zero(const float* p, int left) { return p ? load_lanes(p, left) : vf{}; }
 
@@ -152,7 +164,8 @@ struct Forward {
     for (int c = 0; c < width; c += kLanes) {
       const int left = width - c;
       const vf den = load(sums + c);
-      vf mean = load(sums + padded + c) / den, lse = load(k_top + c) + (log(den) + top);
+      const ExactSum both(load(k_top + c), set1(top));
+      vf mean = load(sums + padded + c) / den, lse = both.high + (log(den) + both.low);
       const vi fine = den >= set1(kLeast);
       if (any(~fine & lanes_below(std::min(left, kLanes)))) term_by_term(b, i, chunk + c, left, mean, lse);
       store_lanes(p.mean + at + c, mean, left);
@@ -175,13 +188,15 @@ struct Forward {
         const int keys = static_cast<int>(std::min<int64_t>(g.keys, p.M - key));
         load_weights(x, p, i, key, keys);  // x is not in use any more
         for (int j = 0; j < keys; ++j) {
-          const vf e = load_lanes(row_of<T>(p.k, p.k_stride_b, p.k_stride_l, b, key + j) + c, left) + x[j];
+          const vf kj = load_lanes(row_of<T>(p.k, p.k_stride_b, p.k_stride_l, b, key + j) + c, left);
+          const ExactSum e(kj, set1(x[j]));
           if (sum) {
-            const vf y = exp(e - top);
+            vf y = exp(e.high - top);
+            y = y > vf{} ? fma(y, e.low, y) : y;  // an infinity less itself
             den += y;
             num += y * load_lanes(row_of<T>(p.v, p.v_stride_b, p.v_stride_l, b, key + j) + c, left);
           } else {
-            top = max(top, e);
+            top = max(top, e.high);
           }
         }
       }
@@ -235,6 +250,14 @@ struct Terms {
     }
   }
 
+  // k + w - lse
+  static EFFVIT_INLINE ExactSum exponent(vf k, float w, vf lse) {
+    const ExactSum both(k, set1(w));
+    ExactSum x(both.high, -lse);
+    x.low += both.low;
+    return x;
+  }
+
   // Rows i of ab: gy f and (gy mean - glse) f of a chunk. Returns whether any vector goes term by term.
   bool load_gradients(int64_t b, int64_t row, int rows, int chunk) {
     const int width = g.width(chunk), padded = round_up(width, kLanes);
@@ -244,9 +267,10 @@ struct Terms {
       for (int c = 0; c < padded; c += kLanes) {
         vf gy, gm, lse;
         gradient(b, row + i, chunk + c, width - c, gy, gm, lse);
-        const vf x = load(k_top + c) + (w_top[i] - lse);
-        const vi fine = x <= set1(kMostExponent);
-        const vf f = exp((vf)(((vi)x & fine) | ((vi)set1(-100.f) & ~fine)));
+        const ExactSum x = exponent(load(k_top + c), w_top[i], lse);
+        const vi fine = x.high <= set1(kMostExponent);
+        vf f = exp((vf)(((vi)x.high & fine) | ((vi)set1(-100.f) & ~fine)));
+        f = fma(f, (vf)((vi)x.low & fine), f);
         store(to + c, gy * f);
         store(to + padded + c, gm * f);
         const bool other = any(~fine & lanes_below(std::min(width - c, kLanes)));
@@ -286,10 +310,12 @@ struct Terms {
         loaded = true;
         vf gy, gm, lse;
         gradient(b, row + i, chunk + c, width - c, gy, gm, lse);
-        const vi fine = load(k_top + c) + (w_top[i] - lse) <= set1(kMostExponent);
+        const vi fine = exponent(load(k_top + c), w_top[i], lse).high <= set1(kMostExponent);
         const vi here = ~fine & lanes_below(std::min(width - c, kLanes));
         for (int j = 0; j < keys; ++j) {
-          const vf weight = exp_full(load(k + j * g.channels + c) + (w[i * g.ldw + j] - lse));
+          const ExactSum x = exponent(load(k + j * g.channels + c), w[i * g.ldw + j], lse);
+          vf weight = exp_full(x.high);
+          weight = weight > vf{} ? fma(weight, x.low, weight) : weight;  // a pair that does not count has no low part
           f(i, j, c, (vf)((vi)weight & here), gy, gm);
         }
       }
@@ -464,7 +490,16 @@ void simple_backward(const Params& p, int64_t b, int64_t c, int left) {
     gy += sigmoid(q) * load_lanes(row_of<T>(p.grad_out, p.grad_out_stride_b, p.grad_out_stride_l, b, i) + c, left);
   }
   const vf mean = load_lanes(p.mean + b * p.C + c, left), lse = load_lanes(p.lse + b * p.C + c, left);
-  const vf glse = load_or_zero(p.grad_lse ? p.grad_lse + b * p.C + c : nullptr, left);
+  vf glse = load_or_zero(p.grad_lse ? p.grad_lse + b * p.C + c : nullptr, left);
+  const vi large = abs(lse) > set1(kLargeLse);
+  if (Terms<T>::any(large)) {  // its rounding is in the sum of the weights
+    vf sum{};
+    for (int64_t j = 0; j < p.M; ++j) {
+      sum += exp(load_lanes(row_of<T>(p.k, p.k_stride_b, p.k_stride_l, b, j) + c, left) - lse);
+    }
+    const vf scale = large ? 1.f / sum : set1(1.f);
+    gy *= scale, glse *= scale;
+  }
   for (int64_t j = 0; j < p.M; ++j) {
     const vf k = load_lanes(row_of<T>(p.k, p.k_stride_b, p.k_stride_l, b, j) + c, left);
     const vf v = load_lanes(row_of<T>(p.v, p.v_stride_b, p.v_stride_l, b, j) + c, left);

@@ -16,6 +16,7 @@ struct Geometry {
   int chunk = kMaxChunk, segment;  // tokens of a chunk; chunks whose states backward holds at a time
   int block;  // tokens on a side of the diagonal blocks of scores: a vector of them where channels have gates
   int64_t v_blocks;  // of forward: a head's values in so many units
+  int64_t splits;  // of backward: a walk's chunks in so many units, where there are few heads
 
   explicit Geometry(const Params& p) {
     K = static_cast<int>(p.K), V = static_cast<int>(p.V), Kp = round_up(K, kLanes), Vp = round_up(V, kLanes);
@@ -25,6 +26,8 @@ struct Geometry {
     // A value's channels do not meet: each unit computes the scores again.
     v_blocks = heads >= 4 || heads == 0 ? 1 : std::max<int64_t>(1, std::min<int64_t>(4 / heads, V / 32));
     if (small_tiles()) chunk = 2 * kBlock, segment = 2;
+    const int64_t most = ceil_div(p.L, int64_t{chunk}) / (small_tiles() ? 1 : 4);
+    splits = heads >= 4 || heads == 0 ? 1 : std::max<int64_t>(1, std::min(ceil_div(4, heads), most));
   }
 };
 
@@ -34,20 +37,30 @@ struct Walk {
   bool own;  // a token sees itself
   int64_t token(int64_t s) const { return first + s * step; }
   int64_t place(int64_t s) const { return step > 0 ? s : length - 1 - s; }  // in the sequence
+  int64_t begin() const { return step > 0 ? first : first - length + 1; }
 };
 
 // Of two walks, the second adds to what the first wrote.
 enum class Pass { kOnly, kFirst, kLast };
 
+int walks_of(const Params& p) { return p.direction == GateDirection::kBoth ? 2 : 1; }
+
 template <class F>
-void for_walks(const Params& p, int64_t sequence, int64_t head, const F& f) {
+void at_walk(const Params& p, int64_t sequence, int64_t head, int index, const F& f) {
   const int32_t* const cu = p.cu_seqlens;
   const GatedRange r = gated_range(p, sequence, cu ? cu[sequence] : 0, cu ? cu[sequence + 1] : 0);
   const bool both = p.direction == GateDirection::kBoth;
-  const Walk forward{sequence, head, r.batch, r.begin, 1, r.end - r.begin, true};
-  const Walk reverse{sequence, head, r.batch, r.end - 1, -1, r.end - r.begin, !both};
-  if (p.direction != GateDirection::kReverse) f(forward, both ? Pass::kFirst : Pass::kOnly);
-  if (p.direction != GateDirection::kForward) f(reverse, both ? Pass::kLast : Pass::kOnly);
+  const Pass pass = !both ? Pass::kOnly : index == 0 ? Pass::kFirst : Pass::kLast;
+  if (p.direction == GateDirection::kReverse || index == 1) {
+    f(Walk{sequence, head, r.batch, r.end - 1, -1, r.end - r.begin, !both}, pass);
+  } else {
+    f(Walk{sequence, head, r.batch, r.begin, 1, r.end - r.begin, true}, pass);
+  }
+}
+
+template <class F>
+void for_walks(const Params& p, int64_t sequence, int64_t head, const F& f) {
+  for (int i = 0; i < walks_of(p); ++i) at_walk(p, sequence, head, i, f);
 }
 
 struct Times {
@@ -253,6 +266,26 @@ struct Decays {
         all.low += sum.low;
       }
       store(total + c, all.exp());
+    }
+  }
+
+  // queries[i] = q_i e^(b_i), and total: what the gradient of a state takes from a chunk.
+  void queries_at_start(float* queries, const float* q, int n) {
+    const int64_t ld = g.Kp;
+    if (!channel) {
+      make_ends(n);
+      for (int i = 0; i < n; ++i) {
+        for (int c = 0; c < g.Kp; c += kLanes) store(queries + i * ld + c, load(q + i * ld + c) * set1(from_start[i]));
+      }
+      return;
+    }
+    for (int c = 0; c < g.Kp; c += kLanes) {
+      GateSum sum;
+      for (int i = 0; i < n; ++i) {
+        sum.add(load(gates + i * ld + c));
+        store(queries + i * ld + c, load(q + i * ld + c) * sum.exp());
+      }
+      store(total + c, sum.exp());
     }
   }
 

@@ -5,7 +5,7 @@
 // transposed into the workspace first.
 // Backward: gates are computed again from the states before. dh of the token before is [items, gates * D] by the
 // weights as they are; the gradient of the weights is a product over many tokens at once, into a slice per unit, and
-// slices are added in order.
+// slices are added in order. There are only so many slices: where the batch is large, a unit has several blocks.
 #pragma once
 
 namespace effvit::cpu::EFFVIT_ISA_NAME {
@@ -20,9 +20,13 @@ constexpr int kStates = kCell == RnnCell::kGru    ? 1
                         : kCell == RnnCell::kLstm ? 2
                                                   : 4;
 
+constexpr int64_t kPartBytes = 2 << 20;  // of slices, at least one for each of so many units
+constexpr int64_t kLeastParts = 16;
+
 struct Plan {
   int D, Dp, columns, ldg;  // head dim, rounded up to whole vectors; columns of all gates, and their row stride
-  int64_t rows, blocks;  // batch items of a unit; units of a head
+  int64_t rows, blocks;  // batch items of a block; blocks of a head, which are units in forward
+  int64_t parts;  // units of a head in backward, of one block or more
   int64_t buffered;  // tokens whose gradients meet states in one product
   int64_t head_floats, part_floats;  // workspace of a head's weights; of a unit's gradients of these
 
@@ -38,6 +42,9 @@ struct Plan {
     buffered = std::max<int64_t>(1, (small ? 4 : 64) / rows);
     head_floats = int64_t{D} * ldg + int64_t{columns} * Dp;
     part_floats = int64_t{columns} * (Dp + 1);
+    const int64_t fit = kPartBytes / (part_floats * static_cast<int64_t>(sizeof(float)));
+    parts = ceil_div(small ? 2 : std::max(fit, kLeastParts), std::max<int64_t>(p.H, 1));
+    parts = std::min(parts, blocks);
   }
   float* transposed(float* workspace, int64_t head) const { return workspace + head * head_floats; }
   float* straight(float* workspace, int64_t head) const { return transposed(workspace, head) + int64_t{D} * ldg; }
@@ -216,49 +223,57 @@ struct Backward : Scan<T, kCell> {
   using Base::S;
   float* carried[S];  // gradients of the states of the token before: [rows, Dp] each
   float *before, *direct, *drec;  // h before [tokens, rows, Dp]; dh past the weights; gradients of the recurrent part
-  float* part;  // [columns, Dp], then [columns]
+  float *part, *other;  // [columns, Dp], then [columns]; `other` of all blocks of a unit but the first
 
   Backward(const Params& params, const Plan& plan, Scratch& s) : Base(params, plan, s) {
     for (float*& x : carried) x = s.take<float>(g.rows * g.Dp);
     before = s.take<float>(g.buffered * g.rows * g.Dp);
     direct = s.take<float>(g.rows * g.Dp);
     drec = s.take<float>(g.buffered * g.rows * g.ldg);
+    other = s.take<float>(g.parts < g.blocks ? g.part_floats : 0);
   }
 
   void run(float* workspace, int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t head = unit / g.blocks, b = unit % g.blocks * g.rows;
-      const int rows = static_cast<int>(std::min(g.rows, p.B - b));
-      const float* const wt = g.transposed(workspace, head);
-      const float* const w = g.straight(workspace, head);
-      part = g.part(workspace, p, unit);
+      const int64_t head = unit / g.parts, index = unit % g.parts;
+      const int64_t first = g.blocks * index / g.parts, last = g.blocks * (index + 1) / g.parts;
+      float* const sum = g.part(workspace, p, unit);
       this->load_bias(head);
-      for (float* x : carried) zero(x, g.rows * g.Dp);
-      zero(part + int64_t{g.columns} * g.Dp, g.columns);
-      bool first = true;
-      int n = 0;  // rows in the buffers
-      for (int64_t t = p.L - 1; t >= 0; --t) {
-        float* const h = before + int64_t{n} * g.Dp;
-        float* const d = drec + int64_t{n} * g.ldg;
-        for (int r = 0; r < rows; ++r) {
-          for (int c = 0; c < g.D; c += kLanes) store(h + r * g.Dp + c, state_before(b + r, t, 0, head, c));
-        }
-        gemm(rows, g.columns, g.D, h, g.Dp, wt, g.ldg, nullptr, this->pre, g.ldg);
-        for (int r = 0; r < rows; ++r) step(b + r, t, head, r, d + r * g.ldg);
-        constexpr bool kDirect = kCell == RnnCell::kGru;
-        gemm(rows, g.Dp, g.columns, d, g.ldg, w, g.Dp, kDirect ? direct : nullptr, carried[0], g.Dp);
-        n += rows;
-        if (n + rows > g.buffered * g.rows || t == 0) {
-          gemm_transposed(g.columns, g.Dp, n, drec, g.ldg, before, g.Dp, first ? nullptr : part, part, g.Dp);
-          first = false;
-          n = 0;
-        }
+      for (int64_t i = first; i < last; ++i) {
+        part = i == first ? sum : other;
+        block(g.transposed(workspace, head), g.straight(workspace, head), head, i * g.rows);
+        if (i > first) axpy(sum, 1.f, part, static_cast<int>(g.part_floats));
       }
-      if (!p.dinitial) continue;
-      for (int s = 0; s < S; ++s) {
-        for (int r = 0; r < rows; ++r) {
-          store_row(p.dinitial + (((b + r) * S + s) * p.H + head) * p.D, carried[s] + r * g.Dp, g.D);
-        }
+    }
+  }
+
+  void block(const float* wt, const float* w, int64_t head, int64_t b) {
+    const int rows = static_cast<int>(std::min(g.rows, p.B - b));
+    for (float* x : carried) zero(x, g.rows * g.Dp);
+    zero(part + int64_t{g.columns} * g.Dp, g.columns);
+    bool first = true;
+    int n = 0;  // rows in the buffers
+    for (int64_t t = p.L - 1; t >= 0; --t) {
+      float* const h = before + int64_t{n} * g.Dp;
+      float* const d = drec + int64_t{n} * g.ldg;
+      for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < g.D; c += kLanes) store(h + r * g.Dp + c, state_before(b + r, t, 0, head, c));
+      }
+      gemm(rows, g.columns, g.D, h, g.Dp, wt, g.ldg, nullptr, this->pre, g.ldg);
+      for (int r = 0; r < rows; ++r) step(b + r, t, head, r, d + r * g.ldg);
+      constexpr bool kDirect = kCell == RnnCell::kGru;
+      gemm(rows, g.Dp, g.columns, d, g.ldg, w, g.Dp, kDirect ? direct : nullptr, carried[0], g.Dp);
+      n += rows;
+      if (n + rows > g.buffered * g.rows || t == 0) {
+        gemm_transposed(g.columns, g.Dp, n, drec, g.ldg, before, g.Dp, first ? nullptr : part, part, g.Dp);
+        first = false;
+        n = 0;
+      }
+    }
+    if (!p.dinitial) return;
+    for (int s = 0; s < S; ++s) {
+      for (int r = 0; r < rows; ++r) {
+        store_row(p.dinitial + (((b + r) * S + s) * p.H + head) * p.D, carried[s] + r * g.Dp, g.D);
       }
     }
   }
@@ -341,8 +356,8 @@ void reduce(const Params& p, const Plan& g, float* workspace, int64_t begin, int
     for (int64_t o = 0; o <= g.D; ++o) {  // the last one is the bias
       const int64_t at = o < g.D ? (gate * g.Dp + o) * g.Dp : int64_t{g.columns} * g.Dp + gate * g.Dp;
       zero(sum, g.Dp);
-      for (int64_t i = 0; i < g.blocks; ++i) {
-        axpy(sum, 1.f, g.part(workspace, p, head * g.blocks + i) + at, g.Dp);
+      for (int64_t i = 0; i < g.parts; ++i) {
+        axpy(sum, 1.f, g.part(workspace, p, head * g.parts + i) + at, g.Dp);
       }
       if (o < g.D) {
         store_row(static_cast<T*>(p.dweight) + ((head * p.G + gate) * p.D + o) * p.D, sum, g.D);
@@ -374,7 +389,7 @@ void prepare_weights(const Params& p, float* workspace, int64_t begin, int64_t e
   dispatch_dtype(p.dtype, [&](auto type) { prepare<decltype(type)>(p, g, workspace, begin, end); });
 }
 
-int64_t scan_units(const Params& p) { return p.H * Plan(p).blocks; }
+int64_t forward_units(const Params& p) { return p.H * Plan(p).blocks; }
 
 void forward(const Params& p, float* workspace, int64_t begin, int64_t end) {
   const Plan g(p);
@@ -384,6 +399,8 @@ void forward(const Params& p, float* workspace, int64_t begin, int64_t end) {
     });
   });
 }
+
+int64_t backward_units(const Params& p) { return p.H * Plan(p).parts; }
 
 void backward(const Params& p, float* workspace, int64_t begin, int64_t end) {
   const Plan g(p);
@@ -403,12 +420,12 @@ int64_t forward_floats(const Params& p) { return p.H * Plan(p).head_floats; }
 
 int64_t backward_floats(const Params& p) {
   const Plan g(p);
-  return p.H * g.head_floats + p.H * g.blocks * g.part_floats;
+  return p.H * g.head_floats + p.H * g.parts * g.part_floats;
 }
 
-constexpr Step<Params> kForward[] = {{weight_units, prepare_weights}, {scan_units, forward}};
+constexpr Step<Params> kForward[] = {{weight_units, prepare_weights}, {forward_units, forward}};
 constexpr Step<Params> kBackward[] = {
-    {weight_units, prepare_weights}, {scan_units, backward}, {weight_units, reduce_parts}};
+    {weight_units, prepare_weights}, {backward_units, backward}, {weight_units, reduce_parts}};
 
 }  // namespace rnn_scan_impl
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME

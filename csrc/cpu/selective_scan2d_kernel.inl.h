@@ -6,7 +6,9 @@
 // Backward: a step per direction. A unit is a group of blocks of a run of batch items. The states at the start of every
 // chunk are computed first and kept; then chunks go backward, their states computed again from there, with
 //   dh_i = c_i g_i + e_(i+1) dh_(i+1),   e_i = exp(delta_i a),   h_i = e_i h_(i-1) + delta_i b_i x_i.
-// Gradients of b and c are sums over channels: each group of blocks writes its own, a second step adds them.
+// Gradients of b and c are sums over channels: each group of blocks writes its own, a second step adds them. On a large
+// map of a small batch that would be too much memory for many groups: then the chunks of a direction go in slabs, two
+// steps each, between which the workspace keeps states and adjoints.
 #pragma once
 
 namespace effvit::cpu::EFFVIT_ISA_NAME {
@@ -18,13 +20,17 @@ constexpr int kDirections = 4;
 constexpr int64_t kUnits = 16, kMaxSplits = 32;
 constexpr int64_t kPartialBytes = 16 << 20;  // what the groups of all blocks may write at most
 constexpr int64_t kReduceTokens = 64;
+constexpr int kMaxSlabs = 8;
+constexpr int64_t kSlabBatch = 4;  // batches smaller than this go in slabs
 constexpr float kLog2e = 1.44269504f;
 
 struct Geometry {
   int64_t L, chunks;
   int64_t splits, groups;  // of the batch, and of the blocks of channels: units of a direction in backward
   int N, ldn;  // states, and rounded up to whole vectors
-  int blocks, group_blocks;
+  int blocks, group_blocks;  // of a group, at most
+  int slabs;
+  int64_t slab_chunks;  // of a slab but perhaps the last
   int chunk;  // tokens
   int rows;  // of a chunk, one per token and state, rounded up to whole vectors
 
@@ -41,17 +47,36 @@ struct Geometry {
     chunks = ceil_div(L, chunk);
     rows = round_up(chunk * N, kLanes);
     splits = std::min(p.B, kMaxSplits);
-    const int64_t fit = kPartialBytes / (p.B * L * 2 * N * static_cast<int64_t>(sizeof(float)));
-    const int64_t most = std::min({int64_t{blocks}, fit, small ? int64_t{blocks} : ceil_div(kUnits, splits)});
-    group_blocks = static_cast<int>(ceil_div(blocks, std::max<int64_t>(most, 1)));
-    groups = ceil_div(blocks, group_blocks);
+    const int64_t row_bytes = p.B * 2 * N * static_cast<int64_t>(sizeof(float));  // of a group, per token
+    int64_t wanted = std::min<int64_t>(blocks, small ? blocks : ceil_div(kUnits, splits));
+    const bool few = p.B < kSlabBatch && wanted > 1;
+    slabs = 1;
+    if (small && few) {
+      slabs = static_cast<int>(std::min<int64_t>(2, chunks));
+    } else if (few && 2 * row_bytes * L > kPartialBytes) {  // not even two groups
+      wanted = p.B == 1 && blocks >= 8 ? 4 : 2;  // of neighbouring blocks: a line of each at a time wastes fetches
+      slabs = static_cast<int>(std::min<int64_t>({ceil_div(wanted * row_bytes * L, kPartialBytes), chunks, kMaxSlabs}));
+    }
+    slab_chunks = ceil_div(chunks, slabs);
+    const int64_t fit = kPartialBytes / (row_bytes * std::min(L, slab_chunks * chunk));
+    groups = std::max<int64_t>(std::min(wanted, fit), 1);
+    group_blocks = static_cast<int>(ceil_div(blocks, groups));
+    if (slabs == 1) groups = ceil_div(blocks, group_blocks);
+    if (groups == 1) slabs = 1, slab_chunks = chunks;
   }
 
+  int first_block(int64_t group) const { return static_cast<int>(blocks * group / groups); }
   int tokens_of(int64_t c) const { return static_cast<int>(std::min<int64_t>(chunk, L - c * chunk)); }
   // Sums of a block that leave a unit: gradients of a, of d, and of dt_bias.
   int64_t parameter_rows() const { return N + 2; }
   int64_t parameter_floats() const { return splits * blocks * parameter_rows() * kLanes; }
-  int64_t partial_floats(const Params& p) const { return groups > 1 ? groups * p.B * L * 2 * N : 0; }
+  int64_t slab_tokens() const { return std::min(L, slab_chunks * chunk); }
+  int64_t partial_floats(const Params& p) const { return groups > 1 ? groups * p.B * slab_tokens() * 2 * N : 0; }
+  // What is kept from slab to slab for a block of a batch item: states at the starts of all chunks, adjoints.
+  int64_t kept_floats() const { return slabs > 1 ? (chunks + 1) * N * kLanes : 0; }
+  // Of a direction, counted from its end, where backward begins.
+  int64_t first_chunk(int slab) const { return std::max<int64_t>(0, chunks - (slab + 1) * slab_chunks); }
+  int64_t last_chunk(int slab) const { return std::max<int64_t>(0, chunks - slab * slab_chunks); }  // behind it
 };
 
 struct Place {
@@ -318,7 +343,7 @@ struct Backward {
   const int s;
   Chunk<T> chunk;
   float *a, *rate, *adjoint;  // [group_blocks, N, kLanes]; adjoint: e_(i+1) dh_(i+1)
-  float* checkpoints;  // [group_blocks, chunks, N, kLanes]
+  float* checkpoints;  // [group_blocks, chunks, N, kLanes], elsewhere where there are slabs
   float *state, *da;  // [N, kLanes]
   float *decay, *past;  // [rows, kLanes]
   float *sum_b, *sum_c;  // [rows], gradients of b and c of a chunk; a row is read up to a whole vector
@@ -327,18 +352,18 @@ struct Backward {
       : p(params), g(geometry), s(direction), chunk(params, geometry, scratch) {
     const int64_t states = int64_t{g.N} * kLanes;
     for (float** table : {&a, &rate, &adjoint}) *table = scratch.take<float>(g.group_blocks * states);
-    checkpoints = scratch.take<float>(g.group_blocks * g.chunks * states);
+    checkpoints = scratch.take<float>(g.slabs > 1 ? 0 : g.group_blocks * g.chunks * states);
     for (float** vector : {&state, &da}) *vector = scratch.take<float>(states);
     for (float** table : {&decay, &past}) *table = scratch.take<float>(int64_t{g.rows} * kLanes);
     for (float** sums : {&sum_b, &sum_c}) *sums = scratch.take<float>(g.rows + g.ldn);
   }
 
   // The states at the start of every chunk, for block j of the group.
-  void keep_states(int64_t item, int j, int block) {
+  void keep_states(int64_t item, int j, int block, float* to) {
     const int64_t states = int64_t{g.N} * kLanes;
     zero(state, states);
     for (int64_t i = 0;; ++i) {
-      std::memcpy(checkpoints + (j * g.chunks + i) * states, state, static_cast<size_t>(states) * sizeof(float));
+      std::memcpy(to + i * states, state, static_cast<size_t>(states) * sizeof(float));
       if (i + 1 == g.chunks) return;
       chunk.seek(item, s, i, i + 1);
       chunk.load_b();
@@ -408,18 +433,18 @@ struct Backward {
     return sums;
   }
 
-  void block_of_chunk(int64_t index, int j, int block, float* parameters) {
+  void block_of_chunk(int64_t index, int j, int block, const float* start, float* adjoints, float* parameters) {
     const int64_t states = int64_t{g.N} * kLanes;
     chunk.template load_channels<true>(block);
     chunk.load_gradients(block);
-    std::memcpy(state, checkpoints + (j * g.chunks + index) * states, static_cast<size_t>(states) * sizeof(float));
+    std::memcpy(state, start + index * states, static_cast<size_t>(states) * sizeof(float));
     zero(da, states);
     const vf skip = skip_of(p, s, block);
     Sums sums;
     dispatch_states(g.N, [&](auto n) {
       constexpr int kN = decltype(n)::value;
       scan<Scan::kKeep, kN>(chunk, rate + j * states, state, nullptr, decay, past);
-      sums = step_back<kN>(a + j * states, adjoint + j * states, skip, block);
+      sums = step_back<kN>(a + j * states, adjoints, skip, block);
     });
     for (int64_t i = 0; i < states; i += kLanes) store(parameters + i, load(parameters + i) + load(da + i));
     store(parameters + states, load(parameters + states) + sums.dd);
@@ -431,11 +456,11 @@ struct Backward {
   }
 
   // Gradients of b and c of the chunk: to their places, or, of one group of several, in the order of the direction.
-  void write_sums(int64_t item, int64_t group, int64_t index, float* partials) {
+  void write_sums(int64_t item, int64_t group, int64_t index, int64_t first, float* partials) {
     for (int t = 0; t < chunk.count; ++t) {
       const float *const from_b = sum_b + t * g.N, *const from_c = sum_c + t * g.N;
       if (g.groups > 1) {
-        float* const to = partials + ((group * p.B + item) * g.L + index * g.chunk + t) * 2 * g.N;
+        float* const to = partials + ((group * p.B + item) * g.slab_tokens() + (index - first) * g.chunk + t) * 2 * g.N;
         std::memcpy(to, from_b, static_cast<size_t>(g.N) * sizeof(float));
         std::memcpy(to + g.N, from_c, static_cast<size_t>(g.N) * sizeof(float));
       } else {
@@ -446,44 +471,57 @@ struct Backward {
     }
   }
 
-  void run(float* workspace, int64_t begin, int64_t end) {
+  void run(float* workspace, int slab, int64_t begin, int64_t end) {
     const int64_t states = int64_t{g.N} * kLanes, block_floats = g.parameter_rows() * kLanes;
+    float* const partials = workspace + g.parameter_floats();
+    float* const kept = partials + g.partial_floats(p);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t group = unit % g.groups, split = unit / g.groups;
-      const int first = static_cast<int>(group) * g.group_blocks;
-      const int blocks = std::min(g.group_blocks, g.blocks - first);
+      const int first = g.first_block(group), blocks = g.first_block(group + 1) - first;
       float* const parameters = workspace + (split * g.blocks + first) * block_floats;
-      zero(parameters, blocks * block_floats);
+      if (slab == 0) zero(parameters, blocks * block_floats);
       for (int j = 0; j < blocks; ++j) {
         load_rates(a + j * states, p, s, first + j, 1.f);
         load_rates(rate + j * states, p, s, first + j, kLog2e);
       }
       for (int64_t item = p.B * split / g.splits; item < p.B * (split + 1) / g.splits; ++item) {
-        for (int j = 0; j < blocks; ++j) keep_states(item, j, first + j);
-        zero(adjoint, blocks * states);
-        for (int64_t index = g.chunks - 1; index >= 0; --index) {
+        float* const here = kept + (item * g.blocks + first) * g.kept_floats();
+        const auto starts = [&](int j) {
+          return g.slabs > 1 ? here + j * g.kept_floats() : checkpoints + j * g.chunks * states;
+        };
+        const auto adjoints = [&](int j) { return g.slabs > 1 ? starts(j) + g.chunks * states : adjoint + j * states; };
+        for (int j = 0; j < blocks && slab == 0; ++j) {
+          keep_states(item, j, first + j, starts(j));
+          zero(adjoints(j), states);
+        }
+        for (int64_t index = g.last_chunk(slab) - 1; index >= g.first_chunk(slab); --index) {
           chunk.seek(item, s, index, index - 1);
           chunk.load_b(), chunk.load_c();
           zero(sum_b, g.rows), zero(sum_c, g.rows);
-          for (int j = 0; j < blocks; ++j) block_of_chunk(index, j, first + j, parameters + j * block_floats);
-          write_sums(item, group, index, workspace + g.parameter_floats());
+          for (int j = 0; j < blocks; ++j) {
+            block_of_chunk(index, j, first + j, starts(j), adjoints(j), parameters + j * block_floats);
+          }
+          write_sums(item, group, index, g.first_chunk(slab), partials);
         }
       }
     }
   }
 };
 
-// Sums over the groups of blocks, of kReduceTokens tokens of direction s from the first-th one on.
+// Sums over the groups of blocks, of kReduceTokens tokens of direction s from the first-th one of a slab on.
 template <class T>
-void reduce_tokens(const Params& p, const Geometry& g, int s, const float* partials, int64_t item, int64_t first) {
-  const int count = static_cast<int>(std::min(kReduceTokens, g.L - first)), width = 2 * g.N;
+void reduce_tokens(const Params& p, const Geometry& g, int s, int slab, const float* partials, int64_t item,
+                   int64_t first) {
+  const int64_t start = g.first_chunk(slab) * g.chunk, end = std::min(g.L, g.last_chunk(slab) * g.chunk);
+  const int count = static_cast<int>(std::min(kReduceTokens, end - start - first)), width = 2 * g.N;
   float* const sum = static_cast<float*>(thread_scratch(static_cast<size_t>(width + 2 * g.ldn) * sizeof(float)));
   Place place[kReduceTokens];
-  find_places(place, p, s, first, count);
+  if (count <= 0) return;
+  find_places(place, p, s, start + first, count);
   for (int t = 0; t < count; ++t) {
     std::memset(sum, 0, static_cast<size_t>(width) * sizeof(float));
     for (int64_t group = 0; group < g.groups; ++group) {
-      const float* const from = partials + ((group * p.B + item) * g.L + first + t) * width;
+      const float* const from = partials + ((group * p.B + item) * g.slab_tokens() + first + t) * width;
       for (int i = 0; i < width; ++i) sum[i] += from[i];
     }
     const int64_t to = ((item * g.L + place[t].y * p.W + place[t].x) * kDirections + s) * g.N;
@@ -518,55 +556,81 @@ void forward(const Params& p, float*, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) { run_pass<Forward<decltype(type)>>(p, g, begin, end); });
 }
 
-int64_t backward_units(const Params& p) {
-  const Geometry g(p);
-  return g.splits * g.groups;
-}
-
-int64_t backward_floats(const Params& p) {
-  const Geometry g(p);
-  return g.parameter_floats() + g.partial_floats(p);
-}
-
-template <int s>
-void backward(const Params& p, float* workspace, int64_t begin, int64_t end) {
+void backward_slab(const Params& p, int s, int slab, float* workspace, int64_t begin, int64_t end) {
   const Geometry g(p);
   dispatch_dtype(p.dtype, [&](auto type) {
     using Pass = Backward<decltype(type)>;
     Scratch count;
     Pass sizes(p, g, count, s);
     Scratch scratch(static_cast<char*>(thread_scratch(static_cast<size_t>(count.used()))));
-    Pass(p, g, scratch, s).run(workspace, begin, end);
+    Pass(p, g, scratch, s).run(workspace, slab, begin, end);
   });
 }
 
-// Blocks of channels first, then tokens.
-int64_t reduce_units(const Params& p) {
+void reduce_slab(const Params& p, int s, int slab, float* workspace, int64_t begin, int64_t end) {
   const Geometry g(p);
-  return g.blocks + (g.groups > 1 ? p.B * ceil_div(g.L, kReduceTokens) : 0);
-}
-
-template <int s>
-void reduce(const Params& p, float* workspace, int64_t begin, int64_t end) {
-  const Geometry g(p);
-  const int64_t tiles = ceil_div(g.L, kReduceTokens);
+  const int64_t tiles = ceil_div(g.slab_tokens(), kReduceTokens), blocks = slab + 1 == g.slabs ? g.blocks : 0;
   for (int64_t unit = begin; unit < end; ++unit) {
-    if (unit < g.blocks) {
+    if (unit < blocks) {
       reduce_parameters(p, g, s, workspace, static_cast<int>(unit));
       continue;
     }
-    const int64_t tile = unit - g.blocks;
+    const int64_t tile = unit - blocks;
     dispatch_dtype(p.dtype, [&](auto type) {
-      reduce_tokens<decltype(type)>(p, g, s, workspace + g.parameter_floats(), tile / tiles,
+      reduce_tokens<decltype(type)>(p, g, s, slab, workspace + g.parameter_floats(), tile / tiles,
                                     tile % tiles * kReduceTokens);
     });
   }
 }
 
+int64_t backward_floats(const Params& p) {
+  const Geometry g(p);
+  return g.parameter_floats() + g.partial_floats(p) + p.B * g.blocks * g.kept_floats();
+}
+
+template <int slab>
+int64_t backward_units(const Params& p) {
+  const Geometry g(p);
+  return slab < g.slabs ? g.splits * g.groups : 0;
+}
+
+template <int s, int slab>
+void backward(const Params& p, float* workspace, int64_t begin, int64_t end) {
+  backward_slab(p, s, slab, workspace, begin, end);
+}
+
+// Tokens of a slab; before them, with the last slab, blocks of channels.
+template <int slab>
+int64_t reduce_units(const Params& p) {
+  const Geometry g(p);
+  if (slab >= g.slabs) return 0;
+  return (slab + 1 == g.slabs ? g.blocks : 0) + (g.groups > 1 ? p.B * ceil_div(g.slab_tokens(), kReduceTokens) : 0);
+}
+
+template <int s, int slab>
+void reduce(const Params& p, float* workspace, int64_t begin, int64_t end) {
+  reduce_slab(p, s, slab, workspace, begin, end);
+}
+
 constexpr Step<Params> kForward[] = {{forward_units, forward}};
-constexpr Step<Params> kBackward[] = {
-    {backward_units, backward<0>}, {reduce_units, reduce<0>}, {backward_units, backward<1>}, {reduce_units, reduce<1>},
-    {backward_units, backward<2>}, {reduce_units, reduce<2>}, {backward_units, backward<3>}, {reduce_units, reduce<3>}};
+
+// Direction after direction, slab after slab, the two steps of each.
+template <int i>
+constexpr Step<Params> step_of() {
+  constexpr int s = i / (2 * kMaxSlabs), slab = i / 2 % kMaxSlabs;
+  if constexpr (i % 2 == 0) {
+    return {backward_units<slab>, backward<s, slab>};
+  } else {
+    return {reduce_units<slab>, reduce<s, slab>};
+  }
+}
+template <class Indices>
+struct Steps;
+template <int... i>
+struct Steps<std::integer_sequence<int, i...>> {
+  static constexpr Step<Params> kList[] = {step_of<i>()...};
+};
+using Backwards = Steps<std::make_integer_sequence<int, 2 * kMaxSlabs * kDirections>>;
 
 }  // namespace selective_scan2d_impl
 }  // namespace effvit::cpu::EFFVIT_ISA_NAME
@@ -575,7 +639,7 @@ namespace effvit::cpu {
 const Kernel<SelectiveScan2dParams>* EFFVIT_KERNEL_NAME(selective_scan2d)() {
   namespace impl = EFFVIT_ISA_NAME::selective_scan2d_impl;
   static constexpr Kernel<SelectiveScan2dParams> kernel = {routine(impl::kForward),
-                                                           routine(impl::kBackward, impl::backward_floats)};
+                                                           routine(impl::Backwards::kList, impl::backward_floats)};
   return &kernel;
 }
 }  // namespace effvit::cpu

@@ -4,6 +4,7 @@ import pytest
 import torch
 from layer_suite import DTYPES, check, check_everything_else, randomise, spread, tokens
 
+from effvit._accuracy import assert_close_to_truth
 from effvit.layers import LMU, lmuformer
 from effvit.layers.lmuformer import impulse_response, legendre_matrices
 
@@ -49,6 +50,25 @@ def test_one_token_after_another(monkeypatch):
         monkeypatch.undo()
         first, state = m.recurrent(t[..., :4])
         torch.testing.assert_close(torch.cat([first, m.recurrent(t[..., 4:], state)[0]], -1), found)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_the_state_of_the_recurrence_is_float32(autocast):
+    """Rounded to bfloat16 after each of 100 tokens, it would lose two of its three digits."""
+    m = randomise(LMU(DIM, **SIZES)).to(torch.float32 if autocast else torch.bfloat16).eval()
+    cell = m.lmu
+    x = tokens(2, 100, DIM, dtype=next(cell.parameters()).dtype)
+    found = torch.zeros(2, DIM)
+    truth, plain = found.double(), found.clone()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for token in x.unbind(1):
+            u = cell.W_u(token).relu()  # what the memory is of
+            _, found = cell.recurrent(token, found)
+            with torch.autocast("cpu", enabled=False):
+                truth = truth @ cell.A.double().mT + u.double() @ cell.B.double().mT
+                plain = plain @ cell.A.float().mT + u.float() @ cell.B.float().mT
+    assert_close_to_truth(found, truth, plain)
+    assert m.recurrent(x.mT[..., :1])[1].dtype == torch.float32
 
 
 def test_matrices():

@@ -1,13 +1,16 @@
 """aft: the shared suite, its definition against the paper's formulas, and what extreme keys and biases do."""
 
+import functools
+
 import pytest
 import torch
 
 import effvit
 from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.reference.aft import aft as reference
-from effvit.testing import backends
-from effvit.testing.aft import SPEC
+from effvit.testing import backends, oracle_of
+from effvit.testing._oracle import random_output_grads
+from effvit.testing.aft import SPEC, _sample
 from op_suite import OpSuite
 
 
@@ -67,6 +70,8 @@ def test_sums_that_the_largest_say_nothing_about(far):
     leaves = [t.double().requires_grad_() for t in (q, k, v, w)]
     results = reference(*leaves)
     gradients = torch.autograd.grad(results, leaves, [g.double() for g in grads])
+    plain = [t.clone().requires_grad_() for t in (q, k, v, w)]
+    yardsticks = torch.autograd.grad(reference(*plain), plain, list(grads))
     _, magnitudes = SPEC.magnitudes(
         tuple(t.detach() for t in leaves),
         {"window": 0},
@@ -80,8 +85,30 @@ def test_sums_that_the_largest_say_nothing_about(far):
             largest = t.detach().abs().clamp(min=far)
             assert_close_to_truth(x, t.detach(), magnitude=largest, name=f"{name} {backend.name}")
         back = backend.backward(*(g.to(backend.device) for g in grads), *given[:3], *found[1:], given[3], window=0)
-        for name, x, t in zip(("q", "k", "v", "bias"), back, gradients, strict=True):
-            assert_close_to_truth(x, t, magnitude=magnitudes[name], name=f"{name} {backend.name}")
+        for name, x, t, y in zip(("q", "k", "v", "bias"), back, gradients, yardsticks, strict=True):
+            assert_close_to_truth(x, t, y, magnitude=magnitudes[name], name=f"{name} {backend.name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "of_keys, of_bias", [(300, None), (-300, None), (40, None), (300, 0), (0, -300), (-150, 400), (1000, -1000)]
+)
+def test_logarithms_in_the_hundreds(of_keys, of_bias, dtype):
+    """Keys and biases far from zero: outputs and gradients of every backend. Where they cancel, or where there is no
+    bias, PyTorch loses nothing."""
+    sample = _sample(
+        f"far {of_keys} {of_bias}", 2, 19, 21, 17, bias=of_bias is not None,
+        values=lambda k, w: (k + of_keys, None if w is None else w + of_bias),
+    )  # fmt: skip
+    args, kwargs = sample.build(dtype)
+    oracle = oracle_of(SPEC, args, kwargs, functools.partial(random_output_grads, SPEC, sample, dtype))
+    for backend in backends("aft"):
+        given = [None if t is None else t.to(backend.device) for t in args]
+        results = backend.forward(*given, **kwargs)
+        oracle.check_outputs(results)
+        grads = [g.to(backend.device) for g in oracle.output_grads]
+        bargs, bkwargs = SPEC.backward_call(given, kwargs, results, grads)
+        oracle.check_gradients(SPEC.split_gradients(backend.backward(*bargs, **bkwargs), args, kwargs))
 
 
 def test_keys_and_pairs_that_do_not_count():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import effvit
 from effvit.reference.dwconv_glu import dwconv_glu as definition
+from effvit.testing import backends
 from effvit.testing.dwconv_glu import NAMES, SPEC
 from op_suite import OpSuite
 
@@ -50,11 +51,13 @@ def test_where_the_gates_are():
         assert torch.equal(found, expected)
 
 
-def test_zeros_around_the_map_are_not_read():
+@pytest.mark.parametrize("backend", backends("dwconv_glu"), ids=lambda b: b.name)
+@pytest.mark.parametrize("k", [3, 5, 7])
+def test_zeros_around_the_map_are_not_read(k, backend):
     """An infinity at a border spreads to its neighbours and no further."""
-    x, v, w = torch.ones(1, 6, 6, 4), torch.ones(1, 6, 6, 4), torch.ones(4, 3, 3)
-    x[0, 0, 5, 1] = torch.inf
-    out = effvit.dwconv_glu(x, v, w, act="none")
-    touched = torch.zeros(1, 6, 6, 4, dtype=torch.bool)
-    touched[0, :2, 4:, 1] = True
+    x, v, w = (torch.ones(s, device=backend.device) for s in ((1, 8, 9, 4), (1, 8, 9, 4), (4, k, k)))
+    x[0, 0, 8, 1] = torch.inf
+    out = backend.forward(x, v, w, None, act=NAMES.index("none"), gate_first=False).cpu()
+    touched = torch.zeros(1, 8, 9, 4, dtype=torch.bool)
+    touched[0, : k // 2 + 1, 8 - k // 2 :, 1] = True
     assert torch.equal(out.isinf(), touched) and not out.isnan().any()

@@ -15,7 +15,7 @@ from effvit.testing import assert_bitwise_equal, assert_close_to_truth, backends
 from effvit.testing._oracle import random_output_grads
 from effvit.testing._spec import as_tuple, named_tensors, with_grad
 from effvit.testing.gated_linear_attention import BOTH, FORWARD, REVERSE, SPEC, TENSORS, _mixed, _sample
-from op_suite import OpSuite
+from op_suite import OpSuite, threads
 
 GATES = ("head", "token", "channel")
 
@@ -189,6 +189,7 @@ EXTREMES = {
     "-inf": _constant(float("-inf")),
     "mixed": _mixed,
     "0 or -20": lambda randn, shape: torch.where(randn(*shape) > 0, 0.0, -20.0),
+    "0, rarely -12": lambda randn, shape: torch.where(randn(*shape) > 1.5, -12.0, 0.0),
 }
 
 
@@ -215,19 +216,45 @@ def test_lengths(kind, L, direction):
 
 @pytest.mark.parametrize("kind", ["token", "channel"])
 def test_very_long_sequence(kind):
-    """65,536 tokens with gates near 0, so that all of them count; the truth is the chunkwise formula in float64."""
+    """65,536 tokens with gates near 0, so that all of them count. The truth is the chunkwise formula in float64, the
+    yardstick the same in float32, and the magnitude the same of absolute values, as in `magnitudes`."""
     L = 65536
-    q, k, v = _tokens(1, L, 1, 2, 3)
-    g = -1e-3 * _randn(*((1, L, 1, 2) if kind == "channel" else (1, L, 1)), seed=5).abs()
-    leaves = [t.float().requires_grad_() for t in (q, k, v, g)]
-    wide = [t.detach().double().requires_grad_() for t in leaves]
-    out, state = gated_linear_attention(*leaves, return_state=True)
-    expected, last = by_chunks(*wide, scale=2**-0.5)
-    grads = torch.autograd.grad([out.sum(), state.sum()], leaves)
-    truths = torch.autograd.grad([expected.sum(), last.sum()], wide)
-    # Sums of up to a thousand terms that matter: a bound of its own, sqrt(1000) roundings of the largest entry.
-    for x, t in zip((out, state, *grads), (expected, last, *truths), strict=True):
-        assert (x.double() - t).abs().max() <= 32 * torch.finfo(torch.float32).eps * t.abs().max()
+    q, k, v = _tokens(1, L, 1, 2, 3, dtype=torch.float32)
+    g = -1e-3 * _randn(*((1, L, 1, 2) if kind == "channel" else (1, L, 1)), seed=5).abs().float()
+
+    def run(function, *tensors):
+        leaves = [t.requires_grad_() for t in tensors]
+        results = function(*leaves)
+        return *(t.detach() for t in results), *torch.autograd.grad([t.sum() for t in results], leaves)
+
+    given = [t.clone() for t in (q, k, v, g)]
+    found = run(functools.partial(gated_linear_attention, return_state=True), *given)
+    plain = functools.partial(by_chunks, scale=2**-0.5)
+    yardsticks = run(plain, *(t.clone() for t in (q, k, v, g)))
+    truths = run(plain, *(t.double() for t in (q, k, v, g)))
+    sizes = run(plain, *(t.double().abs() for t in (q, k, v)), g.double())
+    for name, *rest in zip(("out", "state", *"qkvg"), found, truths, yardsticks, sizes, strict=True):
+        x, truth, yardstick, size = rest
+        assert_close_to_truth(x, truth, yardstick, magnitude=size, name=name)
+
+
+@pytest.mark.parametrize("name", ["long_channel_both", "long_head_both", "long_channel_segments"])
+def test_parts_of_a_walk_in_any_number_of_threads(name):
+    """Few heads have their tokens split over units, which meet at the states."""
+    sample = SPEC.sample(name)
+    for backend in _fast():
+        for dtype in sample.dtypes[:2]:
+            args, kwargs = sample.build(dtype)
+            results = as_tuple(backend.forward(*args, **kwargs))
+            grads = random_output_grads(SPEC, sample, dtype, results)
+            bargs, bkwargs = SPEC.backward_call(args, kwargs, results, grads)
+            with threads(1):
+                one = backend.backward(*bargs, **bkwargs)
+            for n in (2, 3):
+                with threads(n):
+                    many = backend.backward(*bargs, **bkwargs)
+                for a, b in zip(many, one, strict=True):
+                    assert_bitwise_equal(a, b, name=f"{backend.name} with {n} threads")
 
 
 def test_sequence_in_pieces_equals_one_call():

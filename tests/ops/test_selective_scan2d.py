@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import effvit.ops
-from effvit.testing import assert_bitwise_equal, assert_close_to_truth, backends
+from effvit.testing import assert_bitwise_equal, assert_close_to_truth, backends, small_tiles
 from effvit.testing.selective_scan2d import SPEC
-from op_suite import OpSuite
+from op_suite import OpSuite, threads
 
 
 class TestSelectiveScan2d(OpSuite):
@@ -81,12 +81,29 @@ def test_a_transposed_or_turned_map_exchanges_the_directions():
         torch.testing.assert_close(turn(turned), out)
 
 
-def test_a_nan_stays_with_its_channel_and_comes_after_it():
-    args, _ = SPEC.sample("small").build()
-    clean = effvit.ops.selective_scan2d(*args)
+@pytest.mark.parametrize("name", ["small_blocks", "vmamba_14x14_n16"])
+def test_slabs_in_any_number_of_threads(name):
+    """In the smallest tiles a direction of a small batch goes in slabs, blocks of channels on threads of their own."""
+    args, kwargs = SPEC.sample(name).build()
+    grad = torch.ones_like(args[0])
+    for backend in (b for b in backends("selective_scan2d") if b.name.startswith("cpu:")):
+        with small_tiles():
+            with threads(1):
+                one = backend.backward(grad, *args, **kwargs)
+            for n in (2, 3):
+                with threads(n):
+                    many = backend.backward(grad, *args, **kwargs)
+                for a, b in zip(many, one, strict=True):
+                    assert_bitwise_equal(a, b, name=f"{backend.name} with {n} threads")
+
+
+@pytest.mark.parametrize("backend", backends("selective_scan2d"), ids=lambda b: b.name)
+def test_a_nan_stays_with_its_channel_and_comes_after_it(backend):
+    args, _ = SPEC.sample("small").build(device=backend.device)
+    clean = backend.forward(*args)
     x = args[0].clone()
     x[1, 1, 1, 2] = float("nan")
-    out = effvit.ops.selective_scan2d(x, *args[1:])
+    out = backend.forward(x, *args[1:])
     assert out[1, 1, 1, 2].isnan()
     touched = out.isnan()
     touched[1, ..., 2] = False
@@ -94,12 +111,12 @@ def test_a_nan_stays_with_its_channel_and_comes_after_it():
     assert_bitwise_equal(out[0], clean[0])
 
 
-def test_growing_states_are_cut_not_garbage():
+@pytest.mark.parametrize("backend", [b for b in backends(SPEC.name) if b.name != "reference"], ids=lambda b: b.name)
+def test_growing_states_are_cut_not_garbage(backend):
     """delta * a above 87 counts as 87; the definition overflows there."""
-    x = torch.full((1, 1, 2, 3), 1e-9)
-    dt = torch.full((1, 1, 2, 4, 3), 500.0)
-    b = c = torch.ones(1, 1, 2, 4, 1)
-    out = effvit.ops.selective_scan2d(x, dt, b, c, torch.ones(4, 3, 1))
+    sizes = (1e-9, (1, 1, 2, 3)), (500.0, (1, 1, 2, 4, 3)), (1.0, (1, 1, 2, 4, 1)), (1.0, (4, 3, 1))
+    x, dt, b, a = (torch.full(shape, value, device=backend.device) for value, shape in sizes)
+    out = backend.forward(x, dt, b, b, a)
     assert out.isfinite().all() and (out > 1e30).all()
 
 
@@ -120,5 +137,8 @@ def test_many_tokens_against_float64():
     for function, tensors in ((effvit.ops.selective_scan2d, leaves), (SPEC.reference, leaves), (SPEC.reference, wide)):
         out = function(*tensors)
         runs.append((out.detach(), *torch.autograd.grad(out, tensors, g.to(out.dtype))))
-    for name, got, plain, truth in zip(("out", *SPEC.tensors), *runs, strict=False):
-        assert_close_to_truth(got, truth, plain, magnitude=truth.abs().max().expand_as(truth), name=name)
+    eps = torch.finfo(torch.float32).eps
+    outputs, gradients = SPEC.magnitudes((*(t.detach() for t in wide), None, None), {}, (g.double(),), eps)
+    sizes = (outputs["out"], *(gradients[n] for n in SPEC.tensors[:5]))
+    for name, got, plain, truth, size in zip(("out", *SPEC.tensors[:5]), *runs, sizes, strict=True):
+        assert_close_to_truth(got, truth, plain, magnitude=size, name=name)

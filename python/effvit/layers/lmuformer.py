@@ -34,6 +34,11 @@ def impulse_response(A, B, length):
     return response[:, :length]
 
 
+def _no_autocast(t):
+    device = t.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 class LMUFFTCell(nn.Module):
     """The parallel LMU (Chilkuri and Eliasmith, arXiv:2102.11417) with the state_dict of LMUFormer's `LMUFFTCell`.
 
@@ -70,8 +75,8 @@ class LMUFFTCell(nn.Module):
         H = wide(self.H)
         longer = L > self.seq_len
         H = impulse_response(self.A.double(), self.B.double(), L).to(H.dtype) if longer else H[:, :L]
-        u, device = wide(u), u.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        u = wide(u)
+        with _no_autocast(u):
             if L <= TOEPLITZ:
                 toeplitz = F.pad(u, (L - 1, 0)).unfold(1, L, 1)  # [B, L, L]: row t is u_(t-L+1) .. u_t
                 return toeplitz @ H.flip(1).mT
@@ -84,8 +89,13 @@ class LMUFFTCell(nn.Module):
         return h, h[:, -1]
 
     def recurrent(self, x, m):
-        """One token x [B, input_size], the memory before [B, memory_size] -> h [B, hidden_size], the memory after."""
-        m = m @ self.A.mT + F.relu(self.W_u(x)) @ self.B.mT
+        """One token x [B, input_size], the memory before [B, memory_size] -> h [B, hidden_size], the memory after.
+
+        The memory is float32 (float64 for float64), whatever the tokens are.
+        """
+        u = F.relu(self.W_u(x))
+        with _no_autocast(x):
+            m = wide(m) @ wide(self.A).mT + wide(u) @ wide(self.B).mT
         return F.relu(self.W_h(torch.cat([m.to(x.dtype), x], dim=-1))), m
 
 
@@ -126,8 +136,8 @@ class LMU(nn.Module):
         return self._project(h if self.use_all_h else last.unsqueeze(1))
 
     def recurrent(self, x, state=None):
-        """x [B, dim, N], state [B, memory_size] -> as forward, and the memory after."""
-        m = x.new_zeros(x.shape[0], self.lmu.memory_size) if state is None else state
+        """x [B, dim, N], state [B, memory_size] -> as forward, and the memory after, in float32 or float64."""
+        m = wide(x.new_zeros(x.shape[0], self.lmu.memory_size) if state is None else state)
         hs = []
         for token in x.unbind(-1):
             h, m = self.lmu.recurrent(token, m)

@@ -97,20 +97,16 @@ def random_sample(name, choose):
 
 
 def magnitudes(args, kwargs, output_grads, eps):
-    """A weight exp(k + w - lse) carries the float32 rounding of its exponent's terms."""
+    """A weight exp(k + w - lse) carries the float32 rounding of lse, where there is a bias: backward reads it."""
     q, k, v, bias = args
     L, M, window = q.shape[1], k.shape[1], kwargs["window"]
     there = torch.ones(L if bias is not None else min(L, 1), M, dtype=torch.bool)
-    x = size = k[:, None].expand(-1, len(there), -1, -1)
-    size = size.abs()
+    x = k[:, None].expand(-1, len(there), -1, -1)
     if bias is not None:
         if window:
             there = (torch.arange(L)[:, None] - torch.arange(M)).abs() < window
-        w = bias.masked_fill(~there, 0)[..., None]
-        x, size = x + w, size + w.abs()
+        x = x + bias.masked_fill(~there, 0)[..., None]
     weights, lse = x.softmax(2), x.logsumexp(2)
-    size = size + lse.abs()[:, :, None]
-    weights = weights * (1 + torch.finfo(torch.float32).eps / eps * size)
     mean = (weights * v.abs()[:, None]).sum(2)
     s = torch.sigmoid(q)
     outputs = {"out": s * mean, "mean": mean, "lse": lse.abs() + weights.sum(2)}
@@ -121,6 +117,8 @@ def magnitudes(args, kwargs, output_grads, eps):
     )
     gy = g * s if bias is not None else (g * s).sum(1, keepdim=True)[:, :L]
     gy = gy + grad_mean
+    if bias is not None:
+        weights = weights * (1 + torch.finfo(torch.float32).eps / eps * lse.abs()[:, :, None])
     moved = gy[:, :, None] * (v.abs()[:, None] + mean[:, :, None]) + grad_lse[:, :, None]
     terms = weights * moved
     gradients = {"q": g * s * (1 - s) * mean, "k": terms.sum(1), "v": (weights * gy[:, :, None]).sum(1)}

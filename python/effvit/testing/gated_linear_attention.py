@@ -13,7 +13,6 @@ NAME = "gated_linear_attention"
 TENSORS = OPS[NAME].names
 BACKWARD_TENSORS = OPS[f"{NAME}_backward"].names
 FORWARD, REVERSE, BOTH = range(3)
-WINDOW = 64  # tokens over which a chunkwise gradient of a gate may add up what cancels
 BFLOAT16_FIRST = (torch.bfloat16, torch.float32, torch.float16)
 FLOAT16_FIRST = (torch.float16, torch.float32, torch.bfloat16)
 
@@ -135,6 +134,9 @@ SAMPLES = [
     _sample("k256_v1", 1, 66, 1, 256, 1, gate="token", gate_dtype=torch.bfloat16, tags="nasty"),
     _sample("long_channel_segments", 1, 700, 1, 8, 4, gate="channel", gates=_mixed, lens=(260, 0, 440),
             direction=REVERSE, initial=True, tags="nasty", dtypes=BFLOAT16_FIRST),
+    _sample("long_channel_both", 1, 600, 1, 24, 20, gate="channel", gate_dtype=None, direction=BOTH, tags="nasty",
+            dtypes=BFLOAT16_FIRST),
+    _sample("long_head_both", 1, 530, 1, 16, gate="head", gates=_retention, direction=BOTH, tags="nasty"),
     # Nothing to do, or nearly.
     _sample("empty_batch", 0, 8, 2, 8, gate="token", initial=True, tags="empty"),
     _sample("empty_heads", 2, 8, 0, 8, gate="head", tags="empty"),
@@ -174,9 +176,7 @@ def magnitudes(args, kwargs, output_grads, eps):
     """Sums of the absolute values of the terms behind every component of the outputs and gradients, in float64.
 
     Outputs and gradients are sums of products with decays, which are positive: the definition itself, applied to
-    absolute values, adds up the absolute terms, and its derivative those of the gradients. On the CPU the gradient of a
-    channel's gate is a sum over the chunk's tokens of q dq - k dk, in which what lies wholly before or behind it
-    cancels.
+    absolute values, adds up the absolute terms, and its derivative those of the gradients.
     """
     args = (*args, *(None,) * (len(TENSORS) - len(args)))
     given = dict(zip(TENSORS, args, strict=True))
@@ -194,19 +194,7 @@ def magnitudes(args, kwargs, output_grads, eps):
     found = torch.autograd.grad(
         [y for y, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True, materialize_grads=True
     )
-    gradients = dict(zip(leaves, found, strict=True))
-    if "g_channel" in gradients:
-        products = sum(leaves[n].detach() * gradients[n] for n in ("q", "k"))  # [B, L, H, K]
-        gradients["g_channel"] = gradients["g_channel"] + _near(products)
-    return outputs, gradients
-
-
-def _near(x):
-    """The sum over the tokens at most WINDOW away."""
-    L = x.shape[1]
-    total = torch.nn.functional.pad(x.cumsum(1), (0, 0, 0, 0, 1, 0))  # of the tokens before
-    at = torch.arange(L, device=x.device)
-    return (total[:, (at + WINDOW + 1).clamp(max=L)] - total[:, (at - WINDOW).clamp(min=0)]).clamp(min=0)
+    return outputs, dict(zip(leaves, found, strict=True))
 
 
 # ---- the calls of the suite ----------------------------------------------------------------------------------------
@@ -229,14 +217,19 @@ def resize(args, kwargs):
 def memory_calls(dtype):
     generator = torch.Generator("cpu").manual_seed(0)
 
-    def call(B, L, H, D, gate):
+    def call(B, L, H, D, gate, direction=FORWARD):
         q, k, v = torch.randn(B, L, 3, H, D, generator=generator).to(dtype).unbind(2)
         g = -torch.rand((B, L, H, D) if gate == "channel" else (B, L, H), generator=generator)
-        return (q, k, v, None, *((None, g) if gate == "channel" else (g, None))), {"scale": D**-0.5}
+        return (q, k, v, None, *((None, g) if gate == "channel" else (g, None))), {
+            "scale": D**-0.5,
+            "direction": direction,
+        }
 
     return [
         ("4x3136_h6_d32_token", *call(4, 3136, 6, 32, "token")),
         ("4x3136_h4_d64_channel", *call(4, 3136, 4, 64, "channel")),
+        ("4x3136_h6_d32_token_both", *call(4, 3136, 6, 32, "token", BOTH)),
+        ("4x3136_h4_d32_channel_both", *call(4, 3136, 4, 32, "channel", BOTH)),
     ]
 
 

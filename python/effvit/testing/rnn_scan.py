@@ -86,14 +86,77 @@ def _largest(t, *dims):
     return t.abs().amax(dims, keepdim=True).expand_as(t) if t.numel() else t
 
 
+# Of one step: pre-activations `pre` (of the GRU's n gate, the part of x and that of h), the sums of the absolute values
+# of their terms `of`, the states before and after it, and the magnitudes of those before -> magnitudes of the states. A
+# gate passes on what its pre-activation carries, times its slope.
+
+
+def _lstm(pre, of, old, new, size):
+    i, f, o = (torch.sigmoid(pre[gate]) for gate in (0, 1, 3))
+    n, y = torch.tanh(pre[2]).abs(), torch.tanh(new[1]).abs()
+    c = f * size[1] + f * (1 - f) * old[1].abs() * of[1] + i * n + i * (1 - i) * n * of[0] + i * (1 - n * n) * of[2]
+    return o * y + o * (1 - o) * y * of[3] + o * (1 - y * y) * c, c
+
+
+def _gru(pre, of, old, new, size):
+    r, z, rec = torch.sigmoid(pre[0]), torch.sigmoid(pre[1]), pre[3].abs()
+    n = torch.tanh(pre[2] + r * pre[3]).abs()
+    n_size = n + (1 - n * n) * (of[2] + r * of[3] + r * (1 - r) * rec * of[0])
+    return ((1 - z) * n_size + z * size[0] + z * (1 - z) * (n + old[0].abs()) * of[1],)
+
+
+def _slstm(pre, of, old, new, size):
+    f, n, o = torch.sigmoid(pre[1]), torch.tanh(pre[2]).abs(), torch.sigmoid(pre[3])
+    kept = torch.nn.functional.logsigmoid(pre[1])
+    of_kept = (1 - f) * of[1] - kept + size[3]
+    kept, m = kept + old[3], new[3]
+    m_size = torch.where(kept > pre[0], of_kept, of[0])
+    i, forget = torch.exp(pre[0] - m), torch.exp(kept - m)
+    i_size, forget_size = i * (1 + of[0] + m_size), torch.where(forget > 0, forget * (1 + of_kept + m_size), 0.0)
+    c = forget * size[1] + forget_size * old[1].abs() + i_size * n + i * (1 - n * n) * of[2]
+    d = forget * size[2] + forget_size * old[2] + i_size
+    ratio = new[1].abs() / new[2]
+    return (o + o * (1 - o) * of[3]) * ratio + o * (c + ratio * d) / new[2], c, d, m_size
+
+
+_STEPS = (_lstm, _gru, _slstm)
+
+
+def _state_sizes(x, weight, bias, initial, trace, cell):
+    """Magnitudes of all states, [B, L, S, H, D]. States enter the next pre-activations with their true values."""
+    (B, L, _, H, D), S = x.shape, trace.shape[2]
+    first = initial
+    if initial is None:
+        first = x.new_zeros(B, S, H, D)
+        if CELLS[cell] == "slstm":
+            first[:, 3] = -torch.inf
+    states = torch.cat((first[:, None], trace), 1)
+    h = states[:, :L, 0]
+    rec, of_rec = (torch.einsum("bthi,hgoi->btgho", a, w) for a, w in ((h, weight), (h.abs(), weight.abs())))
+    if bias is not None:
+        rec, of_rec = rec + bias, of_rec + bias.abs()
+    pre, of = x + rec, x.abs() + of_rec
+    if CELLS[cell] == "gru":
+        pre = torch.cat((pre[:, :, :2], x[:, :, 2:], rec[:, :, 2:]), 2)
+        of = torch.cat((of[:, :, :2], x[:, :, 2:].abs(), of_rec[:, :, 2:]), 2)
+    size, sizes = first.abs().nan_to_num(posinf=0.0).unbind(1), []
+    for t in range(L):
+        of_step = (pre[:, t].unbind(1), of[:, t].unbind(1), states[:, t].unbind(1), states[:, t + 1].unbind(1))
+        size = _STEPS[cell](*of_step, size)
+        sizes.append(torch.stack(size, 1))
+    return torch.stack(sizes, 1) if sizes else trace.abs()
+
+
 def magnitudes(args, kwargs, output_grads, eps):
-    """Errors grow along the recurrence, and states and gates are differences of terms as large as any of their token:
-    measured against the largest of it. Gradients of weights and bias are sums over tokens: of the absolute values of
-    the gradients of pre-activations, times those of the state before."""
+    """Of states, sums of the absolute values of their terms. Errors of gradients grow along the recurrence, and are
+    differences of terms as large as any of their token: measured against the largest of it, over the batch, as a head
+    may have one channel. Gradients of weights and bias are sums over tokens: of the absolute values of the gradients of
+    pre-activations, times those of the state before."""
     x, weight, bias, initial = args
     leaves = [None if t is None else t.detach().requires_grad_() for t in args]
     out, trace = reference(*leaves, **kwargs)
-    outputs = {"out": _largest(out.detach(), 0, 2, 3), "trace": _largest(trace.detach(), 0, 3, 4)}
+    sizes = _state_sizes(*args, trace.detach(), kwargs["cell"])
+    outputs = {"out": sizes[:, :, 0], "trace": sizes}
     if output_grads is None:
         return outputs, {}
     pairs = [(o, g) for o, g in zip((out, trace), output_grads, strict=True) if g is not None]
@@ -163,7 +226,8 @@ def memory_calls(dtype):
         x = torch.randn(B, L, gates, H, D, generator=generator).to(dtype)
         return (x, (torch.randn(H, gates, D, D, generator=generator) * 0.1).to(dtype), None, None), {"cell": cell}
 
-    return [("8x1024x4x64", *call(8, 1024, 4, 64, LSTM)), ("16x784x2x32 slstm", *call(16, 784, 2, 32, SLSTM))]
+    return [("8x1024x4x64", *call(8, 1024, 4, 64, LSTM)), ("16x784x2x32 slstm", *call(16, 784, 2, 32, SLSTM)),
+            ("12288x2x1x64", *call(12288, 2, 1, 64, LSTM))]  # fmt: skip
 
 
 SPEC = OpSpec(

@@ -168,7 +168,7 @@ def resize(args, kwargs):
 
 def memory_calls(dtype):
     calls = []
-    for B, H, D, N in ((8, 56, 96, 16), (1, 112, 64, 1), (64, 14, 192, 16)):
+    for B, H, D, N in ((8, 56, 96, 16), (1, 112, 64, 1), (64, 14, 192, 16), (1, 320, 32, 32)):
         args, kwargs = _sample("memory", B, H, H, D, N).build(dtype)
         calls.append((f"{B}x{H}x{H}x{D}_n{N}", args, kwargs))
     return calls
