@@ -64,7 +64,7 @@ void stencil(const float* x, int64_t x_line, int64_t x_row, int64_t x_step, int6
 #pragma GCC unroll 8
       for (int n = 0; n < kColumns; ++n) acc[n] = load(to + n * to_step);
     }
-    stencil_tile<kTaps>(acc, StridedRows<float>{x, x_row}, 0, rows, 0, x_step, w, w_row);
+    stencil_tile<float, kTaps>(acc, x, x_row, x_step, rows, w, w_row);
 #pragma GCC unroll 8
     for (int n = 0; n < kColumns; ++n) store(to + n * to_step, acc[n]);
   }
@@ -96,7 +96,7 @@ void near_stencil(const T* x, int64_t x_row, int64_t x_step, int64_t rows, const
 #pragma GCC unroll 8
       for (int n = 0; n < kColumns; ++n) acc[n] = load(to + n * to_step);
     }
-    stencil_tile<kTaps>(acc, StridedRows<T>{x, x_row}, 0, rows, 0, x_step, w, w_row);
+    stencil_tile<T, kTaps>(acc, x, x_row, x_step, rows, w, w_row);
 #pragma GCC unroll 8
     for (int n = 0; n < kColumns; ++n) store(to + n * to_step, acc[n]);
   }
