@@ -14,6 +14,7 @@ CASES = {
     "newton_pinv": ["small_gram_17"],
     "selective_scan2d": ["small"],
     "spectral_gate": ["small", "small_blocks"],
+    "dwconv": ["small", "small_state_longer", "small_dilated"],
     "dwconv_glu": ["small", "small_some_gates"],
     "local_pool_attention": ["small"],
     "gated_linear_attention": ["small_channel_both", "small_segments", "small_token_strong", "small_head_both"],

@@ -105,7 +105,20 @@ void stencil(const float* const* rows, int first, int last, const float* w, cons
       const vf from = start ? load(start + c * kLanes) : vf{};
 #pragma GCC unroll 8
       for (int n = 0; n < kColumns; ++n) acc[n] = from;
-      stencil_tile<kSize>(acc, ListedRows{rows}, first, last, at, width, wc, kSize * kLanes);
+      for (int i = first; i < last; ++i) {
+        const float* const x = rows[i] + at;
+        vf wi[kSize];
+#pragma GCC unroll 7
+        for (int j = 0; j < kSize; ++j) wi[j] = load(wc + (i * kSize + j) * kLanes);
+#pragma GCC unroll 14
+        for (int t = 0; t < kColumns + kSize - 1; ++t) {
+          const vf xt = load(x + t * width);
+#pragma GCC unroll 7
+          for (int j = 0; j < kSize; ++j) {
+            if (t - j >= 0 && t - j < kColumns) acc[t - j] = fma(xt, wi[j], acc[t - j]);
+          }
+        }
+      }
 #pragma GCC unroll 8
       for (int n = 0; n < kColumns; ++n) store(to + at + n * width, acc[n]);
     }
@@ -140,7 +153,17 @@ void correlate(const float* dz, const float* const* rows, int first, int last, f
           total += e[n];
         }
 #pragma GCC unroll 3
-        for (int q = 0; q < kAtOnce; ++q) correlate_tile(acc[q], e, rows[i + q] + at, width);
+        for (int q = 0; q < kAtOnce; ++q) {
+          const float* const x = rows[i + q] + at;
+#pragma GCC unroll 14
+          for (int t = 0; t < kColumns + kSize - 1; ++t) {
+            const vf xt = load(x + t * width);
+#pragma GCC unroll 7
+            for (int j = 0; j < kSize; ++j) {
+              if (t - j >= 0 && t - j < kColumns) acc[q][j] = fma(xt, e[t - j], acc[q][j]);
+            }
+          }
+        }
       }
 #pragma GCC unroll 3
       for (int q = 0; q < kAtOnce; ++q) {

@@ -64,7 +64,7 @@ void stencil(const float* x, int64_t x_line, int64_t x_row, int64_t x_step, int6
 #pragma GCC unroll 8
       for (int n = 0; n < kColumns; ++n) acc[n] = load(to + n * to_step);
     }
-    stencil_tile<kTaps>(acc, StridedRows<float>{x, x_row}, 0, rows, 0, x_step, w, w_row);
+    stencil_tile<float, kTaps>(acc, x, x_row, x_step, rows, w, w_row);
 #pragma GCC unroll 8
     for (int n = 0; n < kColumns; ++n) store(to + n * to_step, acc[n]);
   }
@@ -96,7 +96,7 @@ void near_stencil(const T* x, int64_t x_row, int64_t x_step, int64_t rows, const
 #pragma GCC unroll 8
       for (int n = 0; n < kColumns; ++n) acc[n] = load(to + n * to_step);
     }
-    stencil_tile<kTaps>(acc, StridedRows<T>{x, x_row}, 0, rows, 0, x_step, w, w_row);
+    stencil_tile<T, kTaps>(acc, x, x_row, x_step, rows, w, w_row);
 #pragma GCC unroll 8
     for (int n = 0; n < kColumns; ++n) store(to + n * to_step, acc[n]);
   }
@@ -534,18 +534,40 @@ struct Backward : Pass<T> {
     }
   }
 
-  // Row y of the gradient of x, in z, to where it belongs.
-  void write_dx(const Patch& z, int64_t y, const Image& at, const Item& item, const Unit& u, bool past_caches) const {
-    const int64_t begin = item.in_x.begin, channel = u.first_channel;
-    const int64_t to_state = std::max<int64_t>(0, std::min(item.in_x.end, before) - begin);
+  // Columns r of row y of the gradient of x, in z, to where they belong.
+  void write_dx(const Patch& z, int64_t y, const Image& at, Range r, const Unit& u, bool past_caches) const {
+    const int64_t begin = r.begin, channel = u.first_channel;
+    const int64_t to_state = std::max<int64_t>(0, std::min(r.end, before) - begin);
     const Lane row = {z.at(0, y, begin), z.plane};
     if (to_state)
       input_row<T>(row, {nullptr, 0}, {nullptr, 0}, at.row(this->dstate, y, begin, channel), {nullptr, 0}, to_state,
                    u.channels, false);
     const int64_t x = begin + to_state - before;
     input_row<T>({row.at(to_state, 0), z.plane}, at.row(this->x, y, x, channel), at.row(this->pregate, y, x, channel),
-                 at.row(this->dx, y, x, channel), at.row(this->dpregate, y, x, channel), item.in_x.size() - to_state,
+                 at.row(this->dx, y, x, channel), at.row(this->dpregate, y, x, channel), r.size() - to_state,
                  u.channels, past_caches);
+  }
+
+  // As in forward, whole tiles leave from the registers where nothing is left to be done.
+  void gradient_of_x(const Patch& dz, const Image& in, const Item& item, const Unit& u, const float* flipped,
+                     bool past_caches) const {
+    const Axis y = g.y.flipped(), x = g.x.flipped();
+    const int columns = g.columns_for(g.x.in);
+    const bool plain =
+        std::is_same_v<T, float> && !p.pregate && !p.state && x.step == 1 && u.channels % kLanes == 0 && !past_caches;
+    const int64_t first = item.in_x.begin, n = item.in_x.size(), direct = plain ? n / columns * columns : 0;
+    if constexpr (std::is_same_v<T, float>) {
+      if (direct) {
+        float* const to = in.row(this->dx, item.in_y.begin, first, u.first_channel).data;
+        convolve(y, x, columns, dz, item.in_y, {first, first + direct}, flipped, none,
+                 Target(to, p.dx_stride_y, p.dx_stride_x), u.vectors);
+      }
+    }
+    if (direct == n) return;
+    const Range rest = {first + direct, item.in_x.end};
+    const Patch du = g.z_patch(item.in_y, rest, z_data);
+    convolve(y, x, columns, dz, item.in_y, rest, flipped, none, Target(du), u.vectors);
+    for (int64_t row = item.in_y.begin; row < item.in_y.end; ++row) write_dx(du, row, in, rest, u, past_caches);
   }
 
   void run(const float* packed, float* partials, int64_t begin, int64_t end) {
@@ -565,10 +587,7 @@ struct Backward : Pass<T> {
         fill_dz(dz, x, out, item, u, weights, flipped + g.width * g.taps);
         correlate_rows(g.y, g.x, g.columns_for(g.x.out), dz, x, item.out_y, item.out_x, sums, u.vectors);
         if (p.dbias) add_columns(sums + g.width * g.taps, dz, item.out_y, item.out_x, u.vectors);
-        const Patch du = g.z_patch(item.in_y, item.in_x, z_data);
-        convolve(g.y.flipped(), g.x.flipped(), g.columns_for(g.x.in), dz, item.in_y, item.in_x, flipped, none,
-                 Target(du), u.vectors);
-        for (int64_t y = item.in_y.begin; y < item.in_y.end; ++y) write_dx(du, y, in, item, u, past_caches);
+        gradient_of_x(dz, in, item, u, flipped, past_caches);
       }
     }
     if (past_caches) stream_fence();

@@ -13,7 +13,7 @@ constexpr int64_t kStateBytes = 1 << 20;  // of the chunks of a segment, in back
 
 struct Geometry {
   int K, V, Kp, Vp;  // Kp, Vp: rounded up to whole vectors
-  int chunk = kMaxChunk, segment;  // tokens of a chunk; chunks whose states backward holds at a time
+  int chunk = kMaxChunk / 2, segment;  // tokens of a chunk; chunks whose states backward holds at a time
   int block;  // tokens on a side of the diagonal blocks of scores: a vector of them where channels have gates
   int64_t v_blocks;  // of forward: a head's values in so many units
   int64_t splits;  // of backward: a walk's chunks in so many units, where there are few heads
@@ -21,6 +21,7 @@ struct Geometry {
   explicit Geometry(const Params& p) {
     K = static_cast<int>(p.K), V = static_cast<int>(p.V), Kp = round_up(K, kLanes), Vp = round_up(V, kLanes);
     block = p.gate == GateKind::kChannel ? kLanes : kBlock;
+    if (p.grad_out && p.K * p.V > 64 * 64) chunk = kMaxChunk;  // backward moves the state more often than forward
     const int64_t fit = kStateBytes / (int64_t{V} * Kp * 4), heads = p.N * p.H;
     segment = static_cast<int>(std::max<int64_t>(8, std::min<int64_t>(64, fit)));
     // A value's channels do not meet: each unit computes the scores again.

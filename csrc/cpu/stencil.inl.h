@@ -19,32 +19,20 @@ constexpr int kNone = act::kVariants, kActivations = kNone + 1;
 
 // ---- stencils ------------------------------------------------------------------------------------------------------
 
-// Where the rows are that a stencil reads, in float32 or, T, as they lie in memory.
-struct ListedRows {
-  const float* const* rows;
-  EFFVIT_INLINE const float* operator()(int64_t i) const { return rows[i]; }
-};
-template <class T>
-struct StridedRows {
-  const T* data;
-  int64_t stride;
-  EFFVIT_INLINE const T* operator()(int64_t i) const { return data + i * stride; }
-};
-
-// acc[n] += sum over rows i in [first, last) and taps j < kTaps of w[i, j] rows(i)[at + (n + j) * step], a vector of
+// acc[n] += sum over rows i and taps j < kTaps of w[i, j] x[i * x_row + (n + j) * x_step], a vector of
 // channels. w: [.., kLanes], rows of it w_row floats apart.
-template <int kTaps, int kColumns, class Rows>
-EFFVIT_INLINE void stencil_tile(vf (&acc)[kColumns], Rows rows, int64_t first, int64_t last, int64_t at, int64_t step,
+template <class T, int kTaps, int kColumns>
+EFFVIT_INLINE void stencil_tile(vf (&acc)[kColumns], const T* x, int64_t x_row, int64_t x_step, int64_t rows,
                                 const float* w, int64_t w_row) {
-  for (int64_t i = first; i < last; ++i) {
-    const auto* const x = rows(i) + at;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* const xi = x + i * x_row;
     const float* const wi = w + i * w_row;
     vf taps[kTaps];
 #pragma GCC unroll 8
     for (int j = 0; j < kTaps; ++j) taps[j] = load(wi + j * kLanes);
 #pragma GCC unroll 16
     for (int t = 0; t < kColumns + kTaps - 1; ++t) {
-      const vf xt = load(x + t * step);
+      const vf xt = load(xi + t * x_step);
 #pragma GCC unroll 8
       for (int j = 0; j < kTaps; ++j) {
         if (t - j >= 0 && t - j < kColumns) acc[t - j] = fma(xt, taps[j], acc[t - j]);

@@ -1,5 +1,7 @@
 """dwconv: the shared suite, and its definition against sums written out, PyTorch's modules and calls in parts."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,7 +59,9 @@ def test_as_conv2d(k, padding, dilation):
     """Also for even kernels, whose "same" padding is larger at the end; float32, by the kernel that runs here."""
     x, w, b = _randn(2, 27, 26, 5), _randn(5, 1, *k, seed=1), _randn(5, seed=2)
     args = x.permute(0, 3, 1, 2), w, b
-    expected = F.conv2d(*args, padding=padding, dilation=dilation, groups=5).permute(0, 2, 3, 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using padding='same' with even kernel lengths", UserWarning)
+        expected = F.conv2d(*args, padding=padding, dilation=dilation, groups=5).permute(0, 2, 3, 1)
     found = effvit.dwconv(x.float(), w.float(), b.float(), padding=padding, dilation=dilation)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)  # up to 169 terms around 1
 

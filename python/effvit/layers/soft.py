@@ -44,17 +44,19 @@ class SharedDepthwiseConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad_x = grad_weight = None
+        filters, _, _, size = weight.shape
+        wide = weight.repeat_interleave(x.shape[1] // filters, dim=0)
+        padding = [size // 2] * 2
         with torch.autocast("cpu", enabled=False):
-            if ctx.needs_input_grad[0]:
-                wide = weight.repeat_interleave(x.shape[1] // weight.shape[0], dim=0)
-                padding = [weight.shape[-1] // 2] * 2
-                grad_x = torch.ops.aten.convolution_backward(
-                    grad, x, wide, None, [1, 1], padding, [1, 1], False, [0, 0], x.shape[1], [True, False, False]
-                )[0]
-            if ctx.needs_input_grad[1]:
-                grad_weight = shared_filter_gradient(x, grad, *weight.shape[::3])
-        return grad_x, grad_weight
+            if x.dtype == torch.float64:
+                options = (None, [1, 1], padding, [1, 1], False, [0, 0], x.shape[1])
+                grad_x, grad_wide, _ = torch.ops.aten.convolution_backward(grad, x, wide, *options, [True, True, False])
+            else:
+                maps = (t.permute(0, 2, 3, 1) for t in (grad, x))
+                maps = (t if t.stride(-1) == 1 else t.contiguous() for t in maps)
+                gradients = torch.ops.effvit.dwconv_backward(*maps, wide.squeeze(1), before=padding, after=padding)
+                grad_x, grad_wide = gradients[0].permute(0, 3, 1, 2), gradients[1].unsqueeze(1)
+        return grad_x, grad_wide.unflatten(0, (filters, -1)).sum(1)
 
     @staticmethod
     def vmap(info, in_dims, x, weight):
@@ -73,32 +75,6 @@ def shared_depthwise_conv(x, weight):
     if in_forward_mode():
         return SharedDepthwiseConv.forward(x, weight)
     return SharedDepthwiseConv.apply(x, weight)
-
-
-def shared_filter_gradient(x, grad, filters, size):
-    """The filters' gradient in `SharedDepthwiseConv`, [filters, 1, size, size], as products of matrices.
-
-    For every pair of a pixel in a tile of `grad` and a pixel of `x` within the filter's reach of that tile, the product
-    summed over channels and over the tiles of a row; a filter's gradient is the sum of the pairs at the same offset.
-    A tile as wide as the reach, size - 1, takes less than 4 times the multiplications of the sum written out, and they
-    are a GEMM's; each sum is short, and they are added up in two more steps.
-    """
-    B, C, H, W = x.shape
-    t, reach = max(size - 1, 1), size - 1
-    rows, columns = -(-H // t), -(-W // t)
-    below, right = rows * t - H, columns * t - W
-    x = F.pad(x, (reach // 2, reach // 2 + right, reach // 2, reach // 2 + below))
-    grad = F.pad(grad, (0, right, 0, below)) if right or below else grad
-
-    def tiles(maps, side):
-        maps = maps.unflatten(1, (filters, C // filters)).unfold(3, side, t).unfold(4, side, t)
-        maps = maps.permute(0, 3, 1, 5, 6, 4, 2)  # [B, rows, filters, side, side, columns, C / filters]
-        return maps.reshape(B * rows * filters, side * side, columns * (C // filters))
-
-    pairs = tiles(grad, t) @ tiles(x, t + reach).mT
-    pairs = pairs.unflatten(0, (B * rows, filters)).sum(0).unflatten(2, (t + reach, -1)).unflatten(1, (t, t))
-    offsets = pairs.unfold(3, size, 1).unfold(4, size, 1)  # [filters, t, t, t, t, size, size]
-    return offsets.diagonal(0, 1, 3).diagonal(0, 1, 2).sum((-2, -1)).unsqueeze(1)
 
 
 class SoftmaxFreeAttentionKernel(nn.Module):

@@ -127,8 +127,10 @@ def dwconv(
             sequences appear in it as those of maps of one row.
     """
     name = OP.name
-    check_tensor(name, "x", x)
-    check_tensor(name, "weight", weight)
+    maps = {"pregate": pregate, "postgate": postgate, "state": state}
+    for label, t in {"x": x, "weight": weight, "bias": bias, **maps}.items():
+        if t is not None or label in ("x", "weight"):
+            check_tensor(name, label, t)
     if x.dim() not in (3, 4):
         raise value_error(name, "x", "[B, L, C] or [B, H, W, C]", shape(x))
     flat = x.dim() == 3
@@ -138,13 +140,11 @@ def dwconv(
         expected = "[C, k] or [C, 1, k]" if flat else "[C, kh, kw] or [C, 1, kh, kw]"
         raise value_error(name, "weight", f"{expected} like x {shape(x)}", shape(weight))
     if flat:
-        for label, t in (("pregate", pregate), ("postgate", postgate), ("state", state)):
-            if t is not None:
-                check_tensor(name, label, t)
-                if t.dim() != 3:
-                    raise value_error(name, label, f"of 3 dims like x {shape(x)}", shape(t))
+        for label, t in maps.items():
+            if t is not None and t.dim() != 3:
+                raise value_error(name, label, f"of 3 dims like x {shape(x)}", shape(t))
         x, weight = x.unsqueeze(1), weight.unsqueeze(1)
-        pregate, postgate, state = (None if t is None else t.unsqueeze(1) for t in (pregate, postgate, state))
+        pregate, postgate, state = (None if t is None else t.unsqueeze(1) for t in maps.values())
         if not is_int(dilation):
             raise type_error(name, "dilation", "an int", repr(dilation))
         if window is not None and not is_int(window):

@@ -188,9 +188,10 @@ def good_call():
     }  # fmt: skip
 
 
-def _bad(name, match, **changes):
+def _bad(name, match, *, public=True, **changes):
+    """public: whether the function, which finds the padding itself, can be called so."""
     make = lambda: split_call(changed(good_call(), changes), OPS["dwconv"].names)
-    return BadInput(name, make, ValueError, match, declared=True)
+    return BadInput(name, make, ValueError, match, declared=True, public=public)
 
 
 _PLAIN = {"pregate": None, "postgate": None, "state": None}
@@ -200,9 +201,9 @@ BAD_INPUTS = [
     _bad("weight_no_rows", r"weight must be \[C, kh, kw\] with at least one row and column, got \[6, 0, 3\]",
          weight=torch.zeros(6, 0, 3), **_PLAIN),
     _bad("x_too_narrow", r"x must be \[B, H, W, C\] with H and W of at least 0 and 5, got \[2, 3, 4, 6\]",
-         weight=torch.zeros(6, 1, 8), **_PLAIN),
+         weight=torch.zeros(6, 1, 8), public=False, **_PLAIN),
     _bad("x_too_low", r"x must be \[B, H, W, C\] with H and W of at least 4 and 0, got \[2, 3, 4, 6\]",
-         weight=torch.zeros(6, 5, 3), **_PLAIN),
+         weight=torch.zeros(6, 5, 3), public=False, **_PLAIN),
     _bad("x_dilated", r"x must be \[B, H, W, C\] with H and W of at least 0 and 6, got \[2, 3, 4, 6\]",
          dilation=[1, 4], **_PLAIN),
     _bad("window_half", r"window must be \[0, 0\], or divide the map of \[2, 3, 4, 6\], got \[3, 0\]",
@@ -215,7 +216,7 @@ BAD_INPUTS = [
          window=[3, 2], after=[0, 1], **_PLAIN),
     _bad("state_with_windows", r"state must be None where weight has more than one row", window=[3, 2]),
     _bad("state_with_rows", r"state must be None where weight has more than one row",
-         weight=torch.zeros(6, 2, 3), postgate=None),
+         weight=torch.zeros(6, 2, 3), postgate=None, public=False),
     _bad("state_with_padded_rows", r"state must be None where weight has more than one row", after=[1, 0],
          postgate=None),
     _bad("postgate_size", r"postgate must be \[B, P, Q, C\] = \[2, 3, 5, 6\], got \[2, 3, 4, 6\]", after=[0, 1]),
