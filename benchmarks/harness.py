@@ -83,8 +83,8 @@ class Case:
     A contender is a builder ``make(**inputs) -> fn`` with ``fn() -> Tensor``; it may instead return
     ``(fn, {name: [tensors to differentiate]})``; the default is to differentiate the inputs in ``wrt``.
     ``reference`` is a builder that receives the inputs in float64. The contender named ``baseline`` is the plain
-    formula in PyTorch, the yardstick of effvit's error; ``magnitudes(inputs, grad_out, eps)``, of the inputs in float64,
-    are by name what it is measured against, where sums cancel. ``compiled`` names the one given to torch.compile too.
+    formula in PyTorch, the yardstick of effvit's error; ``magnitudes(inputs, grad_out, eps)``, of float64 inputs, are by
+    name what it is measured against, where sums cancel. ``compiled`` names the one given to torch.compile too.
     One in ``unchecked`` computes something else: it is timed, not compared. ``approximate``: allowed relative errors.
     """
 
@@ -481,7 +481,9 @@ def run_case(case, dtype, direction, device, timer, roofline, facts, options):
         errors[name] = max(relative_error(got[key], want[key]) for key in want)
         yardstick = got if name == case.baseline else yardstick
         bound = case.approximate.get(name, math.sqrt(torch.finfo(dtype).eps))
-        wrong = why_wrong(got, want, yardstick, magnitudes) if name == "effvit" and name not in case.approximate else None
+        wrong = (
+            why_wrong(got, want, yardstick, magnitudes) if name == "effvit" and name not in case.approximate else None
+        )
         if wrong is None and not errors[name] <= bound:
             wrong = f"relative error {errors[name]:.1e}: it computes something else"
         if wrong:

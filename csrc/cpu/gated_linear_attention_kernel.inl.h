@@ -1,11 +1,11 @@
 // gated_linear_attention on the CPU: entry points. On raw pointers, compiled once per ISA.
 //
 // A unit of work is one head of a sequence, or some values of it, or, of backward, a part of its tokens, walked in
-// chunks of 32 or 64 tokens from one end to the other, or, where both directions are summed, twice. A chunk is read into
-// float32 scratch in the order of the walk; from there on all is products of matrices (cpu/gemm.h) and decays, whose
-// exponents are sums of gates, never positive: between the tokens of a chunk where a token has one gate; where every
-// channel has its own, relative to the first token of a block of as many tokens as a vector has lanes, and token by
-// token within such a block.
+// chunks of 32 or 64 tokens from one end to the other, or, where both directions are summed, twice. A chunk is read
+// into float32 scratch in the order of the walk; from there on all is products of matrices (cpu/gemm.h) and decays,
+// whose exponents are sums of gates, never positive: between the tokens of a chunk where a token has one gate; where
+// every channel has its own, relative to the first token of a block of as many tokens as a vector has lanes, and token
+// by token within such a block.
 #pragma once
 
 #include "gated_linear_attention_chunk.inl.h"

@@ -116,9 +116,8 @@ def gated_linear_attention(
         g: gates, natural logarithms of decays, at most 0: [H], one for each head (RetNet, ViR: log(1 - 2^(-5-h)));
             [B, L, H], for each token as well (Mamba-2, simple GLA); or [B, L, H, K], for each channel too (GLA), with a
             last stride of 1. None: 0, no decay. float32, bfloat16 or float16, not necessarily the dtype of q. From 0 to
-            -20 a token and beyond, -inf too, results are as accurate as those of the recurrence; but on the CPU the
-            gradient of a channel's gate has the rounding of the terms of its 64 tokens. Positive gates are not refused;
-            their sums overflow from 88 on.
+            -20 a token and beyond, -inf too, results are as accurate as those of the recurrence. Positive gates are not
+            refused; their sums overflow from 88 on.
         initial_state: [N, H, K, V], float32, what S starts from; not with ``bidirectional``. N is B without cu_seqlens.
             A sequence may be cut into calls: each starts from the state that the last one returned.
         cu_seqlens: [N + 1], int32 or int64: sequence n holds the tokens from ``cu_seqlens[n]`` to
