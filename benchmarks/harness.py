@@ -83,8 +83,8 @@ class Case:
     A contender is a builder ``make(**inputs) -> fn`` with ``fn() -> Tensor``; it may instead return
     ``(fn, {name: [tensors to differentiate]})``; the default is to differentiate the inputs in ``wrt``.
     ``reference`` is a builder that receives the inputs in float64. The contender named ``baseline`` is the plain
-    formula in PyTorch, the yardstick of effvit's error; ``magnitudes(inputs, grad_out, eps)``, of float64 inputs, are by
-    name what it is measured against, where sums cancel. ``compiled`` names the one given to torch.compile too.
+    formula in PyTorch, the yardstick of effvit's error; ``magnitudes(inputs, grad_out, eps)``, of float64 inputs,
+    are by name what it is measured against, where sums cancel. ``compiled`` names the one given to torch.compile too.
     One in ``unchecked`` computes something else: it is timed, not compared. ``approximate``: allowed relative errors.
     """
 
