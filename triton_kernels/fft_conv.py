@@ -383,10 +383,18 @@ def _factors(n):
     return factors
 
 
-@functools.lru_cache(maxsize=64)
-def _roots(n, device):
+def _make_roots(n, device):
     angle = torch.arange(n, dtype=torch.float64, device=device) * (-2 * math.pi / n)
     return torch.stack((angle.cos(), angle.sin()), -1).float()
+
+
+_kept = functools.lru_cache(maxsize=64)(_make_roots)
+
+
+def _roots(n, device):
+    """Kept for the next call, unless a graph is recorded, whose memory is its own."""
+    recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return (_make_roots if recorded else _kept)(n, device)
 
 
 def _frequencies(n, device):

@@ -51,7 +51,7 @@ def spectral_gate_rows_kernel(
         for start in range(0, _loop_bound(inner), BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
             mask = (row < rows)[:, None] & (j < inner)[None, :]
-            left = tl.load(matrix + row[:, None] * inner + j[None, :], mask=mask, other=0.0)
+            left = tl.load(matrix + row.to(tl.int64)[:, None] * inner + j[None, :], mask=mask, other=0.0)
             acc = tl.dot(left, _load(source, j, x_stride_x, inner, column, C), acc, input_precision="ieee")
         offset = (line * rows * C) + row.to(tl.int64)[:, None] * C + column[None, :]
         mask = (row < rows)[:, None] & (column < C)[None, :]
@@ -85,7 +85,7 @@ def spectral_gate_columns_kernel(
         for start in range(0, _loop_bound(H), BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
             mask = (row < H)[:, None] & (j < H)[None, :]
-            place = row[:, None] * H + j[None, :]
+            place = row.to(tl.int64)[:, None] * H + j[None, :]
             c = tl.load(cosine + place, mask=mask, other=0.0)
             s = tl.load(sine + place, mask=mask, other=0.0)
             if INVERSE:
@@ -132,16 +132,25 @@ def spectral_gate_dweight_kernel(
         w_im = tl.load(weight + place + 1, mask=mask, other=0.0) * scale
         total_re = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         total_im = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        part_re = total_re  # of up to 16 samples: one long sum loses digits
+        part_im = total_im
         for n in range(0, _loop_bound(N)):
             offset = ((item * N + n) * bins + row.to(tl.int64))[:, None] * (2 * C) + column[None, :]
             x_re = tl.load(x + offset, mask=mask, other=0.0)
             x_im = tl.load(x + offset + C, mask=mask, other=0.0)
             y_re = tl.load(y + offset, mask=mask, other=0.0)
             y_im = tl.load(y + offset + C, mask=mask, other=0.0)
-            total_re += x_re * y_re + x_im * y_im
-            total_im += x_re * y_im - x_im * y_re
+            part_re += x_re * y_re + x_im * y_im
+            part_im += x_re * y_im - x_im * y_re
+            if n % 16 == 15:
+                total_re += part_re
+                total_im += part_im
+                part_re = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+                part_im = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
             tl.store(y + offset, y_re * w_re + y_im * w_im, mask=mask)
             tl.store(y + offset + C, y_im * w_re - y_re * w_im, mask=mask)
+        total_re += part_re
+        total_im += part_im
         f = row % F
         once = f == 0  # bins that stand for one: all others have a mirror image
         if EVEN:
@@ -175,13 +184,15 @@ def _make_matrices(H, W, device):
     return tuple(t.float().contiguous() for t in (forth, back, columns.cos(), columns.sin()))
 
 
+_LARGEST_KEPT = 1024  # of an axis: 16 MiB of matrices
 _kept = functools.lru_cache(maxsize=32)(_make_matrices)
 
 
 def _matrices(H, W, device):
-    """Kept for the next call, unless a graph is recorded, whose memory is its own."""
-    recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return (_make_matrices if recorded or device.type == "meta" else _kept)(H, W, device)
+    """Kept for the next call, unless they are large, or a graph is recorded, whose memory is its own."""
+    once = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    once = once or device.type == "meta" or max(H, W) > _LARGEST_KEPT
+    return (_make_matrices if once else _kept)(H, W, device)
 
 
 class _Problem:

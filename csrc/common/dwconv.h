@@ -70,8 +70,24 @@ struct dwconv : OpDefaults {
     c.take("dx", p.dx), c.take("dweight", p.dweight), c.take("dbias", p.dbias);
     c.take("dpregate", p.dpregate), c.take("dpostgate", p.dpostgate), c.take("dstate", p.dstate);
     if (p.pad_x == 0) p.state = nullptr;
+    bring_near(p.H, p.P, p.kh, p.pad_y, p.step_y);
+    if (!p.state) bring_near(p.W, p.Q, p.kw, p.pad_x, p.step_x);
     p.act = c.integer("act");
     return p;
+  }
+
+ private:
+  // Taps further apart than an axis and its output are long meet the axis in the same places from a smaller distance:
+  // output o sees position o - pad + tap * step. Scratch of the kernels is as large as the distance.
+  static void bring_near(int64_t in, int64_t out, int64_t taps, int64_t& pad, int64_t& step) {
+    const int64_t most = taps == 1 ? 1 : std::max<int64_t>(1, in + out);
+    if (taps == 1 || step <= most) {
+      step = std::min(step, most);
+      return;
+    }
+    int64_t rest = pad % step;  // of the tap just before output 0; the next one is step - rest behind
+    if (rest >= out) rest = step - rest < in ? most - (step - rest) : out;
+    pad = pad / step * most + rest, step = most;
   }
 };
 

@@ -289,12 +289,12 @@ int64_t skip_units(const Params& p) { return p.dd ? 1 : 0; }
 void add_skips(const Params& p, float* workspace, int64_t, int64_t) {
   const Geometry g(p, true, workspace);
   for (int64_t c = 0; c < p.C; ++c) {
-    float sum = 0;
+    double sum = 0;  // of as many terms as there are rows
     for (int64_t j = 0; j < p.J; ++j) {
       for (int64_t s = 0; s < g.splits; ++s)
         sum += g.dd[((j * g.groups + c / kLanes) * g.splits + s) * kLanes + c % kLanes];
     }
-    store_scalar(p.dd, p.d_dtype, c, sum);
+    store_scalar(p.dd, p.d_dtype, c, static_cast<float>(sum));
   }
 }
 

@@ -17,6 +17,7 @@ namespace spectral_gate_impl {
 using Params = SpectralGateParams;
 
 constexpr int64_t kUnits = 32;
+constexpr int kSamples = 16;  // added up before they meet the sum of all: one long sum loses digits
 constexpr int64_t kPartialBytes = 8 << 20;  // what the sums of all runs may take
 
 struct Geometry {
@@ -198,7 +199,8 @@ struct Backward {
   const Transforms<T> transforms;
   const Lines others;  // so that columns of both maps are there at once
   float *const plane, *const plane_x;  // [H, ld]
-  float* const sum;  // [F, H, kElement]
+  float* const sum;  // [F, H, kElement], of at most kSamples
+  float* const total;  // the same, of a run that has more
 
   Backward(const Params& params, const Geometry& geometry, Scratch& scratch)
       : p(params),
@@ -207,7 +209,8 @@ struct Backward {
         others(transforms.rows, transforms.columns, scratch),
         plane(scratch.take<float>(p.H * g.ld)),
         plane_x(scratch.take<float>(p.H * g.ld)),
-        sum(scratch.take<float>(g.sum_floats)) {}
+        sum(scratch.take<float>(g.sum_floats)),
+        total(scratch.take<float>(g.sum_floats)) {}
 
   void gate(const float* weight, int left) const {
     const int64_t H = p.H, row = p.F * p.C * 2;
@@ -237,7 +240,14 @@ struct Backward {
       const int64_t first = block * kLanes, last = p.N * (run + 1) / g.runs;
       const int left = transforms.left_of(block);
       zero(sum, g.sum_floats);
+      zero(total, g.sum_floats);
+      int samples = 0;
       for (int64_t n = p.N * run / g.runs; n < last; ++n) {
+        if (samples++ == kSamples) {
+          for (int64_t i = 0; i < g.sum_floats; i += kLanes) store(total + i, load(total + i) + load(sum + i));
+          zero(sum, g.sum_floats);
+          samples = 1;
+        }
         const T* const x = static_cast<const T*>(p.x) + item * p.x_stride_g + n * p.x_stride_n + first;
         const T* const grad =
             static_cast<const T*>(p.grad_out) + item * p.grad_out_stride_g + n * p.grad_out_stride_n + first;
@@ -246,6 +256,7 @@ struct Backward {
         gate(p.weight + (item * g.bins * p.C + first) * 2, left);
         transforms.plane_to_rows(plane, static_cast<T*>(p.dx) + (item * p.N + n) * p.H * p.W * p.C + first, left);
       }
+      for (int64_t i = 0; i < g.sum_floats; i += kLanes) store(sum + i, load(total + i) + load(sum + i));
       if (g.runs > 1) {
         std::memcpy(partial + unit * g.sum_floats, sum, static_cast<size_t>(g.sum_floats) * sizeof(float));
       } else {

@@ -121,6 +121,32 @@ def test_windows_are_maps_of_their_own():
     assert torch.equal(found[:, 4:], effvit.dwconv(sequence[:, 4:], taps))
 
 
+@pytest.mark.parametrize("axis", ["columns", "rows"])
+@pytest.mark.parametrize("dilation", [5, 8, 9, 10, 11, 30, 32768])
+def test_taps_further_apart_than_the_map(dilation, axis):
+    """At most one tap meets the map from an output; time and memory do not grow with the distance."""
+    turned = (lambda t: t) if axis == "columns" else (lambda t: t.transpose(-2, -3) if t.dim() == 4 else t.mT)
+    x, w, size = _integers(2, 1, 4, 17), _integers(17, 1, 3, seed=1), 5
+    befores = {0, 1, 4, 5, *(dilation * n + i for n in (1, 2) for i in (-5, -4, -3, -1, 0, 2, 4))}
+    for before in sorted(befores):
+        after = size - 4 - before + 2 * dilation
+        if after < 0 or before < 0:
+            continue
+        leaves = [turned(t).contiguous().requires_grad_() for t in (x, w)]
+        names = {"before": before, "after": after, "dilation": dilation}
+        options = {
+            n: [i, v][:: 1 if axis == "columns" else -1] for (n, v), i in zip(names.items(), (0, 0, 1), strict=True)
+        }
+        out = torch.ops.effvit.dwconv(*leaves, **options)
+        same = [t.clone().requires_grad_() for t in (x, w)]
+        expected = _written_out(*same, (0, before), (1, size), (1, dilation))
+        g = _integers(2, 1, size, 17, seed=2)
+        assert torch.equal(out, turned(expected))
+        found = torch.autograd.grad(out, leaves, turned(g).contiguous())
+        for got, want in zip(found, torch.autograd.grad(expected, same, g), strict=True):
+            assert torch.equal(got, turned(want))
+
+
 def test_zeros_around_the_map_are_not_read():
     """An infinity at a border spreads to its neighbours and no further; nor does it over the end of a row."""
     x, w = torch.ones(1, 6, 6, 4), torch.ones(4, 3, 3)

@@ -298,3 +298,25 @@ def test_bad_public_calls(name):
 
 def test_exported():
     assert effvit.ops.fft_conv_spectrum is fft_conv_spectrum and "fft_conv" in OPS
+
+
+@pytest.mark.parametrize("name, change", [
+    ("k", lambda t: torch.complex(t["k"], t["k"])), ("k", lambda t: t["k"].long()), ("d", lambda t: t["d"].int()),
+    ("pregate", lambda t: t["pregate"].float()), ("k_rev", lambda t: t["k_rev"].bool()),
+])  # fmt: skip
+def test_float64_is_checked_like_other_dtypes(name, change):
+    given = {"u": _randn(2, 3, 8), "k": _randn(3, 4), "k_rev": _randn(3, 2), "d": _randn(3), "pregate": _randn(2, 3, 8)}
+    assert fft_conv(**given).is_contiguous() and fft_conv(**given).dtype == torch.float64
+    with pytest.raises(TypeError, match=f"effvit::fft_conv: {name} must be"):
+        fft_conv(**given | {name: change(given)})
+
+
+def test_float64_of_nothing_has_gradients():
+    u, k, d = _randn(0, 3, 8).requires_grad_(), _randn(3, 4).requires_grad_(), _randn(3).requires_grad_()
+    found = torch.autograd.grad(fft_conv(u, k, d).sum(), (u, k, d))
+    assert [t.shape for t in found] == [t.shape for t in (u, k, d)] and not found[1].any()
+
+
+def test_spectrum_of_kernels_of_two_dtypes():
+    k, k_rev = _randn(3, 4, dtype=torch.float32), _randn(3, 5, seed=2)
+    assert torch.equal(fft_conv_spectrum(k, 8, k_rev=k_rev), fft_conv_spectrum(k.double(), 8, k_rev=k_rev))

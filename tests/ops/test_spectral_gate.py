@@ -94,7 +94,7 @@ def peer(x, weight, norm):
 
 
 @pytest.mark.parametrize("norm", ["ortho", "backward", "forward"])
-@pytest.mark.parametrize("kind", ["real", "complex", "bfloat16"])
+@pytest.mark.parametrize("kind", ["real", "complex", "conjugate", "bfloat16"])
 @pytest.mark.parametrize("each", [False, True], ids=["shared", "each"])
 @pytest.mark.parametrize("size", [(4, 6), (5, 3), (8,), (7,), (1,)], ids=str)
 def test_public_function_is_torch_fft(size, each, kind, norm):
@@ -102,18 +102,19 @@ def test_public_function_is_torch_fft(size, each, kind, norm):
     B, C = 3, 5
     x, g = randn(B, *size, C), randn(B, *size, C, seed=2)
     given = randn(*(B,) * each, *size[:-1], size[-1] // 2 + 1, C, 2, seed=1)
-    if kind == "complex":
+    if kind in ("complex", "conjugate"):
         given = torch.view_as_complex(given)
     elif kind == "bfloat16":
         given = given.bfloat16()
     runs = []
     for function, dtype in ((effvit.ops.spectral_gate, None), (peer, None), (peer, torch.float64)):
         a, w = x.detach().clone().to(dtype or x.dtype).requires_grad_(), given.detach().clone().requires_grad_()
+        gate = w.conj() if kind == "conjugate" else w
         if function is peer:
-            wide = w if w.is_complex() else torch.view_as_complex(w.float())
+            wide = gate if w.is_complex() else torch.view_as_complex(w.float())
             out = peer(a, wide.to(torch.complex128) if dtype else wide, norm)
         else:
-            out = function(a, w, norm=norm)
+            out = function(a, gate, norm=norm)
         assert out.shape == x.shape
         grads = torch.autograd.grad(out, (a, w), g.to(out.dtype))
         runs.append([torch.view_as_real(t) if t.is_complex() else t for t in (out.detach(), *grads)])

@@ -115,14 +115,15 @@ def fft_conv(
     Args:
         u: [B, C, \*S], or [B, \*S, C] with `channels_last`; S has one to three axes of any length. float32, bfloat16 or
             float16; of channels last the last stride is 1, strides are else any.
-        k: [C, \*K], or [B, C, \*K], a kernel for each row of the batch. None: `spectrum` is given. float32, bfloat16 or
-            float16, whatever u is; any strides.
+        k: [C, \*K], or [B, C, \*K], a kernel for each row of the batch, or [J, C, \*K] where J divides B: row b has
+            kernel b modulo J. None: `spectrum` is given. float32, bfloat16 or float16, whatever u is; any strides.
         d: [C] in one of these dtypes, the skip. None: 0.
         pregate, postgate: of u's shape and dtype. None: 1.
         k_rev: like k, of any length: taps at negative lags, ``y[i] += sum_j k_rev[j] u'[i + j]``; lag 0 is in both.
         spectrum: complex64 [C, \*N_half] or [B, C, \*N_half], the kernel's transform, in place of k and k_rev: from
-            :func:`fft_conv_spectrum`, or any other. ``y = irfftn(rfftn(u', N) spectrum, N)``, cropped to S. A kernel
-            much shorter than u is faster as k: it needs no transform of the whole.
+            :func:`fft_conv_spectrum`, or any other. ``y = irfftn(rfftn(u', N) spectrum, N)``, cropped to S. The last
+            axis's N is S where that is circular, else the even ``2 (N_half - 1)``. A kernel much shorter than u is
+            faster as k: it needs no transform of the whole.
         mode: per axis, or one for all: "causal": zeros before the start, y as long as u; "same": the middle, from
             ``(K - 1) // 2`` on, as scipy.signal.convolve has it; "circular": indices modulo S.
         act: "none", "gelu" (the exact one) or "silu".
@@ -134,7 +135,8 @@ def fft_conv(
         The shape and dtype of u, contiguous; differentiable, in every tensor. The backward keeps the inputs alone.
         Computed in float32; gradients of kernels are sums over the batch in float32. Deterministic; results do not
         depend on the number of threads. float64 is computed by the definition in PyTorch. Under autocast u and the
-        gates are cast.
+        gates are cast. On the CPU a thread takes memory for a transform of a vector of channels (4, 8 or 16, even where
+        there are fewer), in the backward for several.
 
     Raises:
         TypeError: a tensor argument is not a dense tensor or has the wrong dtype; an option has the wrong type.
@@ -162,7 +164,7 @@ def fft_conv(
     arguments = (maps[0], kernels[0], d, *maps[1:], *kernels[1:])
     if u.dtype == torch.float64:
         options["kernel_scale"] = as_finite(name, "kernel_scale", kernel_scale)
-        out = _definition(*_checked64(arguments, options), **options)
+        out = _definition(*_checked64(arguments, options), **options).contiguous()
     else:
         out = OP(*arguments, **options)
     return out.reshape(u.shape)
@@ -215,7 +217,8 @@ def fft_conv_spectrum(
     options = _options(name, axes, mode, freq_keep)
     scale = as_finite(name, "kernel_scale", kernel_scale)
     modes, keep = ([options[f"{option}_{axis}"] for axis in "xyz"] for option in ("mode", "keep"))
-    wide = torch.promote_types(k.dtype, torch.float32)
+    wide = torch.promote_types(k.dtype, torch.float32 if k_rev is None else k_rev.dtype)
+    wide = torch.promote_types(wide, torch.float32)
     kernels = [None if t is None else _as_kernel("k", t, axes).to(wide) for t in (k, k_rev)]
     taps = [max(t.shape[2 + i] for t in kernels if t is not None) for i in range(3)]
     padded = transform_sizes(modes, [1] * (3 - axes) + sizes, taps)
@@ -285,6 +288,16 @@ def _options(op, axes, mode, freq_keep) -> dict:
 
 def _checked64(arguments, options):
     """The op's own checks on tensors of the same shapes, in dtypes that it takes."""
+    given = dict(zip(OP.names, arguments, strict=True))
+    u = given.pop("u")
+    for name, t in given.items():
+        if t is None or name == "spectrum":
+            continue
+        if name.endswith("gate") and t.dtype != u.dtype:
+            raise type_error(OP.name, name, f"{u.dtype} like u", t.dtype)
+        check_dtype(OP.name, name, t, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+        if t.device != u.device:
+            raise value_error(OP.name, name, f"on {u.device} like u", t.device)
 
     def narrow(t):
         return None if t is None else t.to("meta", torch.float32)

@@ -60,8 +60,8 @@ def spectral_gate(x: torch.Tensor, weight: torch.Tensor, *, norm: str = "ortho")
     Returns:
         The shape and dtype of x, contiguous. Differentiable. Computed in float32; deterministic, and independent of the
         number of threads. On the CPU a thread takes memory for the spectrum of a vector of channels (4, 8 or 16), in
-        the backward for three, which also has 8 MiB for sums over the batch; in Triton there are two spectra of the
-        whole batch in float32, or three. Under autocast nothing is cast.
+        the backward for four, which also has 8 MiB for sums over the batch; in Triton there are two spectra of the
+        whole batch in float32, or three, and matrices of H x H and W x W. Under autocast nothing is cast.
 
     Raises:
         TypeError: an argument is not a dense tensor or has the wrong dtype; norm is not a string.
@@ -78,7 +78,7 @@ def spectral_gate(x: torch.Tensor, weight: torch.Tensor, *, norm: str = "ortho")
         raise value_error(name, "x", "[B, H, W, C] or [B, L, C]", shape(x))
     given = weight
     if weight.is_complex():
-        weight = torch.view_as_real(weight.to(torch.complex64))
+        weight = torch.view_as_real(weight.to(torch.complex64).resolve_conj())
     elif weight.dtype in (torch.bfloat16, torch.float16):
         weight = weight.float()
     batch, *size, channels = x.shape

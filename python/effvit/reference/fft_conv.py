@@ -110,7 +110,8 @@ def fft_conv(
     shape = u.shape
     wide = torch.promote_types(u.dtype, torch.float32)
     if 0 in shape:
-        return u.to(wide) * 1.0
+        unused = [t for t in (k, d, pregate, postgate, k_rev, spectrum) if t is not None]  # their gradients are 0
+        return u.to(wide) * 1.0 + sum(t.to(wide).sum() for t in unused)
 
     def channels_first(t):
         return t.to(wide).movedim(-1, 2).flatten(1, 2)  # [B, C, X, Y, Z]

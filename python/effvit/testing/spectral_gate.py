@@ -46,6 +46,11 @@ def _scaled(x, weight):
     return x * channels, weight * rows[:, None, None, None]
 
 
+def _positive(x, weight):
+    """Sums in which nothing cancels."""
+    return 1 + 0.05 * x, weight
+
+
 FLOAT32 = (torch.float32,)
 # fmt: off
 SAMPLES = [
@@ -72,6 +77,7 @@ SAMPLES = [
     _sample("powers_of_two", 1, 1, 32, 64, 4, tags="nasty", dtypes=FLOAT32),
     _sample("many_factors", 1, 1, 16, 210, 3, tags="nasty", dtypes=FLOAT32),
     _sample("large_batch", 1, 67, 3, 4, 17, tags="nasty"),
+    _sample("many_positive", 1, 1500, 2, 3, 16, tags="nasty", values=_positive, dtypes=FLOAT32),
     _sample("weights_each", 33, 1, 4, 5, 3, tags="nasty"),
     _sample("scaled", 1, 4, 8, 9, 16, tags="nasty", values=_scaled, dtypes=FLOAT32),
     # Strides.
@@ -104,7 +110,7 @@ def random_sample(name, choose):
 def magnitudes(args, kwargs, output_grads, eps):
     """Every number of a map is a sum over all bins, and so is its error: the absolute values of these terms, per
     channel. A bin of the weight's gradient is a sum of products over the samples; the error of a bin is a share of the
-    spectrum's largest, whatever the bin itself is.
+    spectrum's largest, whatever the bin itself is. All of it is float32's: in half precision results are rounded once.
     """
     x, weight = args
     if x.numel() == 0:
@@ -119,8 +125,10 @@ def magnitudes(args, kwargs, output_grads, eps):
     def spectrum(t):
         return torch.fft.rfft2(t, dim=(2, 3)).abs()
 
+    inside = min(1.0, torch.finfo(torch.float32).eps / eps)
+
     def terms(bins):
-        return ((bins * gate.abs() * twice).sum((2, 3), keepdim=True) / (H * W)).expand_as(x)
+        return ((bins * gate.abs() * twice).sum((2, 3), keepdim=True) / (H * W)).expand_as(x) * inside
 
     of_x = spectrum(x)
     found = {"out": terms(of_x)}
