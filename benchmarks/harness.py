@@ -161,13 +161,8 @@ def relative_error(got, want):
 
 def why_wrong(got, want, yardstick, magnitudes):
     """Why effvit's results are not right (the rule of effvit.testing, as in the tests), or None."""
-    for name, truth in want.items():
-        report = measure(
-            got[name], truth, None if yardstick is None else yardstick[name], magnitude=magnitudes.get(name)
-        )
-        if not report.ok:
-            return f"{name}: {report}"
-    return None
+    reports = {n: measure(got[n], truth, yardstick.get(n), magnitude=magnitudes.get(n)) for n, truth in want.items()}
+    return next((f"{name}: {report}" for name, report in reports.items() if not report.ok), None)
 
 
 # ---------------------------------------------------------------------------------------------------- timing
@@ -467,9 +462,8 @@ def run_case(case, dtype, direction, device, timer, roofline, facts, options):
     wide_grad = None if grad_out is None else grad_out.to(REFERENCE_DTYPE)
     wide = widen(case, inputs, direction)
     reference = Call(case.reference, wide, case, direction, wide_grad)
-    want, yardstick, got, magnitudes = reference.named(reference()), None, None, {}
-    if case.magnitudes:
-        magnitudes = case.magnitudes(wide, wide_grad, torch.finfo(dtype).eps)
+    want, yardstick, got = reference.named(reference()), {}, None
+    magnitudes = case.magnitudes(wide, wide_grad, torch.finfo(dtype).eps) if case.magnitudes else {}
     for name in [n for n in calls if n not in case.unchecked]:
         try:
             got = calls[name].named(calls[name]())
@@ -481,10 +475,8 @@ def run_case(case, dtype, direction, device, timer, roofline, facts, options):
         errors[name] = max(relative_error(got[key], want[key]) for key in want)
         yardstick = got if name == case.baseline else yardstick
         bound = case.approximate.get(name, math.sqrt(torch.finfo(dtype).eps))
-        wrong = (
-            why_wrong(got, want, yardstick, magnitudes) if name == "effvit" and name not in case.approximate else None
-        )
-        if wrong is None and not errors[name] <= bound:
+        wrong = name == "effvit" and name not in case.approximate and why_wrong(got, want, yardstick, magnitudes)
+        if not wrong and not errors[name] <= bound:
             wrong = f"relative error {errors[name]:.1e}: it computes something else"
         if wrong:
             statuses[name] = f"wrong: {wrong}"

@@ -116,7 +116,9 @@ def absolute_terms(module, found):
                     weight = g.flatten(0, -2).T @ x.flatten(0, -2)
                 else:
                     weight = (g * x).sum(others)
-                found[f"gradient of {name}.weight"], found[f"gradient of {name}.bias"] = weight, g.sum(others)
+                for parameter, terms in (("weight", weight), ("bias", g.sum(others))):  # of all its calls
+                    key = f"gradient of {name}.{parameter}"
+                    found[key] = found.get(key, 0.0) + terms
 
             y.register_hook(backward)
 

@@ -42,7 +42,7 @@ FUNCTIONS = [
 @pytest.mark.parametrize("op, name", [(op, name) for op in FUNCTIONS for name in call(op)[0]])
 def test_functions_refuse(op, name, layout, requires_grad):
     args, options = call(op)
-    options = spec_of(op).public_kwargs(options)
+    options = spec_of(op).public_kwargs(options) or {}
     args[name] = nested(layout, args[name], requires_grad)
     with pytest.raises(TypeError, match=rf"effvit::{op}: {name} must be a dense \(strided\) tensor, got nested"):
         getattr(effvit, op)(**args, **options)

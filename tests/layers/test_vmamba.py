@@ -26,8 +26,9 @@ def merged(y, H, W):
     return maps[0] + maps[1] + maps[2] + maps[3]
 
 
-def scans(m, x):
-    """x [B, D, H, W] -> [B, H, W, D], float32 or wider: the projections are those of the sequences."""
+def scans(m, x, form="steps"):
+    """x [B, D, H, W] -> [B, H, W, D], float32 or wider: the projections are those of the sequences. Token by token, or
+    as a sum over the pairs of tokens."""
     wide = torch.promote_types(x.dtype, torch.float32)
     xs = sequences(x)
     B, D, L = len(x), x.shape[1], xs.shape[-1]
@@ -40,7 +41,12 @@ def scans(m, x):
     A = -spread(m, "A_logs", (B, L, 4 * D, m.d_state)).to(wide).exp().unflatten(2, (4, D))
     skip = spread(m, "Ds", (B, L, 4 * D)).to(wide).unflatten(2, (4, D)).permute(0, 2, 3, 1)
     h, ys = torch.zeros(B, 4, D, m.d_state, dtype=wide), []
-    for i in range(L):
+    if form == "pairs":
+        total = (delta.unsqueeze(-1) * A.permute(0, 2, 3, 1, 4)).cumsum(3)  # [B, 4, D, L, N]
+        decay = (total[:, :, :, :, None] - total[:, :, :, None]).exp() * torch.ones(L, L).tril()[..., None]
+        h = torch.einsum("bkdijn,bkdj,bknj->bkdin", decay, delta * xs, Bs)
+        ys = torch.einsum("bkdin,bkni->bkdi", h, Cs).unbind(-1)
+    for i in range(L if form == "steps" else 0):
         step = delta[..., i, None]
         h = torch.exp(step * A[:, i]) * h + step * Bs[:, :, None, :, i] * xs[..., i, None]
         ys.append((h * Cs[:, :, None, :, i]).sum(-1))
@@ -48,7 +54,7 @@ def scans(m, x):
     return merged(y, *x.shape[2:]).permute(0, 2, 3, 1)
 
 
-def mixer(m, x):
+def mixer(m, x, form="steps"):
     if m.channel_first:
         x = x.permute(0, 2, 3, 1)
     silu = torch.nn.functional.silu
@@ -59,7 +65,7 @@ def mixer(m, x):
         z = z if m.disable_z_act else silu(z)
     x = x.permute(0, 3, 1, 2).contiguous()
     x = silu(m.conv2d(x) if m.d_conv > 1 else x)
-    y = scans(m, x)
+    y = scans(m, x, form)
     y = m.out_norm(y.to(m.in_proj.weight.dtype)).to(x.dtype)
     y = m.out_act(y)
     out = m.out_proj(y if z is None else y * z)
@@ -96,7 +102,7 @@ VARIANTS = {
 @pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS.keys())
 def test_like_the_formula(kwargs, dtype):
     m = randomise(SS2D(**{**SIZES, **kwargs})).to(dtype)
-    check(m, mixer, tokens(2, H, W, C, dtype=dtype))
+    check(m, mixer, tokens(2, H, W, C, dtype=dtype), also=[lambda m, x: mixer(m, x, "pairs")])
 
 
 def test_channels_first():
