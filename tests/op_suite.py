@@ -209,13 +209,16 @@ class ForwardSuite(FrameworkSuite):
                 assert_bitwise_equal(result, expected, name=f"result {i} with seed {seed}")
 
     def test_magnitude_bounds_truth(self, any_sample):
-        """What errors are measured against is at least as large as the truth, and finite."""
+        """What errors are measured against is finite and at least as large as the truth, or, where tensors are in half
+        precision, than float32's part of it: results are rounded to half once, sums are not.
+        """
         oracle = sample_oracle(self.spec.name, any_sample.name, torch.float32)
         pairs = [(oracle.outputs, oracle.output_magnitudes), (oracle.gradients, oracle.gradient_magnitudes)]
+        share = min(1.0, torch.finfo(torch.float32).eps / oracle.eps)
         for truths, magnitudes in pairs:
             for name, m in magnitudes.items():
                 assert torch.isfinite(m).all(), name
-                assert (truths[name].abs() <= m * (1 + 1e-9) + 1e-300).all(), name
+                assert (truths[name].abs() * share <= m * (1 + 1e-9) + 1e-300).all(), name
 
     def test_reference_gradcheck(self, tiny_sample):
         args, kwargs = tiny_sample.build(torch.float64)

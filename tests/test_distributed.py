@@ -317,7 +317,7 @@ def run_ranks(ranks, store, *tests, file=__file__):
     finally:
         for p in processes:
             p.kill()
-    assert [p.returncode for p in processes] == [0] * ranks, "\n".join(logs)[-4000:]
+    assert [p.returncode for p in processes] == [0] * ranks, "\n".join(log[-3000:] for log in logs)
     for log in logs:
         assert [line for line in log.splitlines() if line.endswith(" ok")] == [f"{t} ok" for t in tests]
 
