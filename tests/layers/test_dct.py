@@ -119,3 +119,8 @@ def test_keys_and_quantised_projections():
 def test_the_rest(compress):
     make = lambda **factory: DCTAttention(DIM, 3, 4, compress=compress, **factory)
     check_everything_else(randomise(make()), make, tokens(2, N, DIM))
+
+
+@pytest.mark.parametrize("compress", ["x", "qkv"])
+def test_no_tokens(compress):
+    assert DCTAttention(DIM, 2, 4, head_dim=5, compress=compress)(torch.zeros(2, 0, DIM)).shape == (2, 0, 10)

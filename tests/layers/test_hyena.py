@@ -122,3 +122,9 @@ def test_dropout_is_active_in_training_only():
 def test_the_rest():
     make = lambda **factory: layer(order=3, **factory)
     check_everything_else(randomise(make()), make, tokens(2, L, DIM))
+
+
+def test_no_tokens():
+    y = HyenaOperator(DIM, 8)(torch.zeros((2, 0, DIM)))
+    assert y.shape == (2, 0, DIM)
+    y.sum().backward()

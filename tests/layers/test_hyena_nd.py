@@ -189,3 +189,8 @@ def test_dropout_is_active_in_training_only():
 def test_the_rest(kwargs):
     make = lambda **factory: layer(**kwargs, **factory)
     check_everything_else(randomise(make()), make, tokens(2, H, W, DIM))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3, DIM), (2, 3, 0, DIM), (2, 0, DIM)], ids=str)
+def test_no_pixels(shape):
+    assert HyenaND(DIM, 4, directional_mode="4dir")(torch.zeros(shape)).shape == shape

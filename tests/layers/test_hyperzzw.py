@@ -133,3 +133,8 @@ def test_bad_arguments():
 def test_the_rest(cls):
     make = lambda **factory: layer(cls, **factory)
     check_everything_else(randomise(make()), make, tokens(2, DIM, SIZE, SIZE))
+
+
+def test_a_kernel_of_one_tap_in_float64():
+    m, x = HyperZZWLocal(4, 1).double(), tokens(2, 4, 5, 3).double()
+    torch.testing.assert_close(m(x), local(m, x))

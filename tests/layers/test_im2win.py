@@ -18,7 +18,10 @@ SHAPE = (2, 8, 7, 9)
     ((8, 6, (3, 2)), {"dilation": (2, 3), "stride": (1, 2), "padding": 2}),
     ((8, 8, 5), {"groups": 8, "padding": 2}),
     ((8, 8, 3), {"groups": 8, "padding": 1, "stride": 2}),
-], ids=["dense", "strided", "groups", "dilated", "depthwise", "depthwise, strided"])  # fmt: skip
+    ((8, 8, (2, 4)), {"groups": 8, "padding": "same", "dilation": (3, 1)}),
+    ((8, 8, 3), {"groups": 8, "padding": "valid"}),
+], ids=["dense", "strided", "groups", "dilated", "depthwise", "depthwise, strided", "depthwise, same",
+        "depthwise, valid"])  # fmt: skip
 def test_like_conv2d(args, options, dtype):
     m, original = Im2winConv2d(*args, **options), nn.Conv2d(*args, **options)
     m.load_state_dict(randomise(original).state_dict(), strict=True)
@@ -28,7 +31,8 @@ def test_like_conv2d(args, options, dtype):
 
 
 def test_depthwise_convolutions_are_the_operators():
-    for m, expected in ((Im2winConv2d(8, 8, 3, groups=8, padding=1), 1), (Im2winConv2d(8, 8, 3), 0)):
+    padded = [(Im2winConv2d(8, 8, 3, groups=8, padding=p), 1) for p in (1, "same", "valid")]
+    for m, expected in (*padded, (Im2winConv2d(8, 8, 3), 0)):
         with Record() as calls:
             m(tokens(*SHAPE))
         assert calls.names.count("dwconv") == expected

@@ -223,3 +223,9 @@ def test_dropout_is_active_in_training_only():
 def test_the_rest(cls):
     make = lambda **factory: layer(cls, bidirectional=True, **factory)
     check_everything_else(randomise(make()), make, tokens(2, L, DIM))
+
+
+@pytest.mark.parametrize("cls", [LongConv, FlashButterfly])
+def test_no_tokens(cls):
+    assert cls(DIM, 8, channels=2)(torch.zeros(2, DIM, 0)).shape == (2, DIM, 0)
+    assert cls(DIM, 8, transposed=False)(torch.zeros(2, 0, DIM), lengths=0).shape == (2, 0, DIM)

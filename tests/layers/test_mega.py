@@ -9,7 +9,7 @@ from fft_formulas import fourier, toeplitz, wide
 from gated_formulas import silu
 from layer_suite import DTYPES, check, check_everything_else, randomise, spread, tokens
 
-from effvit._accuracy import assert_close_to_truth
+from effvit._accuracy import assert_bitwise_equal, assert_close_to_truth
 from effvit.layers import MultiHeadEMA
 
 L, DIM = 11, 6
@@ -120,6 +120,49 @@ def test_in_parts_and_token_after_token(dtype):
             out, state = m.step(token, state)
             outs.append(out[:, None])
         right(outs, state)
+
+
+def test_what_forgets_at_once():
+    """q is 0 in float32: no NaN, and the same as token after token."""
+    m, x = randomise(MultiHeadEMA(DIM, 2), scale=1.0), tokens(2, L, DIM)
+    with torch.no_grad():
+        m.delta[0], m.alpha[0] = 20.0, 20.0
+        m.delta[1], m.alpha[1] = 60.0, 60.0
+    out, state = m(x, return_state=True)
+    out.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in m.parameters())
+    steps, after = [], None
+    for token in x.unbind(1):
+        y, after = m.step(token, after)
+        steps.append(y)
+    torch.testing.assert_close(out, torch.stack(steps, dim=1))
+    torch.testing.assert_close(state, after)
+
+
+def test_one_dtype_under_autocast():
+    """That of autocast, whatever is asked for; the same numbers but for one rounding. States stay in float32."""
+    m, x = randomise(MultiHeadEMA(DIM, 2), scale=1.0), tokens(2, L, DIM)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = m(x)
+        masked = m(x, padding_mask=torch.zeros(2, L))
+        first, state = m(x[:, :4], return_state=True)
+        second, state = m(x[:, 4:], state=state, return_state=True)
+        steps, after = [], None
+        for token in x.unbind(1):
+            y, after = m.step(token, after)
+            steps.append(y)
+    assert state.dtype == after.dtype == torch.float32
+    torch.testing.assert_close(state, after)
+    for y in (masked, torch.cat((first, second), dim=1), torch.stack(steps, dim=1)):
+        torch.testing.assert_close(y, plain)
+        assert y.dtype == torch.bfloat16
+
+
+def test_no_tokens():
+    m, x, state = MultiHeadEMA(DIM, 2), torch.zeros(2, 0, DIM), torch.randn(2, DIM, 2)
+    assert m(x).shape == m(x, padding_mask=torch.zeros(2, 0)).shape == (2, 0, DIM)
+    assert_bitwise_equal(m(x, state=state, return_state=True)[1], state)
+    assert_bitwise_equal(m(x, return_state=True)[1], torch.zeros(2, DIM, 2))
 
 
 def test_a_state_needs_a_recurrence():

@@ -181,3 +181,9 @@ def test_autocast_keeps_spectra_in_float32():
 def test_the_rest(causal):
     make = lambda **factory: layer(causal=causal, **factory)
     check_everything_else(randomise(make()), make, tokens(2, L, DIM))
+
+
+def test_no_tokens():
+    y = OrchidOperator(DIM, 8)(torch.zeros((2, 0, DIM)))
+    assert y.shape == (2, 0, DIM)
+    y.sum().backward()

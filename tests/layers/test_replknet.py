@@ -164,3 +164,21 @@ def test_the_kernel_is_one_convolution():
         for j in range(13):
             y = y + padded[:, :, i : i + 5, j : j + 4] * m.lkb_reparam.weight[:, :1, i, j, None]
     torch.testing.assert_close(m(x), y)
+
+
+def test_merging_keeps_frozen_layers_frozen():
+    for frozen in (True, False):
+        m = RepLKBlock(8, 8, 7, 3).requires_grad_(not frozen)
+        m.reparameterize()
+        assert all(p.requires_grad != frozen for p in m.parameters())
+    m = ReparamLargeKernelConv(8, 8, 7, 1, 8, 3).requires_grad_(False)
+    m.small_conv.bn.requires_grad_()
+    m.reparameterize()
+    assert all(p.requires_grad for p in m.parameters())
+
+
+def test_loading_a_trained_layer_draws_no_random_numbers():
+    merged, state = RepLKBlock(8, 8, 7, 3, small_kernel_merged=True), RepLKBlock(8, 8, 7, 3).state_dict()
+    before = torch.get_rng_state()
+    merged.load_state_dict(state)
+    assert_bitwise_equal(torch.get_rng_state(), before)

@@ -160,3 +160,26 @@ def test_dropout_is_active_in_training_only():
 def test_the_rest():
     make = lambda **factory: layer(bidirectional=True, postact="glu", **factory)
     check_everything_else(randomise(make()), make, tokens(2, L, DIM))
+
+
+def test_no_tokens():
+    y = SGConv(DIM, l_max=8, kernel_dim=4, channels=2)(torch.zeros((2, DIM, 0)))
+    assert y.shape == (2, DIM, 0)
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_norm_that_was_not_initialised_is_that_of_what_is_loaded(assign):
+    """The original computes it in the first call: a state_dict from before has ones and a flag that is False."""
+    m, trained = (SGConv(DIM, l_max=8, kernel_dim=4) for _ in range(2))
+    fresh = trained.state_dict() | {"kernel_norm_initialized": torch.tensor(False)}
+    fresh["kernel_norm"] = torch.ones_like(trained.kernel_norm)
+    m.load_state_dict(fresh, assign=assign)
+    assert_bitwise_equal(m.kernel_norm, trained.kernel_norm)
+    assert m.kernel_norm_initialized and not fresh["kernel_norm_initialized"]
+    other = trained.state_dict() | {"kernel_norm": 2 * trained.kernel_norm}
+    m.load_state_dict(other)  # one that was trained keeps its own
+    assert_bitwise_equal(m.kernel_norm, other["kernel_norm"])
+    parent = torch.nn.Sequential(SGConv(DIM, l_max=8, kernel_dim=4))
+    parent.load_state_dict({f"0.{n}": t for n, t in fresh.items()})
+    assert_bitwise_equal(parent[0].kernel_norm, trained.kernel_norm)

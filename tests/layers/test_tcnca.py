@@ -92,3 +92,9 @@ def test_parameter_names_are_megas():
 def test_the_rest():
     make = lambda **factory: TCNCA(**SIZES, chunk_size=4, **factory)
     check_everything_else(randomise(make()), make, tokens(2, L, DIM))
+
+
+def test_dilations_beyond_the_operators():
+    """Taps that far away meet zeros alone: those of 65536 are the convolution with the last tap."""
+    m, x = TCNCA(**SIZES | {"depth": 17}), tokens(1, L, DIM)
+    torch.testing.assert_close(m(x), plain(m, x))

@@ -133,3 +133,11 @@ def test_stochastic_depth_and_synchronised_norms():
 ], ids=["block", "merged", "branches"])  # fmt: skip
 def test_the_rest(make):
     check_everything_else(randomise(make(), scale=0.2), make, tokens(*SHAPE))
+
+
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_merging_keeps_frozen_layers_frozen(kernel_size):
+    for frozen in (True, False):
+        m = UniRepLKNetBlock(8, kernel_size).requires_grad_(not frozen)
+        m.reparameterize()
+        assert all(p.requires_grad != frozen for p in m.parameters())

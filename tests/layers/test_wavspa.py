@@ -10,6 +10,7 @@ from fft_formulas import wide
 from layer_suite import DTYPES, check, check_everything_else, randomise, tokens
 from torch import nn
 
+from effvit._accuracy import assert_bitwise_equal
 from effvit.layers import SanaLinearAttention, WavSpA
 from effvit.layers.wavspa import daubechies
 
@@ -114,6 +115,17 @@ def test_like_the_formula(kwargs, dtype):
 
 def test_autocast():
     check(randomise(layer(learned=True)), plain, tokens(2, L, DIM), autocast=torch.bfloat16)
+
+
+@pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS.keys())
+def test_transforms_stay_in_float32_under_autocast(kwargs):
+    m, x = layer(**kwargs), tokens(2, L, DIM)
+    expected = m.decompose(x)
+    back = m.reconstruct(expected, L)
+    with torch.autocast("cpu", torch.bfloat16):
+        for found, part in zip(m.decompose(x), expected, strict=True):
+            assert_bitwise_equal(found, part)
+        assert_bitwise_equal(m.reconstruct(expected, L), back)
 
 
 @pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS.keys())

@@ -42,8 +42,14 @@ def fold_norm(name, norm, weight, bias=None):
     return weight.double() * scale.view(-1, *(1,) * (weight.dim() - 1)), shift
 
 
-def like_conv(conv, weight, bias):
-    """A Conv2d with the geometry, device, dtype and mode of `conv` and these weights."""
+def is_trained(*sources):
+    """Whether any parameter among modules, parameters and None wants gradients."""
+    parameters = [p for s in sources for p in (s.parameters() if isinstance(s, nn.Module) else [s])]
+    return any(p is not None and p.requires_grad for p in parameters)
+
+
+def like_conv(conv, weight, bias, *sources):
+    """A Conv2d with the geometry, device, dtype and mode of `conv` and these weights, trained if any source is."""
     like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
     made = nn.Conv2d(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
@@ -52,7 +58,7 @@ def like_conv(conv, weight, bias):
     with torch.no_grad():
         made.weight.copy_(weight)
         made.bias.copy_(bias)
-    return made.train(conv.training)
+    return made.train(conv.training).requires_grad_(is_trained(*sources))
 
 
 def batch_norm(channels, sync, factory):
@@ -68,14 +74,14 @@ def merge_on_load(state_dict, prefix, like, make, error_msgs):
     own = {name: t for name, t in state_dict.items() if name.startswith(prefix)}
     if any(t.is_meta for t in own.values()):
         return
-    with torch.device("cpu"):
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         trained = make().double()
-    try:
-        trained.load_state_dict({name.removeprefix(prefix): t for name, t in own.items()})
-        trained.reparameterize()
-    except (RuntimeError, ValueError) as e:
-        error_msgs.append(str(e))
-        return
+        try:
+            trained.load_state_dict({name.removeprefix(prefix): t for name, t in own.items()})
+            trained.reparameterize()
+        except (RuntimeError, ValueError) as e:
+            error_msgs.append(str(e))
+            return
     for name in own:
         del state_dict[name]
     weight = own[prefix + like]

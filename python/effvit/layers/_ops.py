@@ -169,12 +169,17 @@ def spectral_gate(x, weight):
     return _reference("spectral_gate", x.unsqueeze(0), weight.unsqueeze(0)).squeeze(0)
 
 
+def _filters(weight):
+    """[C, 1, K, K] or [C, K, K] -> [C, K, K]"""
+    return weight.squeeze(1) if weight.dim() == 4 else weight
+
+
 def dwconv_glu(x, v, weight, bias=None, **options):
     """effvit.dwconv_glu; float64 in plain PyTorch."""
     x, v = _dense(x), None if v is None else _dense(v)
     if _covered(x.dtype, 0):
         return effvit.ops.dwconv_glu(x, v, weight, bias, **options)
-    return _reference("dwconv_glu", x, v, weight.squeeze(1), bias, **options).to(x.dtype)
+    return _reference("dwconv_glu", x, v, _filters(weight), bias, **options).to(x.dtype)
 
 
 def dwconv(x, weight, bias=None, *, padding=None, dilation=(1, 1), window=None, act="none"):
@@ -188,7 +193,7 @@ def dwconv(x, weight, bias=None, *, padding=None, dilation=(1, 1), window=None, 
     before = [n // 2 for n in reach] if padding is None else padding
     after = [n - b for n, b in zip(reach, before, strict=True)] if padding is None else padding
     options = {"before": before, "after": after, "dilation": dilation, "window": window or (0, 0)}
-    return _reference("dwconv", x, weight.squeeze(1), bias, act=act, **options).to(x.dtype)
+    return _reference("dwconv", x, _filters(weight), bias, act=act, **options).to(x.dtype)
 
 
 def local_pool_attention(q, k, v, k_pool, v_pool, *, window, drop=None, **optional):
@@ -269,9 +274,10 @@ def rnn_scan(x, weight, bias=None, initial=None, *, cell):
 
 
 def dwconv_tokens(x, weight, bias=None, *, causal=True, dilation=1, act="none"):
-    """effvit.dwconv of tokens [B, L, C], each sees those before it, or both sides; float64 in plain PyTorch."""
+    """effvit.dwconv of tokens [B, L, C], each sees those before it, or both sides; float64, and dilations
+    beyond those of the operator, in plain PyTorch."""
     x = _dense(x)
-    if _covered(x.dtype, 0):
+    if _covered(x.dtype, 0) and dilation <= 32768:
         return effvit.ops.dwconv(x, weight, bias, causal=causal, dilation=dilation, act=act)
     reach = (weight.shape[-1] - 1) * dilation
     before = reach if causal else reach // 2

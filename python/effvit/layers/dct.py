@@ -76,6 +76,8 @@ class DCTAttention(nn.Module):
         if mask is not None and self.compress == "x":
             raise ValueError("effvit::DCTAttention: mask must be None with compress='x', got a tensor")
         n = x.shape[1]
+        if n == 0:
+            return self.fc_o(self.fc_v(x))
         matrix = dct_matrix(n, min(self.max_m, n), x.device, wide(x).dtype)
         if self.compress == "x":
             y = _apply(matrix, x)

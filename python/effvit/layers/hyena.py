@@ -209,6 +209,8 @@ class HyenaOperator(CachedSpectra):
         return [{"k": k, "k_rev": k_rev} for k, k_rev in zip(filters, after, strict=True)]
 
     def forward(self, u):
+        if u.shape[1] == 0:
+            return self.out_proj(u)
         x = dwconv_tokens(self.in_proj(u), self.short_filter.weight, self.short_filter.bias)
         *x, v = x.split(self.d_model, dim=-1)
         kernels = self._convolutions(u, u.shape[1])

@@ -180,6 +180,8 @@ class HyenaND(CachedSpectra):
         return self.filter_fn.bias.unflatten(0, (self.order - 1, self.d_model))
 
     def forward(self, u):
+        if u.shape[1] == 0 or (u.dim() == 4 and u.shape[2] == 0):
+            return self.out_proj(u)
         if u.dim() == 3:
             side = math.isqrt(u.shape[1])
             if side * side != u.shape[1]:

@@ -3,7 +3,6 @@
 import torch.nn.functional as F
 from torch import nn
 
-from ._depthwise import fits
 from ._ops import dwconv
 from ._tokens import conv2d
 
@@ -25,9 +24,9 @@ def im2win(x, kernel_height, stride=1, dilation=1):
 class Im2winConv2d(nn.Conv2d):
     """torch.nn.Conv2d (zeros as padding) by windows read in place (Im2win, arXiv:2306.14316): arguments and state_dict.
 
-    A depthwise convolution with stride 1 is `effvit::dwconv`, whose direct path keeps a row of windows in registers
-    and copies nothing. Any other one multiplies, group by group, the windows of `im2win` with the kernel in the same
-    order, as a convolution over one axis. x [B, in_channels, H, W] -> [B, out_channels, H', W'].
+    A depthwise convolution with stride 1, whatever its padding, is `effvit::dwconv`, whose direct path keeps a row of
+    windows in registers and copies nothing. Any other one multiplies, group by group, the windows of `im2win` with the
+    kernel in the same order, as a convolution over one axis. x [B, in_channels, H, W] -> [B, out_channels, H', W'].
 
     ValueError where padding_mode is not "zeros". Compared with torch.nn.Conv2d; the published code is C++ (seth-lu/
     Im2win at 4a7fb9a) and has neither padding, groups nor dilation.
@@ -44,9 +43,10 @@ class Im2winConv2d(nn.Conv2d):
         )
 
     def forward(self, x):
-        if fits(self):
+        if self.groups == self.in_channels == self.out_channels and self.stride == (1, 1):
             x = x.permute(0, 2, 3, 1)
-            y = dwconv(x, self.weight, self.bias, padding=self.padding, dilation=self.dilation)
+            padding = {"same": None, "valid": (0, 0)}.get(self.padding, self.padding)
+            y = dwconv(x, self.weight, self.bias, padding=padding, dilation=self.dilation)
             return y.permute(0, 3, 1, 2)
         left, right, top, bottom = self._reversed_padding_repeated_twice
         (h, w), (sy, sx), (dy, dx) = self.kernel_size, self.stride, self.dilation

@@ -224,7 +224,10 @@ class LongConv(PointwiseOutput):
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=u.device).reshape(-1, 1, 1)
             u = u * (torch.arange(L, device=u.device) < lengths)
-        y = self._butterfly(u) if self.block_fft_conv else self._convolve(u)
+        if L == 0:
+            y = u.repeat(1, self.channels, 1) * self.D.flatten().unsqueeze(-1).to(u.dtype)
+        else:
+            y = self._butterfly(u) if self.block_fft_conv else self._convolve(u)
         y = self._mix(self.dropout(y).mT)
         return y.mT if self.transposed else y
 

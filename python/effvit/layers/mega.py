@@ -26,7 +26,7 @@ class MultiHeadEMA(CachedSpectra):
     With `return_state` the averages after the last token [B, embed_dim, ndim] as well, in float32 (float64 for
     float64), which `state` takes up; not bidirectional, and without truncation. `step(x, state)` is one token
     [B, embed_dim] -> the same shape and the state after. For inference `cache_spectra(L)` makes the kernel's transform
-    once.
+    once. Under autocast every call casts x, as `fft_conv` does, and computes in float32.
 
     Compared with its formula in plain PyTorch. Names are those of facebookresearch/mega,
     fairseq/modules/exponential_moving_average.py at cfc14f2, where x is [L, B, embed_dim].
@@ -59,7 +59,9 @@ class MultiHeadEMA(CachedSpectra):
     def _coefficients(self):
         """p beta, log(q) and gamma / sqrt(ndim) [kernels, ndim], in float32."""
         p = torch.sigmoid(wide(self.delta.squeeze(-1)))
-        log_q = torch.log1p(-p * torch.sigmoid(wide(self.alpha.squeeze(-1))))
+        forget = p * torch.sigmoid(wide(self.alpha.squeeze(-1)))
+        # below 1: log(0) times the power 0 is NaN
+        log_q = torch.log1p(-forget.clamp(max=1 - torch.finfo(forget.dtype).eps / 2))
         return p * wide(self.beta.squeeze(-1)), log_q, wide(self.gamma) * self.scale
 
     @staticmethod
@@ -86,16 +88,30 @@ class MultiHeadEMA(CachedSpectra):
             what = "bidirectional" if self.bidirectional else "truncation"
             raise ValueError(f"effvit::MultiHeadEMA: state must be None with {what}: there is no recurrence")
 
+    @staticmethod
+    def _cast(x):
+        """In the dtype of autocast where that is on, as the operator casts it."""
+        device = x.device.type
+        if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+            return x
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
     def forward(self, x, padding_mask=None, state=None, return_state=False):
         if state is not None or return_state:
             self._refuse_state()
+        x = self._cast(x)
         L = x.shape[1]
+        if L == 0:
+            y = F.silu(wide(x) * wide(self.omega)).to(x.dtype)
+            empty = wide(x).new_zeros(x.shape[0], self.embed_dim, self.ndim) if state is None else wide(state)
+            return (y, empty) if return_state else y
         (kernel,) = self._convolutions(x, L)
         if padding_mask is None and state is None:
             y = fft_conv(x, d=self.omega, act="silu", channels_last=True, **kernel)
             return (y, self._state_after(x, None)) if return_state else y
         u = x if padding_mask is None else x * (1 - padding_mask.to(x.dtype)).unsqueeze(-1)
-        y = wide(fft_conv(wide(u), channels_last=True, **kernel)) + wide(x) * wide(self.omega)
+        with without_autocast(x):
+            y = fft_conv(wide(u), channels_last=True, **kernel) + wide(x) * wide(self.omega)
         if state is not None:
             _, log_q, gamma = self._coefficients()
             whole, rest = self._powers(log_q, L)
@@ -119,6 +135,7 @@ class MultiHeadEMA(CachedSpectra):
     def step(self, x, state=None):
         """One token x [B, embed_dim], the state before [B, embed_dim, ndim] or None -> its output, the state after."""
         self._refuse_state()
+        x = self._cast(x)
         scale, log_q, gamma = self._coefficients()
         after = scale * wide(x).unsqueeze(-1)
         if state is not None:

@@ -156,7 +156,7 @@ class OrchidOperator(nn.Module):
 
     def forward(self, u):
         L = u.shape[1]
-        if u.shape[0] == 0:  # an error of PyTorch's FFT
+        if u.shape[0] == 0 or L == 0:  # an error of PyTorch's FFT
             return self.out_linear(u)
         w = self.in_linear(u)
         with without_autocast(u):

@@ -91,14 +91,14 @@ class ReparamLargeKernelConv(nn.Module):
         """
         if hasattr(self, "lkb_reparam"):
             return
-        name, large = type(self).__name__, self.lkb_origin
+        name, large, sources = type(self).__name__, self.lkb_origin, [*self.parameters()]
         weight, bias = fold_norm(name, large.bn, large.conv.weight)
         if hasattr(self, "small_conv"):
             small_weight, small_bias = fold_norm(name, self.small_conv.bn, self.small_conv.conv.weight)
             weight = weight + F.pad(small_weight, [(self.kernel_size - self.small_kernel) // 2] * 4)
             bias = bias + small_bias
             del self.small_conv
-        self.lkb_reparam = like_conv(large.conv, weight, bias)
+        self.lkb_reparam = like_conv(large.conv, weight, bias, *sources)
         del self.lkb_origin
 
     merge_kernel = reparameterize

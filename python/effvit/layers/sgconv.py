@@ -11,6 +11,14 @@ from .hyena import activation_of, require
 from .long_conv import FUSED, PointwiseOutput, taps_before
 
 
+def _norm_of_what_was_loaded(module, incompatible_keys):
+    """A state_dict of a layer that was never called has no norm yet."""
+    flag = module.kernel_norm_initialized
+    if not flag.is_meta and not flag:
+        module.kernel_norm = module._norm()
+        module.kernel_norm_initialized = torch.ones_like(flag)
+
+
 class SGConv(PointwiseOutput):
     """SGConv's layer (arXiv:2210.09298): the arguments and the state_dict of the authors' `GConv`.
 
@@ -30,7 +38,8 @@ class SGConv(PointwiseOutput):
     (position + 1)^-decay, decay a parameter ("fixed": a constant), in place of m.
 
     Compared with its formula in plain PyTorch. Names are those of ctlllll/SGConv, gconv_standalone.py at 03de26b, which
-    returns a pair with None, computes Z in the first call, and fails with `bidirectional`. hyper_act, ln, initializer
+    returns a pair with None, computes Z in the first call, and fails with `bidirectional`. A state_dict from before
+    that call (`kernel_norm_initialized` is False) has Z computed when it is loaded. hyper_act, ln, initializer
     and weight_norm are not here; dropout is elementwise. d_state and shift do nothing, as there.
 
     Raises: ValueError for l_max, kernel_dim or channels < 1, sizes that leave no scale, and an unknown mode.
@@ -82,10 +91,15 @@ class SGConv(PointwiseOutput):
                 self.output_linear = nn.Linear(channels * d_model, d_model, **factory)
             else:
                 self.output_linear = self._output_linear(channels * d_model, d_model, postact, factory)
-        with torch.no_grad():
-            norm = self._stretched(kernel_dim * 2 ** (scales - 1 + init_scale)).norm(dim=-1, keepdim=True)
-        self.register_buffer("kernel_norm", norm.to(self.D.dtype))
+        self.register_buffer("kernel_norm", self._norm())
         self.register_buffer("kernel_norm_initialized", torch.tensor(True, device=device))
+        self.register_load_state_dict_post_hook(_norm_of_what_was_loaded)
+
+    @torch.no_grad()
+    def _norm(self):
+        """[channels, d_model, 1]: the norm of the whole kernel."""
+        whole = self._stretched(self.kernel_dim * 2 ** (self.num_scales - 1 + self.init_scale))
+        return whole.norm(dim=-1, keepdim=True).to(self.D.dtype)
 
     def _initial(self, channels, factory):
         if "randn" in self.mode:
@@ -129,6 +143,10 @@ class SGConv(PointwiseOutput):
 
     def forward(self, u):
         u = u if self.transposed else u.mT
+        if u.shape[-1] == 0:
+            y = u.repeat(1, self.channels, 1) * self.D.flatten().unsqueeze(-1).to(u.dtype)
+            y = y if self.linear else self._mix(y.mT).mT
+            return y if self.transposed else y.mT
         (kernel,) = self._convolutions(u, u.shape[-1])
         u = u.repeat(1, self.channels, 1) if self.channels > 1 else u
         y = fft_conv(u, d=self.D.flatten(), act="none" if self.linear else self.fused or "none", **kernel)

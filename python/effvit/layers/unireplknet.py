@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ._depthwise import batch_norm, depthwise_map, fold_norm, like_conv, merge_on_load
+from ._depthwise import batch_norm, depthwise_map, fold_norm, is_trained, like_conv, merge_on_load
 from ._tokens import convolve
 from .swin_block import DropPath
 
@@ -101,8 +101,8 @@ class DilatedReparamBlock(nn.Module):
             bias = bias + shift
         return weight, bias
 
-    def _deploy(self, weight, bias):
-        self.lk_origin = like_conv(self.lk_origin, weight, bias)
+    def _deploy(self, weight, bias, *sources):
+        self.lk_origin = like_conv(self.lk_origin, weight, bias, self, *sources)
         if hasattr(self, "origin_bn"):
             del self.origin_bn
             for conv, bn, _, _ in self._names():
@@ -244,9 +244,9 @@ class UniRepLKNetBlock(nn.Module):
             merged = conv._merged() if branches else (conv.weight, conv.bias)
             merged = fold_norm(name, self.norm, *merged)
             if branches:
-                conv._deploy(*merged)
+                conv._deploy(*merged, self.norm)
             else:
-                self.dwconv = like_conv(conv, *merged)
+                self.dwconv = like_conv(conv, *merged, conv, self.norm)
             self.norm = nn.Identity()
         if len(self.pwconv2) == 3:
             linear, back, norm = self.pwconv2
@@ -263,6 +263,7 @@ class UniRepLKNetBlock(nn.Module):
             )
             made.weight.copy_(weight)
             made.bias.copy_(bias)
+            made.requires_grad_(is_trained(linear, norm, self.gamma, grn.beta if grn.use_bias else None))
             self.pwconv2 = nn.Sequential(made, back).train(self.training)
             self.gamma = None
             if grn.use_bias:

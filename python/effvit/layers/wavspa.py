@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._ops import fft_conv, softmax_attention, wide
-from .hyena import require
+from .hyena import require, without_autocast
 
 
 def daubechies(taps):
@@ -133,7 +133,10 @@ class WavSpA(nn.Module):
 
     def decompose(self, x):
         """x [B, L, dim] -> the low-pass tokens of the last level, its high-pass tokens, .., those of the first."""
-        x = F.pad(wide(x), (0, 0, 0, -x.shape[1] % 2**self.level))
+        with without_autocast(x):
+            return self._decompose(F.pad(wide(x), (0, 0, 0, -x.shape[1] % 2**self.level)))
+
+    def _decompose(self, x):
         k, T = self._phases()
         k = k.expand(-1, -1, -1, x.shape[-1]).transpose(1, 2)  # [2, n, 2, dim]
         k = k.transpose(0, 1).flatten(1)
@@ -146,6 +149,10 @@ class WavSpA(nn.Module):
 
     def reconstruct(self, parts, length):
         """The inverse of `decompose`: [B, length, dim]."""
+        with without_autocast(parts[0]):
+            return self._reconstruct(parts)[:, :length]
+
+    def _reconstruct(self, parts):
         k, T = self._phases()
         first = T - k.shape[2] + 1  # the lowest lag
         x = wide(parts[0])
@@ -155,7 +162,7 @@ class WavSpA(nn.Module):
             both = torch.stack((x, wide(detail)), dim=2).unsqueeze(3).expand(-1, -1, -1, 2, -1)
             y = self._convolve(both.flatten(2), k).roll(first, 1)
             x = y.unflatten(-1, (2, 2, -1)).sum(2).flatten(1, 2)
-        return x[:, :length]
+        return x
 
     def forward(self, x):
         parts = [attend(part.to(x.dtype)) for attend, part in zip(self.attentions, self.decompose(x), strict=True)]
