@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -285,6 +286,7 @@ def main(functions, rank, ranks, store, *tests):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", category=FutureWarning, module="effvit")
     dist.init_process_group("gloo", rank=int(rank), world_size=int(ranks), store=dist.FileStore(store, int(ranks)))
     mesh = dist.init_device_mesh("cpu", (int(ranks),))
     for test in tests:

@@ -315,6 +315,32 @@ def compiled(mesh, function_and_name):
         assert_bitwise_equal(result, expected)
 
 
+def mixed(mesh, function_and_name):
+    """Under autocast maps of two dtypes: bit for bit what maps of one are; compiled too."""
+    function, name = function_and_name.split(".")
+    options = CASES[function][name]
+    sizes = sizes_of(mesh, options)
+    whole, split = tensors_of(function, options, sum(sizes), torch.float32)
+    mine = {n: part(mesh, t, split[n], sizes) if n in split else t for n, t in whole.items()}
+    first = next(iter(split))
+    eager = lambda leaves: call(function, options, leaves, None, sizes)
+
+    def both(call, tensors):
+        leaves = {n: t.detach().clone().requires_grad_() for n, t in tensors.items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            outs = call(leaves)
+        assert outs[0].dtype == torch.bfloat16
+        grads = torch.autograd.grad(sum(t.float().square().sum() for t in outs), [*leaves.values()])
+        assert all(g.dtype == t.dtype for g, t in zip(grads, leaves.values(), strict=True))
+        return (*outs, *grads)
+
+    expected = both(eager, {n: t.bfloat16() if n in split else t for n, t in mine.items()})
+    mine[first] = mine[first].bfloat16()
+    for run in (eager, torch.compile(eager, fullgraph=True, backend="aot_eager")):
+        for result, e in zip(both(run, mine), expected, strict=True):
+            assert_bitwise_equal(result, e.to(result.dtype))
+
+
 def twice(mesh, function_and_name):
     """A gradient penalty, summed over the ranks: second derivatives are those of one process."""
     function, name = function_and_name.split(".")
@@ -392,6 +418,15 @@ def exchanged(mesh, name):
         assert_bitwise_equal(gathered(f, dim), t.detach())
 
 
+def contiguous(mesh, _):
+    """The result is, whatever the strides of x, with and without a halo."""
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    for halo in (0, 1):
+        found = effvit.distributed.halo_exchange(x, halo, halo, mesh, dim=2, sizes=[4] * mesh.size())
+        assert found.is_contiguous(), found.stride()
+        assert_bitwise_equal(found[:, :, halo : halo + 4], x)
+
+
 def refused(mesh, _):
     """What only a group can say; before anything is sent, so on all ranks."""
     x, w, q = torch.randn(1, 3, 4), torch.randn(4, 3), torch.randn(1, 3, 4, 1, 8)
@@ -439,7 +474,7 @@ SAME = [f"same:{function}.{name}" for function, cases in CASES.items() for name 
 
 def test_on_one_rank(tmp_path):
     alone = [test.replace("same", "alone", 1) for test in SAME]
-    run_ranks(1, tmp_path / "store", *EXCHANGED, *alone, "refused:", file=__file__)
+    run_ranks(1, tmp_path / "store", *EXCHANGED, *alone, "contiguous:", "refused:", file=__file__)
 
 
 def test_on_two_ranks(tmp_path):
@@ -452,6 +487,7 @@ def test_on_two_ranks(tmp_path):
     traced = [
         f"compiled:{name}" for name in ("dwconv.gated", "dwconv.causal_dilated", "attention.shifted", "fft.gated")
     ]
+    autocast = [f"mixed:{name}" for name in ("dwconv.map", "dwconv.causal_dilated", "attention.halo", "fft.gated")]
     second = [f"twice:{name}" for name in ("dwconv.map", "dwconv.causal_dilated", "fft.gated", "attention.straddling")]
     run_ranks(
         2,
@@ -461,6 +497,8 @@ def test_on_two_ranks(tmp_path):
         *half,
         *traced,
         *second,
+        *autocast,
+        "contiguous:",
         "in_float64:fft.gated",
         "refused:",
         file=__file__,
@@ -503,6 +541,15 @@ def test_rows_that_windows_need():
             first += size
             smaller += 0 < len(rows) < sum(sizes)
     assert smaller > 100
+
+
+def test_rows_sent_together_are_of_one_dtype():
+    from effvit.distributed._ranks import gather_rows, scatter_rows
+
+    x = torch.randn(1, 3, 4)
+    for exchange in (gather_rows, scatter_rows):
+        with pytest.raises(TypeError, match=r"rows sent together must be torch.float32, got torch.bfloat16"):
+            exchange((x, x.bfloat16()), (3,), (((0, 3),),), 1, None)
 
 
 def test_bad_calls():

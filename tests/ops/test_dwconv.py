@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import effvit
 from effvit.reference.dwconv import dwconv as definition
-from effvit.testing.dwconv import NAMES, SPEC
+from effvit.testing.dwconv import NAMES, SPEC, _terms
+from effvit.testing.dwconv_glu import away_from_kink
 from op_suite import OpSuite
 
 
@@ -172,6 +173,32 @@ def test_of_nothing_comes_nothing():
     assert out.shape == (2, 0, 3, 4)
     out.sum().backward()
     assert not x.grad.any() and not w.grad.any()
+
+
+def test_the_definition_of_nothing():
+    """In float64 too, with every kind of argument: gradients of zeros for all."""
+    x, w, b = _randn(2, 1, 3, 4), _randn(4, 1, 5, seed=1), _randn(4, seed=2)
+    tensors = [t.requires_grad_() for t in (x, w, b, _randn(2, 1, 3, 4), _randn(2, 1, 0, 4), _randn(2, 1, 1, 4))]
+    out = definition(*tensors, before=(0, 1))
+    assert out.shape == (2, 1, 0, 4) and out.dtype == torch.float64
+    grads = torch.autograd.grad(out.sum(), tensors)
+    assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, tensors, strict=True))
+
+
+def test_samples_keep_away_from_the_kink_of_relu():
+    """Where rounding decides on the slope, samples are drawn again, and gradients have no magnitudes."""
+    options = {"before": [0, 0], "after": [0, 0], "dilation": [1, 1], "window": [0, 0], "act": NAMES.index("relu")}
+    call = lambda x: (torch.tensor(x).view(1, 1, 2, 1), torch.tensor([[[1.0, -1.0]]]), *[None] * 4)
+    draws = iter([[1.0, 1.0], [1.0, 1.0 + 2**-22], [1.0, 0.5]])
+    (x, *_), _ = away_from_kink(lambda *_: (call(next(draws)), options), _terms)(torch.float32, "cpu", None)
+    assert x.flatten().tolist() == [1.0, 0.5]
+    with pytest.raises(AssertionError, match="every draw is too near to relu's kink"):
+        away_from_kink(lambda *_: (call([1.0, 1.0]), options), _terms)(torch.float32, "cpu", None)
+    wide = lambda args: tuple(None if t is None else t.double() for t in args)
+    grads = (torch.ones(1, 1, 1, 1).double(),)
+    assert SPEC.magnitudes(wide(call([1.0, 0.5])), options, grads, 1e-7)[1]["weight"].tolist() == [[[1.0, 0.5]]]
+    with pytest.raises(AssertionError, match="relu's slope is not known"):
+        SPEC.magnitudes(wide(call([1.0, 1.0])), options, grads, 1e-7)
 
 
 @pytest.mark.parametrize(

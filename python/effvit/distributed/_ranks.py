@@ -37,8 +37,24 @@ def process_group(op, group):
     return group
 
 
+def as_autocast(*tensors):
+    """Maps as operators cast them under autocast, before they are sent: the first one decides on the device."""
+    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+# Newer versions of torch warn of the old name.
+_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+
+
 def of_all_ranks(x, group):  # [ranks, *x.shape]
-    return collectives.wait_tensor(collectives.all_gather_tensor(x[None].contiguous(), 0, group))
+    return collectives.wait_tensor(_all_gather(x[None].contiguous(), 0, group))
 
 
 def check_sizes(op, sizes):
@@ -205,12 +221,20 @@ class _Scatter(torch.autograd.Function):
         return *_Gather.apply(*grads, *ctx.plan), None, None, None, None
 
 
+def _check_dtypes(parts):
+    """They share a buffer, which another rank cuts by the dtype of its own."""
+    for t in parts:
+        if t.dtype != parts[0].dtype:
+            raise TypeError(f"effvit.distributed: rows sent together must be {parts[0].dtype}, got {t.dtype}")
+
+
 def gather_rows(parts, sizes, runs, dim, group):
     """Tensors of the rows that this rank needs.
 
     parts: tensors of one dtype whose `dim` is split across the ranks, all alike. sizes: how many rows every rank has.
     runs: for every rank the rows of the whole that it needs, as a tuple of (first, rows); first -1: that many zeros.
     """
+    _check_dtypes(parts)
     return _Gather.apply(*parts, sizes, runs, dim, group)
 
 
@@ -226,6 +250,7 @@ def own_runs(runs, sizes):
 
 def scatter_rows(gathered, sizes, runs, dim, group):
     """What ranks hold for the rows of `runs`, added up where these rows are."""
+    _check_dtypes(gathered)
     return _Scatter.apply(*gathered, sizes, runs, dim, group)
 
 

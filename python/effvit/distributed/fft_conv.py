@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ..ops._checks import as_bool, as_int, check_like, check_tensor, shape, value_error
 from ..ops.fft_conv import OP, fft_conv
-from ._ranks import check_sizes, process_group, resplit, sizes_of_ranks
+from ._ranks import as_autocast, check_sizes, process_group, resplit, sizes_of_ranks
 
 __all__ = ["channels_of_rank", "distributed_fft_conv"]
 
@@ -93,8 +93,9 @@ def distributed_fft_conv(
 
     Returns:
         The shape and dtype of u: this rank's part of the result; differentiable in every tensor argument by autograd.
-        Gradients are those of the sum of all ranks' losses. With gates in half precision their products are rounded to
-        it, which effvit.fft_conv computes in float32.
+        Gradients are those of the sum of all ranks' losses. The backward communicates: all ranks must run it, one with
+        an empty part too, and a tensor must require gradients on all ranks or on none. With gates in half precision
+        their products are rounded to it, which effvit.fft_conv computes in float32.
 
     Works under autocast and torch.compile. Deterministic.
 
@@ -104,6 +105,7 @@ def distributed_fft_conv(
         RuntimeError: torch.distributed is not initialised.
     """
     op = "distributed_fft_conv"
+    u, pregate, postgate = as_autocast(u, pregate, postgate)
     kernels = {"k": k, "d": d, "k_rev": k_rev, "spectrum": spectrum}
     gates = {"pregate": pregate, "postgate": postgate}
     check_tensor(op, "u", u)

@@ -9,7 +9,7 @@ from ..ops._checks import as_bool, as_int, as_pair, check_tensor, index_of, is_i
 from ..ops.dwconv import NAMES as ACTIVATIONS
 from ..ops.dwconv import OP as DWCONV_OP
 from ..ops.window_attention import OP as WINDOW_OP
-from ._ranks import check_sizes, gather_rows, own_runs, process_group, scatter_rows, sizes_of_ranks
+from ._ranks import as_autocast, check_sizes, gather_rows, own_runs, process_group, scatter_rows, sizes_of_ranks
 from ._windows import as_runs, window_rows
 
 __all__ = ["halo_dwconv", "halo_exchange", "halo_window_attention"]
@@ -67,7 +67,9 @@ def halo_exchange(
 
     Returns:
         A tensor like x with ``before + L + after`` in `dim`, contiguous; differentiable, any number of times.
-        Gradients are those of the sum of all ranks' losses. Data are only moved: bitwise what a slice of the whole is.
+        Gradients are those of the sum of all ranks' losses. The backward communicates: all ranks must run it, one with
+        an empty part too, and x must require gradients on all ranks or on none. Data are only moved: bitwise what a
+        slice of the whole is.
 
     Raises:
         TypeError, ValueError: an argument is none of the above, on the ranks where it is; before any exchange of rows.
@@ -89,7 +91,7 @@ def halo_exchange(
         tuple(run for run in ((-1, zeros), *inside, (-1, more)) if run[1])
         for inside, zeros, more in _around(sizes, before, after)
     )
-    return gather_rows((x,), sizes, runs, dim, group)[0]
+    return gather_rows((x,), sizes, runs, dim, group)[0].contiguous()
 
 
 def _checked_dwconv(op, x, weight, bias, pregate, postgate, causal, dilation, act, window):
@@ -170,7 +172,9 @@ def halo_dwconv(
 
     Returns:
         [B, L_r, C] or [B, H_r, W, C] in the dtype of x: this rank's part of the result for the whole; differentiable
-        in every tensor argument by autograd. Gradients are those of the sum of all ranks' losses.
+        in every tensor argument by autograd. Gradients are those of the sum of all ranks' losses. The backward
+        communicates: all ranks must run it, one with an empty part too, and a tensor must require gradients on all
+        ranks or on none.
 
     Works under autocast and torch.compile. Deterministic.
 
@@ -180,6 +184,7 @@ def halo_dwconv(
         RuntimeError: torch.distributed is not initialised.
     """
     op = "halo_dwconv"
+    x, pregate, postgate = as_autocast(x, pregate, postgate)
     tensors, options, dim = _checked_dwconv(op, x, weight, bias, pregate, postgate, causal, dilation, act, window)
     check_sizes(op, sizes)
     group = process_group(op, group)
@@ -285,7 +290,8 @@ def halo_window_attention(
     Returns:
         ``out`` [B, H_r, W, h, dv] and ``lse`` [B, h, H_r, W] of this rank's rows, as effvit.window_attention returns
         them for the whole map; differentiable in every tensor argument by autograd. Gradients are those of the sum of
-        all ranks' losses.
+        all ranks' losses. The backward communicates: all ranks must run it, one with an empty part too, and a tensor
+        must require gradients on all ranks or on none.
 
     Works under autocast and torch.compile. Deterministic.
 
@@ -295,6 +301,7 @@ def halo_window_attention(
         RuntimeError: torch.distributed is not initialised.
     """
     op = "halo_window_attention"
+    q, k, v, pad_k, pad_v = as_autocast(q, k, v, pad_k, pad_v)
     options = {"scale": scale, "mask_value": mask_value, "roll_before_pad": roll_before_pad}
     for name, pair, least in (
         ("window", window, 1), ("shift", shift, 0), ("dilation", dilation, 1), ("halo", halo, 0),

@@ -75,7 +75,8 @@ def sequence_parallel_linear_attention(
 
     Returns:
         ``out`` [B, L, H, V] of this rank's queries, in the dtype of q; differentiable in every tensor argument by
-        autograd. Gradients are those of the sum of all ranks' losses.
+        autograd. Gradients are those of the sum of all ranks' losses. The backward communicates: all ranks must run
+        it, one with an empty part too, and a tensor must require gradients on all ranks or on none.
 
     Works under autocast and torch.compile. Deterministic where the backend's all-reduce is.
 
@@ -211,7 +212,8 @@ def sequence_parallel_gated_linear_attention(
 
     Returns:
         ``out`` [B, L, H, V] of this rank's tokens, in the dtype of q; differentiable in q, k, v and g by autograd, any
-        number of times. Gradients are those of the sum of all ranks' losses.
+        number of times. Gradients are those of the sum of all ranks' losses. The backward communicates: all ranks must
+        run it, one with an empty part too, and a tensor must require gradients on all ranks or on none.
 
     Works under autocast and torch.compile. Deterministic: states are combined in the order of the ranks.
 

@@ -26,6 +26,12 @@ def dwconv(
     [B, H, before[1], C] stands in the place of the zeros left of the map.
     """
     B, H, W, C = x.shape
+    P, Q = (
+        s + b + a - d * (k - 1) for s, b, a, d, k in zip((H, W), before, after, dilation, weight.shape[1:], strict=True)
+    )
+    if P * Q == 0:  # F.conv2d refuses it; made of the tensors, so that gradients are zeros
+        given = (t for t in (x, weight, bias, pregate, postgate, state) if t is not None)
+        return torch.cat([t.reshape(-1)[:0].to(x.dtype) for t in given]).view(B, P, Q, C)
     x = x if pregate is None else x * pregate
     left = before[1]
     if state is not None:

@@ -7,9 +7,17 @@ from effvit.reference.dwconv import dwconv as definition
 from effvit.testing._bad_inputs import declared_bad_inputs
 from effvit.testing._samples import changed, in_order, misaligned, sliced
 from effvit.testing._spec import FLOAT_DTYPES, OPS, BadInput, OpSpec, Sample, split_call
-from effvit.testing.dwconv_glu import _activation
+from effvit.testing.dwconv_glu import _activation, away_from_kink
 
 SIGMOID, GELU, SILU, RELU, TANH, NONE = range(6)
+
+
+def _terms(args, kwargs):
+    """What the activation is of, and the sum of its absolute terms."""
+    options = {n: x for n, x in kwargs.items() if n != "act"}
+    x, weight, bias, pregate, _, state = args
+    given = (x, weight, bias, pregate, None, state)
+    return definition(*given, **options), definition(*(None if t is None else t.abs() for t in given), **options)
 
 
 def _sample(
@@ -21,7 +29,7 @@ def _sample(
     before = [r // 2 for r in reach] if before is None else [*before]
     after = [r - b for r, b in zip(reach, before, strict=True)] if after is None else [*after]
 
-    def make(dtype, device, generator):
+    def draw(dtype, device, generator):
         B, H, W, C = shape
         P, Q = (s + b + a - r for s, b, a, r in zip((H, W), before, after, reach, strict=True))
         randn = lambda *s: torch.randn(*s, generator=generator)
@@ -40,6 +48,7 @@ def _sample(
             "before": before, "after": after, "dilation": [*dilation], "window": [*window], "act": act,
         }  # fmt: skip
 
+    make = away_from_kink(draw, _terms) if act == RELU else draw
     return Sample(name, make, frozenset(tags.split()), dtypes)
 
 
@@ -131,6 +140,7 @@ SAMPLES = [
             tags="strided"),
     _sample("windows_width_first", (2, 6, 8, 16), (3, 3), window=(3, 4), layout=_width_first, tags="strided"),
     _sample("expanded", (3, 4, 6, 16), (3, 3), act=RELU, layout=lambda t: t[:1].expand_as(t), tags="strided"),
+    _sample("no_rows", (2, 2, 5, 4), (3, 3), before=(0, 1), after=(0, 0), act=RELU, postgate=True, tags="empty"),
     _sample("empty_batch", (0, 4, 5, 8), (3, 3), tags="empty"),
     _sample("huge_batch", (70_001, 1, 2, 3), (3, 3), tags="huge", dtypes=(torch.float32,)),
 ]
@@ -149,7 +159,7 @@ def magnitudes(args, kwargs, output_grads, eps):
     positive = {n: None if t is None else t.abs().requires_grad_() for n, t in tensors.items()} | {"postgate": None}
     with torch.enable_grad():
         m = definition(**positive, **options)
-    act, slope = _activation(NAMES[kwargs["act"]], z, m.detach(), eps)
+    act, slope = _activation(NAMES[kwargs["act"]], z, m.detach())
     gate = torch.ones_like(act) if tensors["postgate"] is None else tensors["postgate"].abs()
     outputs = {"out": act * gate}
     if output_grads is None:

@@ -11,13 +11,53 @@ from effvit.testing._spec import FLOAT_DTYPES, OPS, BadInput, OpSpec, Sample, sp
 SIGMOID, GELU, SILU, RELU, TANH, NONE = range(6)
 
 
+def _parts(args, kwargs):
+    """(the map, its gates): x may hold both."""
+    x, v, w, _ = args
+    if v is None:
+        C, G = w.shape[0], x.shape[-1] - w.shape[0]
+        v, x = x.split((G, C), -1) if kwargs["gate_first"] else x.split((C, G), -1)[::-1]
+    return x, v
+
+
+def _convolve(x, w, b):
+    y = F.conv2d(x.permute(0, 3, 1, 2), w[:, None], b, padding=w.shape[-1] // 2, groups=w.shape[0])
+    return y.permute(0, 2, 3, 1)
+
+
+def _terms(args, kwargs):
+    """What the activation is of, and the sum of its absolute terms."""
+    given = (_parts(args, kwargs)[0], *args[2:])
+    return _convolve(*given), _convolve(*(None if t is None else t.abs() for t in given))
+
+
+def is_away_from_kink(z, m):
+    """Whether no rounding of z, a sum of terms m, decides on which side of relu's kink it lies."""
+    return bool(((z.abs() > 4 * torch.finfo(torch.float32).eps * m) | (m == 0)).all())
+
+
+def away_from_kink(draw, terms):
+    """`draw`, again where it comes too near to relu's kink: the slope there may be 0 or 1, and the gradients of weight
+    and bias, sums over the map, would be anything. terms: (args, kwargs) in float64 -> (z, m).
+    """
+
+    def make(dtype, device, generator):
+        for _ in range(8):
+            args, kwargs = draw(dtype, device, generator)
+            if is_away_from_kink(*terms(tuple(None if t is None else t.cpu().double() for t in args), kwargs)):
+                return args, kwargs
+        raise AssertionError("every draw is too near to relu's kink")
+
+    return make
+
+
 def _sample(
     name, B, H, W, C, k=3, *, act=GELU, gates=None, packed=False, gate_first=False, bias=True, weights=None, size=1.0,
     layout=None, tags="", dtypes=FLOAT_DTYPES,
 ):  # fmt: skip
     """gates: None is C; packed: x holds them. weights: the dtype of weight and bias, if not that of x."""
 
-    def make(dtype, device, generator):
+    def draw(dtype, device, generator):
         G = C if gates is None else gates
         x, v = (torch.randn(B, H, W, n, generator=generator) * size for n in (C, G))
         w, b = torch.randn(C, k, k, generator=generator) / k, torch.randn(C, generator=generator)
@@ -28,6 +68,7 @@ def _sample(
         w, b = (t.to(device, weights or dtype) for t in (w, b))
         return (x, v, w, b if bias else None), {"act": act, "gate_first": gate_first}
 
+    make = away_from_kink(draw, _terms) if act == RELU else draw
     return Sample(name, make, frozenset(tags.split()), dtypes)
 
 
@@ -80,7 +121,7 @@ SAMPLES = [
 # ---- error magnitudes ----------------------------------------------------------------------------------------------
 
 
-def _activation(name, z, m, eps):
+def _activation(name, z, m):
     """Magnitudes of act(z) and of its slope: those of glu, and what the rounding of z, a sum of terms m, adds."""
     s, density = torch.sigmoid(z), torch.exp(-z * z / 2) / (2 * torch.pi) ** 0.5
     if name == "sigmoid":
@@ -90,10 +131,10 @@ def _activation(name, z, m, eps):
     elif name == "gelu":
         half = 0.5 * (1 + torch.erf(z / 2**0.5).abs())
         act, slope, bend = z.abs() * half, half + z.abs() * density, torch.full_like(z, 0.8)
-    elif name == "relu":  # on which side of the kink z lies is for the rounding to decide where it is that small
-        sure = z.abs() > 4 * torch.finfo(torch.float32).eps * m
-        act, slope, bend = z.clamp(min=0), torch.where(sure, (z > 0).double(), 1 / eps), torch.zeros_like(z)
-        return act + m * (z > 0), slope
+    elif name == "relu":
+        assert is_away_from_kink(z, m), "relu's slope is not known where rounding decides on the side of its kink"
+        slope = (z > 0).double()
+        return z.clamp(min=0) + m * slope, slope
     elif name == "tanh":
         act, slope, bend = torch.tanh(z).abs(), torch.ones_like(z), torch.full_like(z, 0.8)
     else:
@@ -103,23 +144,13 @@ def _activation(name, z, m, eps):
 
 def magnitudes(args, kwargs, output_grads, eps):
     """Sums of absolute terms: of the convolution, what its rounding makes of the activation, and the product."""
-    x, v, w, b = args
-    C, name = w.shape[0], NAMES[kwargs["act"]]
-    packed, first = v is None, kwargs["gate_first"]
-    if packed:
-        G = x.shape[-1] - C
-        v, x = x.split((G, C), -1) if first else x.split((C, G), -1)[::-1]
-    G = v.shape[-1]
-
-    def convolve(x, w, b):
-        y = F.conv2d(x.permute(0, 3, 1, 2), w[:, None], b, padding=w.shape[-1] // 2, groups=C)
-        return y.permute(0, 2, 3, 1)
-
-    z = convolve(x, w, b)
+    (x, v), (w, b), name = _parts(args, kwargs), args[2:], NAMES[kwargs["act"]]
+    packed, first, G = args[1] is None, kwargs["gate_first"], v.shape[-1]
+    z = _convolve(x, w, b)
     positive = [None if t is None else t.abs().requires_grad_() for t in (x, w, b)]
     with torch.enable_grad():
-        m = convolve(*positive)
-    act, slope = _activation(name, z, m.detach(), eps)
+        m = _convolve(*positive)
+    act, slope = _activation(name, z, m.detach())
     gate = torch.cat((v.abs(), torch.ones_like(act[..., G:])), -1)
     outputs = {"out": act * gate}
     if output_grads is None:
