@@ -64,6 +64,16 @@ def cases():
             calls = [SPEC.cost(args, {}, b) for b in (False, True)][: 1 if direction == "forward" else 2]
             return Cost(sum(c.flops for c in calls), sum(c.bytes for c in calls))
 
+        def magnitudes(inputs, grad_out, eps, shape=shape, bins=bins):
+            height = (1,) * (4 - len(shape))
+            lifted = lambda t: t.detach().reshape(1, shape[0], *height, *shape[1:])
+            args = lifted(inputs["x"]), inputs["weight"].detach().reshape(1, *height, *bins)
+            outputs, gradients = SPEC.magnitudes(args, {}, None if grad_out is None else (lifted(grad_out),), eps)
+            found = {"out": outputs["out"].reshape(shape)}
+            if gradients:
+                found |= {"dx": gradients["x"].reshape(shape), "dweight": gradients["weight"].reshape(bins)}
+            return found
+
         yield Case(
             shape=name,
             inputs=inputs,
@@ -72,6 +82,7 @@ def cases():
             reference=lambda **t: functools.partial(by_torch, **t),
             compiled=None,
             cost=price,
+            magnitudes=magnitudes,
             wrt=("x", "weight"),
             memory=tag == "smoke" or name == "8x56x56x64",
             tags=(tag,),

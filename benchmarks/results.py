@@ -42,6 +42,7 @@ FAMILIES = {
         "aft",
         "rnn_scan",
     ),
+    "fft_conv": ("fft_conv", "spectral_gate", "dwconv"),
     "linear_attention": ("linear_attention", "soft", "rbf_gram", "newton_pinv"),
 }
 
