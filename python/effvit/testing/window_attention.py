@@ -414,6 +414,8 @@ def magnitudes(args, kwargs, output_grads, eps):
         p = (s - lse_w).exp().masked_fill(outside | dead, 0.0)
         lse_size = lse_w.abs() + (p * s_size).sum(-1, keepdim=True) + 1.0
         p_size = p * (1.0 + torch.finfo(torch.float32).eps / eps * (s_size.clamp(max=1e4) + lse_size))
+        least = torch.finfo(torch.float32).tiny / eps  # smaller probabilities are lost
+        p_size = (p_size + least).masked_fill(outside | dead, 0.0)
 
         out_size = p_size @ vw.abs()
         lse_map = windows.scatter(lse_size, windows.q_pos, (B, H, W, h, 1))[0].squeeze(-1).permute(0, 3, 1, 2)
