@@ -89,10 +89,11 @@ class WavSpA(nn.Module):
         self.level = level
         self.wavelet = wavelet
         self.learned = learned
+        self.taps = wlen if wavelet == "ortho" else 2 * named[wavelet]
         if wavelet == "ortho":
             self.thetas = nn.Parameter(torch.rand(wlen // 2, dim, **factory) * (2 * math.pi))
         else:
-            h = daubechies(2 * named[wavelet]).to(device=device, dtype=dtype or torch.get_default_dtype())
+            h = daubechies(self.taps).to(device=device, dtype=dtype or torch.get_default_dtype())
             if learned:
                 self.adawave = nn.Parameter(h[:, None].repeat(1, dim))
             else:
@@ -105,8 +106,7 @@ class WavSpA(nn.Module):
         if self.wavelet != "ortho":
             return wide(self.adawave if self.learned else self.filter)
         thetas = wide(self.thetas)
-        size = 2 * thetas.shape[0]
-        h = F.pad(torch.ones_like(thetas[:1]), (0, 0, 0, size - 1))  # [K, dim]
+        h = F.pad(torch.ones_like(thetas[:1]), (0, 0, 0, self.taps - 1))  # [K, dim]
         for theta in thetas:
             sin, cos = theta.sin(), theta.cos()
             a, b = h.unflatten(0, (-1, 2)).unbind(1)
@@ -116,7 +116,7 @@ class WavSpA(nn.Module):
     def _phases(self):
         """Taps [2 filters, 2 phases, n, dim] on even and odd tokens, at lags -T, -T + 1, .., and T."""
         h = self.low_pass()
-        K = h.shape[0]
+        K = self.taps  # an int under torch.jit.trace too, where h.shape[0] is a tensor
         signs = torch.ones(K, 1, device=h.device, dtype=h.dtype)
         signs[0::2] = -1
         both = F.pad(torch.stack((h, h.flip(0) * signs)), (0, 0, 1, 1))  # a zero on either side
