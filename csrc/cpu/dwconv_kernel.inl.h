@@ -7,7 +7,8 @@
 // Backward computes the convolution again where activation or gate need it. The gradient dz of the convolution goes to
 // scratch as x does; its stencil with the flipped weights is the gradient of x, and its products with rows of x are
 // that of the weights. Items overlap by the reach of the filter. Sums over the items of a unit are partial ones, added
-// at the end.
+// at the end. Where maps are read as they are (no gate of x, no state, no activation backward, whole vectors of
+// channels), all of this goes from memory to memory, see dwconv_near.inl.h.
 #pragma once
 
 namespace effvit::cpu::EFFVIT_ISA_NAME {
@@ -16,6 +17,18 @@ namespace dwconv_impl {
 #include "stencil.inl.h"
 
 #include "dwconv_plan.inl.h"
+
+// Weights of a vector of channels as pairs of bfloat16, of two rows in one word: [ceil(kh / 2), kw, kLanes]. `to` is
+// `from` or before it.
+template <class T>
+void pair_rows(const Plan& g, const float* from, float* to) {
+  for (int64_t i = 0; i < g.y.k; i += 2) {
+    for (int64_t j = 0; j < g.x.k; ++j, to += kLanes) {
+      const float* const w = from + (i * g.x.k + j) * kLanes;
+      store(to, (vf)join_pairs(load(w), i + 1 < g.y.k ? load(w + g.x.k * kLanes) : vf{}));
+    }
+  }
+}
 
 // Weights of a block: [vectors, kh, kw, kLanes], backward the same flipped, bias [vectors, kLanes]; zeros beyond C.
 template <class T>
@@ -38,6 +51,12 @@ void pack_weights(const Params& p, const Plan& g, float* workspace, int64_t begi
         for (int i = 0; i < n; ++i) {
           store(to + (c * taps + (t + i) * kLanes), r[i]);
           if (g.backward) store(flipped + (c * taps + (taps - 1 - t - i) * kLanes), r[i]);
+        }
+      }
+      if constexpr (kBf16Products<T>) {
+        if (g.pairs) {
+          float* const used = g.backward ? flipped : to;
+          pair_rows<T>(g, used + c * taps, used + c / kLanes * g.pair_floats());
         }
       }
     }
@@ -65,38 +84,6 @@ void stencil(const float* x, int64_t x_line, int64_t x_row, int64_t x_step, int6
       for (int n = 0; n < kColumns; ++n) acc[n] = load(to + n * to_step);
     }
     stencil_tile<float, kTaps>(acc, x, x_row, x_step, rows, w, w_row);
-#pragma GCC unroll 8
-    for (int n = 0; n < kColumns; ++n) store(to + n * to_step, acc[n]);
-  }
-}
-
-// The same of one row, for each of some vectors of channels that lie one after the other; filters are w_vector apart.
-template <class T>
-using NearStencil = void (*)(const T* x, int64_t x_row, int64_t x_step, int64_t rows, const float* w, int64_t w_row,
-                             int64_t w_vector, const float* start, float* to, int64_t to_step, int vectors);
-
-template <class T, int kTaps, int kColumns>
-void near_stencil(const T* x, int64_t x_row, int64_t x_step, int64_t rows, const float* w, int64_t w_row,
-                  int64_t w_vector, const float* start, float* to, int64_t to_step, int vectors) {
-  for (int v = 0; v < vectors; ++v, x += kLanes, w += w_vector, to += kLanes) {
-    if constexpr (kColumns > 1) {  // what the next tile reads and writes
-      const T* const ahead = x + (rows - 1) * x_row + (kColumns + kTaps - 1) * x_step;
-#pragma GCC unroll 8
-      for (int n = 0; n < kColumns; ++n) {
-        __builtin_prefetch(ahead + n * x_step, 0, 3);
-        __builtin_prefetch(to + (kColumns + n) * to_step, 1, 3);
-      }
-    }
-    vf acc[kColumns];
-    if (start) {
-      const vf from = load(start + v * kLanes);
-#pragma GCC unroll 8
-      for (int n = 0; n < kColumns; ++n) acc[n] = from;
-    } else {
-#pragma GCC unroll 8
-      for (int n = 0; n < kColumns; ++n) acc[n] = load(to + n * to_step);
-    }
-    stencil_tile<T, kTaps>(acc, x, x_row, x_step, rows, w, w_row);
 #pragma GCC unroll 8
     for (int n = 0; n < kColumns; ++n) store(to + n * to_step, acc[n]);
   }
@@ -131,11 +118,6 @@ Stencil stencil_of(int64_t taps, std::integer_sequence<int, kTaps...>) {
   static constexpr Stencil all[] = {stencil<kTaps + 1, kColumns>...};
   return all[taps - 1];
 }
-template <class T, int kColumns, int... kTaps>
-NearStencil<T> near_stencil_of(int64_t taps, std::integer_sequence<int, kTaps...>) {
-  static constexpr NearStencil<T> all[] = {near_stencil<T, kTaps + 1, kColumns>...};
-  return all[taps - 1];
-}
 template <int kColumns, int... kTaps>
 Correlate correlate_of(int64_t taps, std::integer_sequence<int, kTaps...>) {
   static constexpr Correlate all[] = {correlate<kTaps + 1, kColumns>...};
@@ -144,10 +126,6 @@ Correlate correlate_of(int64_t taps, std::integer_sequence<int, kTaps...>) {
 using AllTaps = std::make_integer_sequence<int, kMostTaps>;
 Stencil stencil_of(int64_t taps, int columns) {
   return columns == 7 ? stencil_of<7>(taps, AllTaps{}) : stencil_of<8>(taps, AllTaps{});
-}
-template <class T>
-NearStencil<T> near_stencil_of(int64_t taps, int columns) {
-  return columns == 1 ? near_stencil_of<T, 1>(taps, AllTaps{}) : near_stencil_of<T, kMostColumns>(taps, AllTaps{});
 }
 Correlate correlate_of(int64_t taps, int columns) {
   return columns == 1   ? correlate_of<1>(taps, AllTaps{})
@@ -337,6 +315,8 @@ bool goes_past_caches(const Params& p, const Plan& g, const void* map, int64_t p
          reinterpret_cast<uintptr_t>(map) % kLine == 0 && p.C * kItem % kLine == 0 && g.width * kItem % kLine == 0;
 }
 
+#include "dwconv_near.inl.h"
+
 // ---- passes --------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -448,57 +428,29 @@ struct Forward : Pass<T> {
     if (past_caches) stream_fence();
   }
 
-  // From memory to memory, row by row, as many channels as leave what a tile reads in the nearest cache. Columns near
-  // the border, whose taps are not all there, go one by one.
+  // From memory to memory.
   void run_near(const Item& item, const Image& in, const Image& out, const Unit& u, const float* weights,
                 const float* bias, bool past_caches) {
     const auto finish = finish_row_of<T>(p.act, AllActivations{});
-    const bool plain = std::is_same_v<T, float> && p.act == kNone && !p.postgate && !past_caches;
-    const int64_t begin = std::min(std::max(item.out_x.begin, g.x.pad), item.out_x.end);
-    const int64_t end = std::max(begin, std::min(item.out_x.end, g.x.in + g.x.pad - g.x.reach()));
-    const int64_t tile_bytes = g.y.k * (kMostColumns + g.x.reach()) * kLanes * int64_t{sizeof(T)};
-    const int together = g.y.k == 1 ? u.vectors : static_cast<int>(std::max<int64_t>(2, kNearBytes / tile_bytes));
-    for (int64_t y = item.out_y.begin; y < item.out_y.end; ++y) {
-      const Range i = g.y.taps(y, y);
-      for (int v = 0; v < u.vectors; v += together) {
-        const int vectors = std::min(together, u.vectors - v), c0 = v * kLanes;
-        const int64_t channel = u.first_channel + c0;
-        const T* const x = in.row(this->x, i.empty() ? 0 : y + i.begin * g.y.step - g.y.pad, 0, channel).data;
-        const RowOf<T> row = out.row(this->out, y, 0, channel);
-        const RowOf<const T> gate = out.row(this->postgate, y, 0, channel);
-        const auto tile = [&](int columns, int64_t first) {
-          const Range j = i.empty() ? Range{0, 0} : g.x.taps(first, first);
-          const int64_t parts = ceil_div(j.size(), kMostTaps);
-          T* const result = row.data + first * row.stride;
-          float* to = this->z_data;
-          int64_t step = g.width;
-          if constexpr (std::is_same_v<T, float>) {
-            if (plain) to = result, step = row.stride;
-          }
-          if (parts == 0) {
-            for (int c = 0; c < vectors * kLanes; c += kLanes) {
-              for (int n = 0; n < columns; ++n) store(to + n * step + c, load(bias + c0 + c));
-            }
-          }
-          for (int64_t k = 0; k < parts; ++k) {
-            const Range t = part(j.size(), k, parts);
-            const int64_t j0 = j.begin + t.begin;
-            near_stencil_of<T>(t.size(), columns)(
-                x + (first + j0 - g.x.pad) * p.x_stride_x, g.y.step * p.x_stride_y, p.x_stride_x, i.size(),
-                weights + (v * g.taps + i.begin * g.x.k + j0) * kLanes, g.x.k * kLanes, g.taps * kLanes,
-                k == 0 ? bias + c0 : nullptr, to, step, vectors);
-          }
-          if (plain) return;
-          const RowOf<const T> factor = {gate.data ? gate.data + first * gate.stride : nullptr, gate.stride};
-          finish({to, kLanes, step}, factor, {result, row.stride}, columns, vectors * kLanes, past_caches);
-        };
-        for (int64_t q = item.out_x.begin; q < begin; ++q) tile(1, q);
-        int64_t q = begin;
-        for (; q + kMostColumns <= end; q += kMostColumns) tile(kMostColumns, q);
-        if (q < end && end - begin >= kMostColumns) tile(kMostColumns, end - kMostColumns), q = end;  // some twice
-        for (; q < item.out_x.end; ++q) tile(1, q);
-      }
-    }
+    const RowOf<T> to = out.row(this->out, 0, 0, u.first_channel);
+    const Near<T> near = {g.y,
+                          g.x,
+                          g.columns_for(g.x.out),
+                          g.pairs,
+                          past_caches,
+                          weights,
+                          bias,
+                          in.row(this->x, 0, 0, u.first_channel),
+                          p.x_stride_y,
+                          to,
+                          p.out_stride_y,
+                          this->z_data};
+    near.run(item.out_y, item.out_x, u.vectors, p.act == kNone && !p.postgate,
+             [&](int64_t y, int64_t x, int columns, int channel, int channels) {
+               const RowOf<T> result = out.row(this->out, y, x, u.first_channel + channel);
+               finish({this->z_data + channel, kLanes, int64_t{u.vectors} * kLanes},
+                      out.row(this->postgate, y, x, u.first_channel + channel), result, columns, channels, past_caches);
+             });
   }
 };
 
@@ -582,6 +534,10 @@ struct Backward : Pass<T> {
       for (int64_t i = u.items_begin; i < u.items_end; ++i) {
         const Item item = this->item(i);
         const Image in = this->input(this->image(i)), out = this->output(this->image(i));
+        if (g.near) {
+          run_near(item, in, out, u, flipped, sums, past_caches);
+          continue;
+        }
         const Patch x = g.x_patch(item, this->x_data), dz = g.dz_patch(item, dz_data);
         this->fill_x(x, in, item, u);
         fill_dz(dz, x, out, item, u, weights, flipped + g.width * g.taps);
@@ -591,6 +547,29 @@ struct Backward : Pass<T> {
       }
     }
     if (past_caches) stream_fence();
+  }
+
+  void run_near(const Item& item, const Image& in, const Image& out, const Unit& u, const float* flipped, float* sums,
+                bool past_caches) const {
+    const RowOf<const T> grad = out.row(this->grad, 0, 0, u.first_channel);
+    const NearGradient<T> gradient = {
+        g.y,         g.x, g.columns_for(g.x.out), grad, p.grad_out_stride_y, in.row(this->x, 0, 0, u.first_channel),
+        p.x_stride_y};
+    gradient.add_weights(item.out_y, item.out_x, u.vectors, sums);
+    if (p.dbias) gradient.add_bias(item.out_y, item.out_x, u.vectors, sums + g.width * g.taps);
+    const Near<T> near = {g.y.flipped(),
+                          g.x.flipped(),
+                          g.columns_for(g.x.in),
+                          g.pairs,
+                          past_caches,
+                          flipped,
+                          none,
+                          grad,
+                          p.grad_out_stride_y,
+                          in.row(this->dx, 0, 0, u.first_channel),
+                          p.dx_stride_y,
+                          z_data};
+    near.run(item.in_y, item.in_x, u.vectors, true, [](int64_t, int64_t, int, int, int) {});
   }
 
   static void add_columns(float* sums, const Patch& dz, Range rows, Range r, int vectors) {

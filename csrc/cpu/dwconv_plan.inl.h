@@ -7,7 +7,6 @@ constexpr int kMostChannels = 64;  // of a block
 constexpr int64_t kSegment = 64;  // columns of a long row that are computed together, at least
 constexpr int64_t kNearBytes = 20 << 10;  // of a row in scratch that is read by one row alone
 constexpr int64_t kPatchBytes = 256 << 10;  // of the rows of a map in scratch
-constexpr int64_t kNearTaps = 49;
 constexpr int kNearChannels = 1024;  // of a block that goes from memory to memory
 constexpr int64_t kUnits = 64;
 constexpr int64_t kSumBytes = 32 << 20;  // of the partial sums of the weights' gradients
@@ -92,7 +91,8 @@ struct Patch {
 struct Plan {
   Axis y, x;
   bool backward, needs_z;  // z: the convolution, computed again
-  bool near;  // forward from memory to memory, without scratch: small filters, which memory bounds
+  bool near;  // from memory to memory, without scratch, see dwconv_near.inl.h
+  bool pairs;  // its weights are pairs of bfloat16
   int64_t taps, width, blocks;  // width: channels of a block, whole vectors
   int64_t images, bands, segments, items, groups;  // groups: of the items of a block, to add sums in
   int64_t packed, sums;  // floats of the weights of a block, and of a unit's sums
@@ -112,8 +112,13 @@ struct Plan {
       const int64_t lines = std::min(y.in, least + y.reach());
       return lines * (columns + x.reach() + kMostColumns * x.step) * channels <= budget;
     };
-    near = !backward && !p.pregate && !p.state && p.C % kLanes == 0 && x.step == 1 && taps <= kNearTaps &&
-           x.out >= 2 * kMostColumns && 4 * x.reach() <= x.out && (y.k == 1 || p.x_stride_x % 512 != 0);
+    // Pixels that lie whole pages apart meet in few lines of the nearest cache.
+    const bool halves = kBf16Products<BFloat16> && p.dtype == DType::kBFloat16;
+    const int64_t item = p.dtype == DType::kFloat32 ? 4 : 2, page = backward && !halves ? 2048 : 4096;
+    const auto apart = [&](int64_t stride) { return y.k <= 3 || stride * item % page != 0; };
+    near = !needs_z && !p.pregate && !p.state && p.C % kLanes == 0 && x.step == 1 && apart(p.x_stride_x) &&
+           (!backward || apart(p.grad_out_stride_x));
+    pairs = near && halves && y.k > 1 && p.weight_dtype == DType::kBFloat16;
     int64_t segment = x.out;
     const int64_t grain = kMostColumns * x.step;
     const auto cut = [&](int64_t columns) { segment = std::min(x.out, ceil_div(columns, grain) * grain); };
@@ -162,6 +167,7 @@ struct Plan {
     return g;
   }
 
+  int64_t pair_floats() const { return (y.k + 1) / 2 * x.k * kLanes; }  // of a vector of channels
   int64_t units() const { return blocks * (backward ? groups : items); }
 
   Item item(int64_t band, int64_t segment) const {
