@@ -1,8 +1,11 @@
-"""dwconv against conv2d and conv1d of PyTorch, maps channels last (`eager`) and channels first, each as it lies."""
+"""dwconv against conv2d and conv1d of PyTorch, maps channels last (`eager`) and channels first, each as it lies.
+
+`compile` is the faster of the two: channels last, but of sequences forward and backward channels first.
+"""
 
 import functools
 
-from harness import Case, Cost, main  # first: it pins the threads before torch starts any
+from harness import DIRECTIONS, Case, Cost, main  # first: it pins the threads before torch starts any
 
 # isort: split
 import torch
@@ -93,17 +96,20 @@ def cases():
         def ours(x, weight, bias, k=k):
             return functools.partial(effvit.ops.dwconv, x, weight, bias, causal=len(k) == 1)
 
-        yield Case(
-            shape=name,
-            inputs=inputs,
-            effvit=ours,
-            peers={"eager": peer(k, False), "channels first": peer(k, True)},
-            reference=truth(k),
-            cost=price,
-            wrt=("x", "weight", "bias"),
-            memory=tag == "smoke" or name.startswith("7x7 4x56"),
-            tags=(tag,),
-        )
+        for direction in DIRECTIONS:
+            yield Case(
+                shape=name,
+                inputs=inputs,
+                effvit=ours,
+                peers={"eager": peer(k, False), "channels first": peer(k, True)},
+                reference=truth(k),
+                compiled="eager" if len(k) == 2 or direction == "forward" else "channels first",
+                cost=price,
+                wrt=("x", "weight", "bias"),
+                memory=tag == "smoke" or name.startswith("7x7 4x56"),
+                directions=(direction,),
+                tags=(tag,),
+            )
 
 
 if __name__ == "__main__":

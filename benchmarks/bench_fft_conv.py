@@ -3,14 +3,17 @@
 Forward: the kernel's spectrum is made once, before anything is timed, by effvit and by its peers ("cached"), or effvit
 gets the kernel and transforms it in every call ("kernel"), which its peers never do. Forward and backward: everyone
 gets the kernel. PyTorch's transforms take float32: of half precision the peers convert what they read and write. Of
-either layout the peers get both, as they please; torch.compile leaves complex numbers to eager PyTorch.
+either layout the peers get both, as they please; `compile` is channels first, the faster one, in which torch.compile
+leaves complex numbers to eager PyTorch. `scipy` has scipy.fft's transforms and PyTorch's products.
 """
 
 import functools
+import itertools
 
 from harness import Case, Cost, main  # first: it pins the threads before torch starts any
 
 # isort: split
+import scipy_fft
 import torch
 import torch.nn.functional as F
 
@@ -39,8 +42,8 @@ SHAPES = {  # (B, C, S, K), channels last, mode, gates and skip, tag
 }
 
 
-def by_rfft(last, S, K, mode, cached):
-    """Peers: along the last axes of channels first, or along the middle ones of channels last; both are prepared."""
+def by_rfft(last, S, K, mode, cached, fft=torch.fft):
+    """(channels first, channels last) with transforms along the last axes or the middle ones; both are prepared."""
     N = tuple(s if mode == "circular" else s + k for s, k in zip(S, K, strict=True))
     start = [(k - 1) // 2 if mode == "same" else 0 for k in K]
 
@@ -57,7 +60,7 @@ def by_rfft(last, S, K, mode, cached):
         skip = None if d is None else d.float() if inside else d.float().view(-1, *[1] * len(S))
 
         def spectrum():
-            transformed = torch.fft.rfftn(k.float(), s=N, dim=tuple(range(1, 1 + len(S))))
+            transformed = fft.rfftn(k.float(), s=N, dim=tuple(range(1, 1 + len(S))))
             return transformed.movedim(0, -1).contiguous() if inside else transformed
 
         made = spectrum().detach() if cached else None
@@ -67,15 +70,26 @@ def by_rfft(last, S, K, mode, cached):
             x, before, after = tensors or map(arranged, (u, pregate, postgate))
             dtype, x = x.dtype, x.float()
             x = x if before is None else x * before.float()
-            product = torch.fft.rfftn(x, s=N, dim=axes) * (spectrum() if made is None else made)
-            y = torch.fft.irfftn(product, s=N, dim=axes)[crop]
+            product = fft.rfftn(x, s=N, dim=axes) * (spectrum() if made is None else made)
+            y = fft.irfftn(product, s=N, dim=axes)[crop]
             y = y if skip is None else y + skip * x
             y = (y if after is None else y * after.float()).to(dtype)
             return y if inside == last else y.movedim(-1, 1) if inside else y.movedim(1, -1)
 
         return fn
 
-    return {"eager": functools.partial(make, False), "channels inside": functools.partial(make, True)}
+    return functools.partial(make, False), functools.partial(make, True)
+
+
+def peers_of(last, S, K, mode, gated, direction, dtype):
+    libraries = {"eager": torch.fft} | ({"scipy": scipy_fft} if scipy_fft.serves(direction, dtype) else {})
+    peers = {}
+    for name, fft in libraries.items():
+        first, inside = by_rfft(last, S, K, mode, direction == "forward", fft)
+        peers |= {name: first, "channels inside" if name == "eager" else f"{name} channels inside": inside}
+    if gated and len(K) == 1 and K[0] <= 64:
+        peers["conv1d"] = by_conv1d(last, K[0])
+    return peers
 
 
 def by_conv1d(last, K):
@@ -124,33 +138,48 @@ def cases():
                 drawn["d"] = torch.randn(C).to(device, dtype)
             return drawn
 
-        def price(direction, dtype, B=B, C=C, S=S, K=K, last=last, gated=gated, mode=mode):
+        def lifted(name, t, B=B, C=C, S=S, last=last):
+            """An argument of the public function as the operator has it."""
             ones = (1,) * (3 - len(S))
-            wide = (B, 1, *ones, *S, C) if last else (B, C, *ones, *S, 1)
-            u, k, d = (torch.empty(s, dtype=dtype, device="meta") for s in (wide, (1, C, *ones, *K), (C,)))
-            options = {f"mode_{a}": MODES.index(mode) for a in "xyz"[len(ones) :]}
-            args = (u, k, d, u, u) if gated else (u, k)
+            if name == "d":
+                return t
+            if name == "k":
+                return t.reshape(1, C, *ones, *t.shape[1:])
+            return t.reshape((B, 1, *ones, *S, C) if last else (B, C, *ones, *S, 1))
+
+        options = {f"mode_{a}": MODES.index(mode) for a in "xyz"[3 - len(S) :]}
+        names = ("u", "k", "d", "pregate", "postgate") if gated else ("u", "k")
+
+        def price(direction, dtype, shape=shape, C=C, K=K, lifted=lifted, options=options, names=names):
+            shapes = {"k": (C, *K), "d": (C,)}
+            args = [lifted(n, torch.empty(shapes.get(n, shape), dtype=dtype, device="meta")) for n in names]
             calls = [SPEC.cost(args, options, b) for b in (False, True)][: 1 if direction == "forward" else 2]
             return Cost(sum(c.flops for c in calls), sum(c.bytes for c in calls))
 
-        for how, directions in (("cached", ("forward",)), ("kernel", ("forward", "forward+backward"))):
-            for direction in directions:
-                peers = by_rfft(last, S, K, mode, direction == "forward")
-                if gated and len(K) == 1 and K[0] <= 64:
-                    peers["conv1d"] = by_conv1d(last, K[0])
-                yield Case(
-                    shape=f"{name} {how}",
-                    inputs=inputs,
-                    effvit=by_effvit(last, S, mode, how == "cached"),
-                    peers=peers,
-                    reference=definition(last, mode),
-                    cost=price,
-                    wrt=("u", "k", "d", "pregate", "postgate") if gated else ("u", "k"),
-                    compiled=None,
-                    memory=how == "cached" and name in ("1-D 4x384x1024", "smoke 1-D 2x3x40"),
-                    directions=(direction,),
-                    tags=(tag,),
-                )
+        def magnitudes(inputs, grad_out, eps, lifted=lifted, options=options):
+            given = [lifted(n, inputs[n].detach()) if n in inputs else None for n in SPEC.tensors]
+            grads = None if grad_out is None else (lifted("out", grad_out),)
+            outputs, gradients = SPEC.magnitudes(given, options, grads, eps)
+            found = {"out": outputs["out"].reshape(inputs["u"].shape)}
+            return found | {f"d{n}": t.reshape(inputs[n].shape) for n, t in gradients.items()}
+
+        # How effvit gets the kernel, the direction, the dtypes.
+        kinds = (("cached", "forward"), ("kernel", "forward"), ("kernel", "forward+backward"))
+        for (how, direction), dtypes in itertools.product(kinds, (("float32",), ("bfloat16", "float16"))):
+            yield Case(
+                shape=f"{name} {how}",
+                inputs=inputs,
+                effvit=by_effvit(last, S, mode, how == "cached"),
+                peers=peers_of(last, S, K, mode, gated, direction, dtypes[0]),
+                reference=definition(last, mode),
+                cost=price,
+                magnitudes=magnitudes,
+                wrt=names,
+                memory=how == "cached" and name in ("1-D 4x384x1024", "smoke 1-D 2x3x40"),
+                directions=(direction,),
+                dtypes=dtypes,
+                tags=(tag,),
+            )
 
 
 if __name__ == "__main__":

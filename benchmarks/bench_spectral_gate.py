@@ -1,13 +1,17 @@
 """spectral_gate against torch.fft.rfft2 and irfft2, of maps with channels last and with channels first in memory.
 
-torch.fft has no half precision on the CPU: there the peers convert to float32 and back, as GFNet does.
+torch.fft has no half precision on the CPU: there the peers convert to float32 and back, as GFNet does. `compile` is
+channels first, the faster one, in which torch.compile leaves complex numbers to eager PyTorch. `scipy` has scipy.fft's
+transforms and PyTorch's product.
 """
 
 import functools
+import itertools
 
-from harness import Case, Cost, main  # first: it pins the threads before torch starts any
+from harness import DIRECTIONS, Case, Cost, main  # first: it pins the threads before torch starts any
 
 # isort: split
+import scipy_fft
 import torch
 
 import effvit.ops
@@ -29,24 +33,38 @@ SHAPES = {  # (B, H, W, C), tag: GFNet at 224 x 224 and 384 x 384 pixels, one st
 }
 
 
-def by_torch(x, weight):
-    axes = tuple(range(1, x.dim() - 1))
-    wide = x if x.dtype == torch.float64 else x.float()
-    spectrum = torch.fft.rfftn(wide, dim=axes, norm="ortho") * torch.view_as_complex(weight)
-    return torch.fft.irfftn(spectrum, s=x.shape[1:-1], dim=axes, norm="ortho").to(x.dtype)
+def in_memory(t, channels, place):
+    """The same shape, with the dim of channels at another place in memory: what a network of such maps has."""
+    order = [i for i in range(t.dim()) if i != channels]
+    order.insert(place, channels)
+    moved = t.detach().permute(order).contiguous().permute([order.index(i) for i in range(t.dim())])
+    return moved.requires_grad_(t.requires_grad)
 
 
-def channels_first(x, weight):
-    """The same shapes, with channels first in memory: what a network of such maps has."""
+def by_fft(first, x, weight, fft=torch.fft):
+    """first: with channels first in memory, transformed along the last axes."""
+    if first:
+        x, weight = in_memory(x, x.dim() - 1, 1), in_memory(weight, weight.dim() - 2, 0)
+    axes = tuple(range(2, x.dim()) if first else range(1, x.dim() - 1))
 
-    def laid_out(t, channels, place):
-        order = [i for i in range(t.dim()) if i != channels]
-        order.insert(place, channels)
-        moved = t.detach().permute(order).contiguous().permute([order.index(i) for i in range(t.dim())])
-        return moved.requires_grad_(t.requires_grad)
+    def fn():
+        # Transformed along dims that do not lie last in memory, they have a wrong gradient by inductor of torch 2.13.
+        maps, gate = (x.movedim(-1, 1), weight.movedim(-2, 0)) if first else (x, weight)
+        wide = maps if maps.dtype == torch.float64 else maps.float()
+        spectrum = fft.rfftn(wide, dim=axes, norm="ortho") * torch.view_as_complex(gate)
+        size = [wide.shape[axis] for axis in axes]
+        y = fft.irfftn(spectrum, s=size, dim=axes, norm="ortho").to(x.dtype)
+        return y.movedim(1, -1) if first else y
 
-    x, weight = laid_out(x, x.dim() - 1, 1), laid_out(weight, weight.dim() - 2, 0)
-    return functools.partial(by_torch, x, weight), {"x": [x], "weight": [weight]}
+    return fn, {"x": [x], "weight": [weight]}
+
+
+def peers_of(direction, dtype):
+    peers = {"eager": functools.partial(by_fft, False), "channels first": functools.partial(by_fft, True)}
+    if scipy_fft.serves(direction, dtype):
+        peers["scipy"] = functools.partial(by_fft, False, fft=scipy_fft)
+        peers["scipy channels first"] = functools.partial(by_fft, True, fft=scipy_fft)
+    return peers
 
 
 def cases():
@@ -74,19 +92,22 @@ def cases():
                 found |= {"dx": gradients["x"].reshape(shape), "dweight": gradients["weight"].reshape(bins)}
             return found
 
-        yield Case(
-            shape=name,
-            inputs=inputs,
-            effvit=lambda **t: functools.partial(effvit.ops.spectral_gate, **t),
-            peers={"eager": lambda **t: functools.partial(by_torch, **t), "channels first": channels_first},
-            reference=lambda **t: functools.partial(by_torch, **t),
-            compiled=None,
-            cost=price,
-            magnitudes=magnitudes,
-            wrt=("x", "weight"),
-            memory=tag == "smoke" or name == "8x56x56x64",
-            tags=(tag,),
-        )
+        for direction, dtypes in itertools.product(DIRECTIONS, (("float32",), ("bfloat16", "float16"))):
+            yield Case(
+                shape=name,
+                inputs=inputs,
+                effvit=lambda **t: functools.partial(effvit.ops.spectral_gate, **t),
+                peers=peers_of(direction, dtypes[0]),
+                reference=functools.partial(by_fft, False),
+                compiled="channels first",
+                cost=price,
+                magnitudes=magnitudes,
+                wrt=("x", "weight"),
+                memory=tag == "smoke" or name == "8x56x56x64",
+                directions=(direction,),
+                dtypes=dtypes,
+                tags=(tag,),
+            )
 
 
 if __name__ == "__main__":

@@ -115,6 +115,36 @@ def sequence_parallel_compiled(mesh, name):
         assert_bitwise_equal(result, expected)
 
 
+def same_of_mixed(eager, tensors, cast):
+    """Under autocast tensors of two dtypes: bit for bit what those of one are, `cast` says which; compiled too."""
+
+    def both(call, given):
+        leaves = {n: t.detach().clone().requires_grad_() for n, t in given.items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            out = call(leaves)
+        assert out.dtype == torch.bfloat16
+        grads = torch.autograd.grad(out.float().square().sum(), [*leaves.values()])
+        assert all(g.dtype == t.dtype for g, t in zip(grads, leaves.values(), strict=True))
+        return (out, *grads)
+
+    expected = both(eager, {n: t.bfloat16() if n in cast else t for n, t in tensors.items()})
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    for n in cast:
+        for dtypes in ({n}, {*cast} - {n}):
+            given = {m: t.bfloat16() if m in dtypes else t for m, t in tensors.items()}
+            for run in (eager, compiled) if n == cast[0] else (eager,):
+                for result, e in zip(both(run, given), expected, strict=True):
+                    assert_bitwise_equal(result, e.to(result.dtype))
+
+
+def sequence_parallel_mixed(mesh, name):
+    options = dict(CASES[name])
+    whole = tokens(options.pop("den", False), options.pop("weight", False))
+    mine = {n: t.split(SPLITS[mesh.size()], 1)[mesh.get_rank()] for n, t in whole.items()}
+    call = effvit.distributed.sequence_parallel_linear_attention
+    same_of_mixed(lambda leaves: call(**leaves, **options), mine, [n for n in mine if n != "weight"])
+
+
 def sequence_parallel_twice(mesh, name):
     """A gradient penalty, summed over the ranks: second derivatives are those of one process."""
     whole, options = tokens(), CASES[name]
@@ -336,7 +366,8 @@ HALF = [
 def test_sequence_parallel_on_two_ranks(tmp_path):
     """Forward and every gradient equal one process, uneven parts, one collective each way; compiled too."""
     compiled = [f"sequence_parallel_compiled:{name}" for name in ("sum", "causal")]
-    run_ranks(2, tmp_path / "store", *EACH, *HALF, *compiled, *TWICE)
+    mixed = [f"sequence_parallel_mixed:{name}" for name in ("everything", "causal")]
+    run_ranks(2, tmp_path / "store", *EACH, *HALF, *compiled, *TWICE, *mixed)
 
 
 def test_sequence_parallel_on_four_ranks(tmp_path):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from test_distributed import SPLITS, gathered, main, run_ranks
+from test_distributed import SPLITS, gathered, main, run_ranks, same_of_mixed
 
 import effvit
 from effvit.testing import assert_bitwise_equal, assert_close_to_truth, oracle_of
@@ -99,7 +99,7 @@ def sequence_parallel(mesh, name, dtype=torch.float32, autocast=False):
         assert g.dtype == mine[n].dtype and g.shape == mine[n].shape
     if autocast:
         assert out.dtype == torch.bfloat16
-        whole = {n: t if n == "g" else t.bfloat16() for n, t in whole.items()}
+        whole = {n: t if n == "g" and t.dim() < 4 else t.bfloat16() for n, t in whole.items()}
     found = {"out": gathered(out)} | {n: whole_of(mesh, n, g) for n, g in zip(mine, grads, strict=True)}
     if mesh.get_rank() == 0:  # the same on every rank
         gate = {1: "g_head", 3: "g_token", 4: "g_channel"}
@@ -118,6 +118,13 @@ def sequence_parallel_bfloat16(mesh, name):
 
 def sequence_parallel_autocast(mesh, name):
     sequence_parallel(mesh, name, autocast=True)
+
+
+def sequence_parallel_mixed(mesh, name):
+    mine = {n: part(mesh, n, t) for n, t in tokens(name).items()}
+    call = effvit.distributed.sequence_parallel_gated_linear_attention
+    cast = [n for n in mine if n != "g" or mine[n].dim() == 4]
+    same_of_mixed(lambda leaves: call(**leaves, **options_of(name)), mine, cast)
 
 
 def sequence_parallel_compiled(mesh, name):
@@ -170,8 +177,10 @@ def test_on_two_ranks(tmp_path):
     assert {*TWO, *FOUR} == set(CASES)
     tests = [f"sequence_parallel:{name}" for name in TWO]
     tests += ["sequence_parallel_bfloat16:channel", "sequence_parallel_bfloat16:token_both"]
-    tests += ["sequence_parallel_autocast:token_both", "sequence_parallel_compiled:channel"]
+    tests += ["sequence_parallel_autocast:token_both", "sequence_parallel_autocast:channel"]
+    tests += ["sequence_parallel_compiled:channel"]
     tests += ["sequence_parallel_twice:channel"]
+    tests += [f"sequence_parallel_mixed:{name}" for name in ("channel", "token_both", "head")]
     run_ranks(2, tmp_path / "store", *tests, file=__file__)
 
 

@@ -8,7 +8,7 @@
 // Grids of the workspace are bounded: channels are taken in chunks.
 //
 // Butterflies of 16 on the FMA units, not products with matrices on the tensor cores: those need three products of
-// split bfloat16 numbers for less accuracy, 15 times the operations and the same traffic of shared memory.
+// split bfloat16 numbers for less accuracy, 36 times the operations and the same traffic of shared memory.
 //
 // Lengths are any. Prime factors above 7 are sums of products, in shared memory or, where that is too small, from
 // global memory: right for every length, slow for a large prime number. Padded lengths never have one.

@@ -247,16 +247,16 @@ def test_dtypes_under_autocast():
 
 # ---- bad calls of the public functions -----------------------------------------------------------------------------
 
-_U, _K = torch.zeros(2, 3, 8), torch.zeros(3, 4)
+_U, _K, _MAP = torch.zeros(2, 3, 8), torch.zeros(3, 4), torch.zeros(2, 3, 4, 5)
 _S = torch.zeros(3, 6, dtype=torch.complex64)
 BAD = {
     "u_rank": (ValueError, "u must be .*one to three axes, got", lambda: fft_conv(_U[0], _K)),
     "u_list": (TypeError, "u must be a torch.Tensor, got list", lambda: fft_conv([1.0], _K)),
     "u_integer": (TypeError, "u must be float32, bfloat16 or float16", lambda: fft_conv(_U.int(), _K)),
-    "k_rank": (ValueError, "k must be .* of 1 axes, got", lambda: fft_conv(_U, _K[0])),
+    "k_rank": (ValueError, "k must be .* of one axis, got", lambda: fft_conv(_U, _K[0])),
     "k_channels": (ValueError, "k must be .*got", lambda: fft_conv(_U, _K[:2])),
     "k_none": (ValueError, "k must be given where spectrum is not", lambda: fft_conv(_U)),
-    "k_rev_rank": (ValueError, "k_rev must be .* of 1 axes", lambda: fft_conv(_U, _K, k_rev=_K[None, None])),
+    "k_rev_rank": (ValueError, "k_rev must be .* of one axis", lambda: fft_conv(_U, _K, k_rev=_K[None, None])),
     "d_shape": (ValueError, "d must be .*got", lambda: fft_conv(_U, _K, _K)),
     "pregate": (ValueError, r"pregate must be \[2, 3, 8\] like u", lambda: fft_conv(_U, _K, pregate=_U[:1])),
     "postgate": (TypeError, "postgate must be", lambda: fft_conv(_U, _K, postgate=_U.half())),
@@ -274,6 +274,29 @@ BAD = {
     "freq_keeps": (ValueError, "freq_keep must be an int, or one per", lambda: fft_conv(_U, _K, freq_keep=(1, 2))),
     "kernel_scale": (TypeError, "kernel_scale must be a real number", lambda: fft_conv(_U, _K, kernel_scale="x")),
     "double": (ValueError, "k must be given", lambda: fft_conv(_U.double())),
+    # What only the op refuses is said in the dims of what was given, of one axis and of two.
+    "words_k": (ValueError, r"k must be \[3, \*K\], or \[J, 3, \*K\] where J divides 2, like u \[2, 3, 8\], "
+                r"got \[2, 4\]$", lambda: fft_conv(_U, _K[:2])),
+    "words_k_batch": (ValueError, r"k must be \[3, \*K\], or \[J, 3, \*K\] where J divides 2, like u \[2, 8, 3\], "
+                      r"got \[4, 3, 4\]$", lambda: fft_conv(_U.view(2, 8, 3), _K.expand(4, 3, 4), channels_last=True)),
+    "words_k_map": (ValueError, r"k must be \[3, \*K\], or \[J, 3, \*K\] where J divides 2, like u "
+                    r"\[2, 3, 4, 5\], got \[1, 4, 2, 2\]$", lambda: fft_conv(_MAP, torch.zeros(1, 4, 2, 2))),
+    "words_taps": (ValueError, r"k must be of at least one tap per axis, got \[3, 0, 2\]$",
+                   lambda: fft_conv(_MAP, torch.zeros(3, 0, 2))),
+    "words_k_rev": (ValueError, r"k_rev must be of the batch and channels of k \[3, 4\], got \[2, 3, 4\]$",
+                    lambda: fft_conv(_U, _K, k_rev=_K.expand(2, 3, 4))),
+    "words_d": (ValueError, r"d must be \[C\] = \[3\], got \[4\]$",
+                lambda: fft_conv(_MAP, torch.zeros(3, 2, 2), torch.zeros(4))),
+    "words_stride": (ValueError, r"u must be a tensor whose last stride is 1, got strides \(24, 1, 8\)$",
+                     lambda: fft_conv(_U.mT, _K, channels_last=True)),
+    "words_spectrum": (ValueError, r"spectrum must be of a transform .*, \[4, 5\], got \[3, 4, 3\]$",
+                       lambda: fft_conv(_MAP, spectrum=torch.zeros(3, 4, 3, dtype=torch.complex64))),
+    "words_spectrum_channels": (ValueError, r"spectrum must be \[3, \*N_half\], or \[J, 3, \*N_half\] where J "
+                                r"divides 2, like u \[2, 3, 8\], got \[2, 6\]$", lambda: fft_conv(_U, spectrum=_S[:2])),
+    "words_spectrum_and_k": (ValueError, r"k must be None where spectrum is given, got \[3, 4\]$",
+                             lambda: fft_conv(_U, _K, spectrum=_S)),
+    "words_double": (ValueError, r"d must be \[C\] = \[3\], got \[3, 4\]$",
+                     lambda: fft_conv(_U.double(), _K, _K)),
 }  # fmt: skip
 BAD_SPECTRUM = {
     "size_type": (TypeError, "size must be an int or integers", lambda: fft_conv_spectrum(_K, 1.5)),

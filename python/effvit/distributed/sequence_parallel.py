@@ -10,7 +10,7 @@ from ..ops._checks import as_bool, index_of, value_error
 from ..ops.gated_linear_attention import GATES, default_scale, gate_of
 from ..ops.gated_linear_attention import OP as GATED_OP
 from ..ops.linear_attention import FEATURE_MAPS, NORMALIZERS, OP
-from ._ranks import of_all_ranks, process_group
+from ._ranks import as_autocast, of_all_ranks, process_group
 
 __all__ = ["sequence_parallel_gated_linear_attention", "sequence_parallel_linear_attention"]
 
@@ -86,6 +86,7 @@ def sequence_parallel_linear_attention(
         RuntimeError: torch.distributed is not initialised.
     """
     op = "sequence_parallel_linear_attention"
+    q, k, v, q_den, k_den = as_autocast(q, k, v, q_den, k_den)
     options = {
         "feature_map": index_of(op, "feature_map", feature_map, FEATURE_MAPS),
         "normalize": index_of(op, "normalize", normalize, NORMALIZERS),
@@ -224,6 +225,9 @@ def sequence_parallel_gated_linear_attention(
     """
     op = "sequence_parallel_gated_linear_attention"
     gates = gate_of(op, g, 3, "[H], [B, L, H] or [B, L, H, K]")
+    q, k, v, by_channel = as_autocast(q, k, v, gates.get("g_channel"))
+    if by_channel is not None:
+        g = gates["g_channel"] = by_channel
     gates = [gates.get(name) for name in GATES]
     for option, x in (("reverse", reverse), ("bidirectional", bidirectional)):
         as_bool(op, option, x)
@@ -241,7 +245,5 @@ def sequence_parallel_gated_linear_attention(
         outs.append(torch.ops.effvit.gated_linear_attention.default(q, k, v, *gates, None, before, **options)[0])
     if not bidirectional:
         return outs[0]
-    dtype = outs[0].dtype  # under autocast not that of q
-    forward, backward = (out.float() for out in outs)
-    q, k, v = (t.to(dtype).float() for t in (q, k, v))
-    return (forward + backward - options["scale"] * (q * k).sum(-1, keepdim=True) * v).to(dtype)
+    forward, backward, queries, k, v = (t.float() for t in (*outs, q, k, v))
+    return (forward + backward - options["scale"] * (queries * k).sum(-1, keepdim=True) * v).to(q.dtype)

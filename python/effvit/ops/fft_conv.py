@@ -9,11 +9,33 @@ import torch
 
 from ..reference.fft_conv import ACTIVATIONS, MODES, kernel_spectrum, transform_sizes
 from ..reference.fft_conv import fft_conv as _definition
-from ._checks import as_finite, check_dtype, check_tensor, index_of, is_int, shape, type_error, value_error
+from ._checks import (
+    as_finite,
+    check_dtype,
+    check_last_stride,
+    check_tensor,
+    index_of,
+    is_int,
+    shape,
+    type_error,
+    value_error,
+)
 from ._op import op
 
 NAMES = tuple(ACTIVATIONS)  # the schema's ints are indices into these and MODES
 _CIRCULAR = MODES.index("circular")
+
+
+_LARGE_ENOUGH = "of a transform as large as circular axes are, and no smaller than others"
+
+
+def _fits(modes, sizes, bins):
+    """Whether a spectrum of so many bins is that of a transform that can be cropped to these sizes."""
+    last = sizes[-1] if modes[-1] == _CIRCULAR else 2 * (bins[-1] - 1)
+    points = [*bins[:-1], last]
+    return bins[-1] == last // 2 + 1 and all(
+        n == size if mode == _CIRCULAR else n >= size for mode, size, n in zip(modes, sizes, points, strict=True)
+    )
 
 
 def _derive(op, dims, options, tensors):
@@ -44,15 +66,9 @@ def _check(op, dims, options, tensors):
         taps = [dims[f"K{axis}"] if k_rev is None else max(dims[f"K{axis}"], dims[f"R{axis}"]) for axis in "XYZ"]
         dims["NX"], dims["NY"], dims["NZ"] = transform_sizes(modes, sizes, taps)
         return
-    circular = modes[2] == _CIRCULAR
-    dims["NZ"] = sizes[2] if circular else 2 * (dims["NF"] - 1)
-    fits = dims["NF"] == dims["NZ"] // 2 + 1
-    for mode, size, axis in zip(modes, sizes, "XYZ", strict=True):
-        n = dims[f"N{axis}"]
-        fits = fits and (n == size if mode == _CIRCULAR else n >= size)
-    if not fits:
-        expected = "of a transform as large as circular axes are, and no smaller than others"
-        raise value_error(op, "spectrum", f"{expected}, {sizes}", shape(spectrum))
+    dims["NZ"] = sizes[2] if modes[2] == _CIRCULAR else 2 * (dims["NF"] - 1)
+    if not _fits(modes, sizes, [dims["NX"], dims["NY"], dims["NF"]]):
+        raise value_error(op, "spectrum", f"{_LARGE_ENOUGH}, {sizes}", shape(spectrum))
 
 
 def _transform(dims):
@@ -162,12 +178,14 @@ def fft_conv(
     options = _options(name, axes, mode, freq_keep)
     options |= {"act": index_of(name, "act", act, NAMES), "kernel_scale": kernel_scale}
     arguments = (maps[0], kernels[0], d, *maps[1:], *kernels[1:])
-    if u.dtype == torch.float64:
-        options["kernel_scale"] = as_finite(name, "kernel_scale", kernel_scale)
-        out = _definition(*_checked64(arguments, options), **options).contiguous()
-    else:
-        out = OP(*arguments, **options)
-    return out.reshape(u.shape)
+    if torch.compiler.is_compiling():  # nothing that a traced call raises can be caught
+        return _call(arguments, options).reshape(u.shape)
+    try:
+        return _call(arguments, options).reshape(u.shape)
+    except ValueError as error:
+        failure = error
+    _explain({"u": u} | tensors, [options[f"mode_{a}"] for a in "xyz"[3 - axes :]], channels_last)
+    raise failure
 
 
 def fft_conv_spectrum(
@@ -208,7 +226,7 @@ def fft_conv_spectrum(
         check_tensor(name, argument, t)
         check_dtype(name, argument, t, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
         if t.dim() not in (axes + 1, axes + 2) or 0 in t.shape[-axes:]:
-            raise value_error(name, argument, f"[C, *K] or [B, C, *K] of {axes} axes", shape(t))
+            raise value_error(name, argument, f"[C, *K] or [B, C, *K] of {_count(axes)}", shape(t))
     if k_rev is not None:
         if k_rev.shape[:-axes] != k.shape[:-axes]:
             raise value_error(name, "k_rev", f"of the batch and channels of k {shape(k)}", shape(k_rev))
@@ -227,6 +245,44 @@ def fft_conv_spectrum(
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
+
+
+def _call(arguments, options):
+    if arguments[0].dtype != torch.float64:
+        return OP(*arguments, **options)
+    options = options | {"kernel_scale": as_finite(OP.name, "kernel_scale", options["kernel_scale"])}
+    return _definition(*_checked64(arguments, options), **options).contiguous()
+
+
+def _explain(given, modes, channels_last):
+    """What the op says of its six dims, in those of the public function; nothing, where it says something else."""
+    name, u = OP.name, given["u"]
+    axes, batch = u.dim() - 2, u.shape[0]
+    channels, sizes = (u.shape[-1], u.shape[1:-1]) if channels_last else (u.shape[1], u.shape[2:])
+    present = {n: t for n, t in given.items() if t is not None}
+    kernels = {n: present[n] for n in ("k", "k_rev", "spectrum") if n in present}
+    for argument in ("u", "pregate", "postgate") if channels_last else ():
+        if argument in present:
+            check_last_stride(name, argument, present[argument])
+    for argument, t in kernels.items():
+        if argument != "spectrum" and "spectrum" in kernels:
+            raise value_error(name, argument, "None where spectrum is given", shape(t))
+        if argument == "k_rev" and "k" in kernels and t.shape[:-axes] != kernels["k"].shape[:-axes]:
+            raise value_error(name, argument, f"of the batch and channels of k {shape(kernels['k'])}", shape(t))
+        J, what = 1 if t.dim() == axes + 1 else t.shape[0], "N_half" if argument == "spectrum" else "K"
+        if t.shape[-axes - 1] != channels or (J not in (1, batch) and (J == 0 or batch % J)):
+            expected = f"[{channels}, *{what}], or [J, {channels}, *{what}] where J divides {batch}, like u {shape(u)}"
+            raise value_error(name, argument, expected, shape(t))
+        if argument == "spectrum" and not _fits(modes, sizes, t.shape[-axes:]):
+            raise value_error(name, argument, f"{_LARGE_ENOUGH}, {list(sizes)}", shape(t))
+        if 0 in t.shape[-axes:]:
+            raise value_error(name, argument, "of at least one tap per axis", shape(t))
+    if "d" in present and present["d"].shape != (channels,):
+        raise value_error(name, "d", f"[C] = [{channels}]", shape(present["d"]))
+
+
+def _count(axes) -> str:
+    return "one axis" if axes == 1 else f"{axes} axes"
 
 
 def _axes_of(u, channels_last) -> int:
@@ -254,7 +310,7 @@ def _as_kernel(name, t, axes):
         return None
     if t.dim() not in (axes + 1, axes + 2):
         what = "N_half" if name == "spectrum" else "K"
-        raise value_error(OP.name, name, f"[C, *{what}] or [B, C, *{what}] of {axes} axes", shape(t))
+        raise value_error(OP.name, name, f"[C, *{what}] or [B, C, *{what}] of {_count(axes)}", shape(t))
     t = t.unsqueeze(0) if t.dim() == axes + 1 else t
     for _ in range(3 - axes):
         t = t.unsqueeze(2)

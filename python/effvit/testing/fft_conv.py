@@ -221,7 +221,7 @@ def magnitudes(args, kwargs, output_grads, eps):
         padded = [*spectrum.shape[2:4], sizes[2] if circular else 2 * (spectrum.shape[4] - 1)]
         kernel = torch.view_as_complex(spectrum.contiguous())
     points = math.prod(padded)
-    weight = torch.full((kernel.shape[-1],), 2.0, dtype=torch.float64)  # the other half of the spectrum
+    weight = kernel.real.new_full(kernel.shape[-1:], 2.0)  # the other half of the spectrum
     weight[0] = 1.0
     norm = ((kernel.abs().square() * weight).sum((2, 3, 4)) / points).sqrt()  # [J, C]
     if k_rev is not None:  # their spectra may cancel
