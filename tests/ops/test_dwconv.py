@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import effvit
+from effvit import _backends
 from effvit.reference.dwconv import dwconv as definition
 from effvit.testing.dwconv import NAMES, SPEC, _terms
 from effvit.testing.dwconv_glu import away_from_kink
@@ -148,22 +149,76 @@ def test_taps_further_apart_than_the_map(dilation, axis):
             assert torch.equal(got, turned(want))
 
 
-def test_zeros_around_the_map_are_not_read():
+NEAR_FILTERS = [(3, 3), (1, 4), (5, 2), (7, 7), (9, 1), (4, 12), (2, 17), (19, 33)]
+
+
+@pytest.mark.parametrize("isa", _backends.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", NEAR_FILTERS)
+def test_whole_vectors_of_channels(k, dtype, isa):
+    """What the CPU's kernel takes from memory to memory, and what leads away from that, around the widths of its tiles.
+    Sums of integers are exact."""
+    _backends.set_isa(isa)
+    for n, width in enumerate((1, 3, 7, 8, 14, 17, 23, 24)):
+        same = {"before": [n // 2 for n in k], "after": [n - 1 - n // 2 for n in k]}
+        calls = {
+            "moved": {"before": [0, k[1]], "after": [k[0], 1]},
+            "dilated rows": {
+                "before": [k[0], same["before"][1]],
+                "after": [k[0], same["after"][1]],
+                "dilation": [2, 1],
+            },
+            "activation": same | {"act": "relu"},
+            "windows": same | {"window": [3, width]},
+        }
+        other = list(calls)[n % 4]
+        for name, options in (("plain", same), (other, calls[other])):
+            x, w, b = (_integers(*s, seed=i).to(dtype) for i, s in enumerate(((2, 6, width, 32), (32, *k), (32,))))
+            if width % 3 == 0:  # pixels whole pages apart
+                x = torch.stack([x] * 64, -2).flatten(-2)[..., :32]
+            leaves = [t.requires_grad_() for t in (x, w, b)]
+            exact = [t.detach().double().requires_grad_() for t in leaves]
+            expected = definition(*exact, **options)
+            act = NAMES.index(options.get("act", "none"))
+            out = torch.ops.effvit.dwconv(*leaves, **options | {"act": act})
+            assert torch.equal(out, expected.to(dtype)), (width, name)
+            g = _integers(*out.shape, seed=3).to(dtype)
+            found = torch.autograd.grad(out, leaves, g)
+            for got, want in zip(found, torch.autograd.grad(expected, exact, g.double()), strict=True):
+                assert torch.equal(got, want.to(dtype)), (width, name)
+
+
+@pytest.mark.parametrize("C", [4, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_around_the_map_are_not_read(dtype, C):
     """An infinity at a border spreads to its neighbours and no further; nor does it over the end of a row."""
-    x, w = torch.ones(1, 6, 6, 4), torch.ones(4, 3, 3)
+    x, w = torch.ones(1, 6, 6, C, dtype=dtype), torch.ones(C, 3, 3, dtype=dtype)
     x[0, 0, 5, 1] = torch.inf
     out = effvit.dwconv(x, w)
-    touched = torch.zeros(1, 6, 6, 4, dtype=torch.bool)
+    touched = torch.zeros(1, 6, 6, C, dtype=torch.bool)
     touched[0, :2, 4:, 1] = True
     assert torch.equal(out.isinf(), touched) and not out.isnan().any()
 
 
-def test_what_the_result_does_not_reach_is_not_in_the_gradient_of_weights():
+@pytest.mark.parametrize("C", [4, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_result_does_not_reach_is_not_in_the_gradient_of_weights(dtype, C):
     """Columns beyond the last output meet some taps only: an infinity there stays with those."""
-    x, w = torch.ones(1, 1, 13, 4), torch.ones(4, 3, requires_grad=True)
+    x, w = torch.ones(1, 1, 13, C, dtype=dtype), torch.ones(C, 3, dtype=dtype, requires_grad=True)
     x[0, 0, 12, 0] = torch.inf
     effvit.dwconv(x[:, 0], w, padding="valid").sum().backward()
-    assert torch.equal(w.grad[0], torch.tensor([11.0, 11.0, torch.inf]))
+    assert torch.equal(w.grad[0], torch.tensor([11.0, 11.0, torch.inf], dtype=dtype))
+
+
+def test_an_infinite_weight_meets_no_row_that_is_not_there():
+    """Of rows in pairs, too, where the partner is beyond the border."""
+    x, w = torch.ones(1, 4, 9, 32, dtype=torch.bfloat16), torch.ones(32, 3, 3, dtype=torch.bfloat16)
+    w[:, 0] = torch.inf
+    out = effvit.dwconv(x, w)
+    assert out[:, 0].isfinite().all() and out[:, 1:].isposinf().all()
+    w[:, 0], w[:, 2] = 1, torch.inf
+    out = effvit.dwconv(x, w)
+    assert out[:, 3].isfinite().all() and out[:, :3].isposinf().all()
 
 
 def test_of_nothing_comes_nothing():
