@@ -17,7 +17,7 @@ SHARED = {
     "__init__", "_checks", "_declaration", "_dispatcher", "_op", "_sparse24", "_int8", "_transforms", "_common",
     "_tiles", "_rows", "_int8_epilogue", "_gemm", "_sparse24_tiles", "abi", "common", "rows", "rows_op", "declared",
     "math", "int8_epilogue", "int8_tiles", "_integer", "_int_rows", "int_rows", "int_rows_op", "int_math", "_lut",
-    "lut", "int8_dense", "int_epilogue",
+    "lut", "int8_dense", "int_epilogue", "_stencil",
 }  # fmt: skip
 
 

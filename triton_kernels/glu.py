@@ -5,12 +5,14 @@ import torch
 from ._common import run, tl, triton
 from ._rows import _exp, _load_rows, _tanh, launch_rows, rows_of
 
-SIGMOID, GELU, SILU, RELU, TANH = (tl.constexpr(i) for i in range(5))
+SIGMOID, GELU, SILU, RELU, TANH, NONE = (tl.constexpr(i) for i in range(6))  # NONE: of convolutions
 
 
 @triton.jit
 def _activation(b, ACT: tl.constexpr):
     """(act(b), its derivative)"""
+    if ACT == NONE:
+        return b, tl.full(b.shape, 1.0, tl.float32)
     if ACT == RELU:
         return tl.maximum(b, 0.0), tl.where(b > 0, 1.0, 0.0)
     if ACT == TANH:

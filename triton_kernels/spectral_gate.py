@@ -21,11 +21,27 @@ _SIZES = ["N", "H", "F", "C", "rows", "inner", "row_blocks", "c_blocks", "units"
 
 
 @device_function
+def _tile(unit, row_blocks, c_blocks, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows and columns of a piece of work, and the number of its problem."""
+    column = (unit % c_blocks).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
+    unit = unit // c_blocks
+    row = (unit % row_blocks).to(tl.int32) * BLOCK_R + tl.arange(0, BLOCK_R)
+    return row, column, unit // row_blocks
+
+
+@device_function
 def _load(pointer, row, stride, rows, column, columns):
     """A tile in float32: `row` of a matrix of `rows`, columns `column` of `columns`, zeros beyond."""
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     offset = row.to(tl.int64)[:, None] * stride + column[None, :]
     return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@device_function
+def _load_weight(weight, bin, column, C, scale, mask):
+    """(real, imaginary) parts of bins of weights [.., C, 2], times `scale`; bin is int64."""
+    place = weight + bin[:, None] * (2 * C) + 2 * column[None, :]
+    return tl.load(place, mask=mask, other=0.0) * scale, tl.load(place + 1, mask=mask, other=0.0) * scale
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -39,19 +55,14 @@ def spectral_gate_rows_kernel(
 ):  # fmt: skip
     first, count = _share_of(units, walk, tl.program_id(0), tl.int64)
     for step in range(0, _loop_bound(count)):
-        unit = first + step
-        column = (unit % c_blocks).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
-        unit = unit // c_blocks
-        row = (unit % row_blocks).to(tl.int32) * BLOCK_R + tl.arange(0, BLOCK_R)
-        line = unit // row_blocks
+        row, column, line = _tile(first + step, row_blocks, c_blocks, BLOCK_R, BLOCK_C)
         y = line % H
         n = (line // H) % N
         source = x + line // H // N * x_stride_g + n * x_stride_n + y * x_stride_y
         acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         for start in range(0, _loop_bound(inner), BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
-            mask = (row < rows)[:, None] & (j < inner)[None, :]
-            left = tl.load(matrix + row.to(tl.int64)[:, None] * inner + j[None, :], mask=mask, other=0.0)
+            left = _load(matrix, row, inner, rows, j, inner)
             acc = tl.dot(left, _load(source, j, x_stride_x, inner, column, C), acc, input_precision="ieee")
         offset = (line * rows * C) + row.to(tl.int64)[:, None] * C + column[None, :]
         mask = (row < rows)[:, None] & (column < C)[None, :]
@@ -70,11 +81,7 @@ def spectral_gate_columns_kernel(
 ):  # fmt: skip
     first, count = _share_of(units, walk, tl.program_id(0), tl.int64)
     for step in range(0, _loop_bound(count)):
-        unit = first + step
-        column = (unit % c_blocks).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
-        unit = unit // c_blocks
-        row = (unit % row_blocks).to(tl.int32) * BLOCK_R + tl.arange(0, BLOCK_R)
-        unit = unit // row_blocks
+        row, column, unit = _tile(first + step, row_blocks, c_blocks, BLOCK_R, BLOCK_C)
         f = unit % F
         sample = unit // F
         stride = (F * 2 * C).to(tl.int64)
@@ -84,10 +91,8 @@ def spectral_gate_columns_kernel(
         im = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         for start in range(0, _loop_bound(H), BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
-            mask = (row < H)[:, None] & (j < H)[None, :]
-            place = row.to(tl.int64)[:, None] * H + j[None, :]
-            c = tl.load(cosine + place, mask=mask, other=0.0)
-            s = tl.load(sine + place, mask=mask, other=0.0)
+            c = _load(cosine, row, H, H, j, H)
+            s = _load(sine, row, H, H, j, H)
             if INVERSE:
                 s = -s
             x_re = _load(x + here, j, stride, H, column, C)
@@ -99,9 +104,7 @@ def spectral_gate_columns_kernel(
         mask = (row < H)[:, None] & (column < C)[None, :]
         if weight is not None:
             bin = (sample // N * H + row.to(tl.int64)) * F + f
-            gate = weight + bin[:, None] * (2 * C) + 2 * column[None, :]
-            w_re = tl.load(gate, mask=mask, other=0.0) * scale
-            w_im = tl.load(gate + 1, mask=mask, other=0.0) * scale
+            w_re, w_im = _load_weight(weight, bin, column, C, scale, mask)
             gated = re * w_re - im * w_im
             im = re * w_im + im * w_re
             re = gated
@@ -121,15 +124,10 @@ def spectral_gate_dweight_kernel(
 ):  # fmt: skip
     first, count = _share_of(units, walk, tl.program_id(0), tl.int64)
     for step in range(0, _loop_bound(count)):
-        unit = first + step
-        column = (unit % c_blocks).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
-        unit = unit // c_blocks
-        row = (unit % row_blocks).to(tl.int32) * BLOCK_R + tl.arange(0, BLOCK_R)
-        item = unit // row_blocks
+        row, column, item = _tile(first + step, row_blocks, c_blocks, BLOCK_R, BLOCK_C)
         mask = (row < bins)[:, None] & (column < C)[None, :]
-        place = (item * bins + row.to(tl.int64))[:, None] * (2 * C) + 2 * column[None, :]
-        w_re = tl.load(weight + place, mask=mask, other=0.0) * scale
-        w_im = tl.load(weight + place + 1, mask=mask, other=0.0) * scale
+        bin = item * bins + row.to(tl.int64)
+        w_re, w_im = _load_weight(weight, bin, column, C, scale, mask)
         total_re = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         total_im = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         part_re = total_re  # of up to 16 samples: one long sum loses digits
@@ -156,8 +154,9 @@ def spectral_gate_dweight_kernel(
         if EVEN:
             once = once | (f == F - 1)
         factor = tl.where(once, scale, 2 * scale)[:, None]
-        tl.store(dweight + place, total_re * factor, mask=mask)
-        tl.store(dweight + place + 1, total_im * factor, mask=mask)
+        place = dweight + bin[:, None] * (2 * C) + 2 * column[None, :]
+        tl.store(place, total_re * factor, mask=mask)
+        tl.store(place + 1, total_im * factor, mask=mask)
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import effvit
 from effvit import _backends
 from effvit.reference.dwconv import dwconv as definition
+from effvit.testing._depthwise import away_from_kink
 from effvit.testing.dwconv import NAMES, SPEC, _terms
-from effvit.testing.dwconv_glu import away_from_kink
 from op_suite import OpSuite
 
 

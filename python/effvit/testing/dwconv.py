@@ -5,11 +5,20 @@ import torch
 from effvit.ops.dwconv import NAMES
 from effvit.reference.dwconv import dwconv as definition
 from effvit.testing._bad_inputs import declared_bad_inputs
-from effvit.testing._samples import changed, in_order, misaligned, sliced
+from effvit.testing._depthwise import (
+    GELU,
+    NONE,
+    RELU,
+    SIGMOID,
+    SILU,
+    TANH,
+    activation_magnitudes,
+    away_from_kink,
+    halves,
+    width_first,
+)
+from effvit.testing._samples import changed, misaligned, sliced
 from effvit.testing._spec import FLOAT_DTYPES, OPS, BadInput, OpSpec, Sample, split_call
-from effvit.testing.dwconv_glu import _activation, away_from_kink
-
-SIGMOID, GELU, SILU, RELU, TANH, NONE = range(6)
 
 
 def _terms(args, kwargs):
@@ -52,15 +61,6 @@ def _sample(
     return Sample(name, make, frozenset(tags.split()), dtypes)
 
 
-def _width_first(t):
-    return in_order(t, (2, 0, 1, 3))
-
-
-def _halves(t):
-    """A slice of a projection."""
-    return torch.cat((t, t), -1)[..., : t.shape[-1]]
-
-
 def random_sample(name, choose):
     """Any options and layouts at a small size; `choose` is a random.Random."""
     B, C = choose.randint(1, 3), choose.choice((1, 3, 8, 16, 17, 33, 40))
@@ -91,7 +91,7 @@ def random_sample(name, choose):
         act=choose.choice((NONE, NONE, *range(5))), bias=choose.random() < 0.7, pregate=choose.random() < 0.4,
         postgate=choose.random() < 0.4, state=state,
         weights=choose.choice((None, None, torch.float32, torch.bfloat16)),
-        layout=choose.choice((None, misaligned, _width_first, _halves)),
+        layout=choose.choice((None, misaligned, width_first, halves)),
     )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ SAMPLES = [
     _sample("small_state_longer", (1, 2, 3, 5), (1, 4), before=(0, 6), after=(0, 0), dilation=(1, 2), state=True,
             postgate=True, tags="small nasty"),
     _sample("small_window", (1, 4, 6, 9), (3, 5), window=(2, 3), act=TANH, weights=torch.bfloat16, tags="small"),
-    _sample("small_even", (2, 4, 5, 8), (2, 4), act=RELU, bias=False, pregate=True, layout=_halves, tags="small"),
+    _sample("small_even", (2, 4, 5, 8), (2, 4), act=RELU, bias=False, pregate=True, layout=halves, tags="small"),
     _sample("small_dilated", (1, 7, 9, 6), (3, 2), dilation=(2, 3), postgate=True, tags="small"),
     _sample("tiny", (1, 3, 4, 2), (2, 3), act=GELU, pregate=True, postgate=True, tags="tiny nasty"),
     _sample("tiny_state", (1, 1, 3, 2), (1, 3), before=(0, 2), after=(0, 0), state=True, act=SILU, tags="tiny nasty"),
@@ -134,11 +134,11 @@ SAMPLES = [
     _sample("wide", (1, 3, 1300, 16), (3, 9), tags="nasty"),
     _sample("channels_150", (1, 9, 10, 150), (3, 3), postgate=True, tags="nasty"),
     _sample("far", (2, 9, 11, 24), (7, 7), act=SILU, size=10.0, bias=False, tags="nasty"),
-    _sample("width_first", (2, 6, 8, 24), (3, 3), act=SIGMOID, postgate=True, layout=_width_first, tags="strided"),
+    _sample("width_first", (2, 6, 8, 24), (3, 3), act=SIGMOID, postgate=True, layout=width_first, tags="strided"),
     _sample("misaligned", (2, 7, 5, 33), (7, 3), pregate=True, layout=misaligned, tags="strided"),
     _sample("sliced_columns", (2, 5, 6, 16), (3, 4), act=SILU, postgate=True, layout=lambda t: sliced(t, 2),
             tags="strided"),
-    _sample("windows_width_first", (2, 6, 8, 16), (3, 3), window=(3, 4), layout=_width_first, tags="strided"),
+    _sample("windows_width_first", (2, 6, 8, 16), (3, 3), window=(3, 4), layout=width_first, tags="strided"),
     _sample("expanded", (3, 4, 6, 16), (3, 3), act=RELU, layout=lambda t: t[:1].expand_as(t), tags="strided"),
     _sample("no_rows", (2, 2, 5, 4), (3, 3), before=(0, 1), after=(0, 0), act=RELU, postgate=True, tags="empty"),
     _sample("empty_batch", (0, 4, 5, 8), (3, 3), tags="empty"),
@@ -159,7 +159,7 @@ def magnitudes(args, kwargs, output_grads, eps):
     positive = {n: None if t is None else t.abs().requires_grad_() for n, t in tensors.items()} | {"postgate": None}
     with torch.enable_grad():
         m = definition(**positive, **options)
-    act, slope = _activation(NAMES[kwargs["act"]], z, m.detach())
+    act, slope = activation_magnitudes(NAMES[kwargs["act"]], z, m.detach())
     gate = torch.ones_like(act) if tensors["postgate"] is None else tensors["postgate"].abs()
     outputs = {"out": act * gate}
     if output_grads is None:

@@ -5,10 +5,20 @@ import torch.nn.functional as F
 
 from effvit.ops.dwconv_glu import NAMES
 from effvit.testing._bad_inputs import declared_bad_inputs
-from effvit.testing._samples import changed, in_order, misaligned, sliced
+from effvit.testing._depthwise import (
+    GELU,
+    NONE,
+    RELU,
+    SIGMOID,
+    SILU,
+    TANH,
+    activation_magnitudes,
+    away_from_kink,
+    halves,
+    width_first,
+)
+from effvit.testing._samples import changed, misaligned, sliced
 from effvit.testing._spec import FLOAT_DTYPES, OPS, BadInput, OpSpec, Sample, split_call
-
-SIGMOID, GELU, SILU, RELU, TANH, NONE = range(6)
 
 
 def _parts(args, kwargs):
@@ -29,26 +39,6 @@ def _terms(args, kwargs):
     """What the activation is of, and the sum of its absolute terms."""
     given = (_parts(args, kwargs)[0], *args[2:])
     return _convolve(*given), _convolve(*(None if t is None else t.abs() for t in given))
-
-
-def is_away_from_kink(z, m):
-    """Whether no rounding of z, a sum of terms m, decides on which side of relu's kink it lies."""
-    return bool(((z.abs() > 4 * torch.finfo(torch.float32).eps * m) | (m == 0)).all())
-
-
-def away_from_kink(draw, terms):
-    """`draw`, again where it comes too near to relu's kink: the slope there may be 0 or 1, and the gradients of weight
-    and bias, sums over the map, would be anything. terms: (args, kwargs) in float64 -> (z, m).
-    """
-
-    def make(dtype, device, generator):
-        for _ in range(8):
-            args, kwargs = draw(dtype, device, generator)
-            if is_away_from_kink(*terms(tuple(None if t is None else t.cpu().double() for t in args), kwargs)):
-                return args, kwargs
-        raise AssertionError("every draw is too near to relu's kink")
-
-    return make
 
 
 def _sample(
@@ -72,15 +62,6 @@ def _sample(
     return Sample(name, make, frozenset(tags.split()), dtypes)
 
 
-def _width_first(t):
-    return in_order(t, (2, 0, 1, 3))
-
-
-def _halves(t):
-    """A slice of a projection."""
-    return torch.cat((t, t), -1)[..., : t.shape[-1]]
-
-
 def random_sample(name, choose):
     """Any options and layouts at a small size; `choose` is a random.Random."""
     C = choose.choice((1, 3, 8, 16, 17, 33, 40))
@@ -89,7 +70,7 @@ def random_sample(name, choose):
         choose.choice((3, 3, 5, 7)), act=choose.randrange(6), gates=choose.choice((None, None, 0, C // 2)),
         packed=choose.random() < 0.5, gate_first=choose.random() < 0.5, bias=choose.random() < 0.7,
         weights=choose.choice((None, None, torch.float32, torch.bfloat16)),
-        layout=choose.choice((None, misaligned, _width_first, _halves)),
+        layout=choose.choice((None, misaligned, width_first, halves)),
     )  # fmt: skip
 
 
@@ -101,14 +82,14 @@ SAMPLES = [
     _sample("small_packed", 2, 4, 3, 16, 5, act=SILU, packed=True, tags="small framework"),
     _sample("small_some_gates", 1, 6, 9, 17, 7, act=NONE, gates=5, packed=True, gate_first=True, bias=False,
             weights=torch.float32, tags="small"),
-    _sample("small_tanh", 1, 3, 8, 9, act=TANH, weights=torch.bfloat16, layout=_halves, tags="small"),
+    _sample("small_tanh", 1, 3, 8, 9, act=TANH, weights=torch.bfloat16, layout=halves, tags="small"),
     _sample("small_no_gate", 2, 3, 2, 5, 3, act=SIGMOID, gates=0, packed=True, tags="small nasty"),
     _sample("tiny", 2, 3, 2, 2, act=GELU, tags="tiny nasty"),
     _sample("bands", 1, 70, 9, 35, 5, act=RELU, tags="nasty"),
     _sample("far", 2, 9, 11, 24, act=SILU, size=10.0, bias=False, tags="nasty"),
     _sample("channels_70", 1, 12, 13, 70, 7, tags="nasty"),
     _sample("larger_than_the_map", 3, 2, 3, 18, 7, act=TANH, tags="nasty"),
-    _sample("width_first", 2, 6, 8, 24, act=SIGMOID, layout=_width_first, tags="strided"),
+    _sample("width_first", 2, 6, 8, 24, act=SIGMOID, layout=width_first, tags="strided"),
     _sample("misaligned", 2, 7, 5, 33, layout=misaligned, tags="strided"),
     _sample("sliced_columns", 2, 5, 6, 16, act=SILU, layout=lambda t: sliced(t, 2), tags="strided"),
     _sample("expanded", 3, 4, 6, 16, act=RELU, layout=lambda t: t[:1].expand_as(t), tags="strided"),
@@ -121,27 +102,6 @@ SAMPLES = [
 # ---- error magnitudes ----------------------------------------------------------------------------------------------
 
 
-def _activation(name, z, m):
-    """Magnitudes of act(z) and of its slope: those of glu, and what the rounding of z, a sum of terms m, adds."""
-    s, density = torch.sigmoid(z), torch.exp(-z * z / 2) / (2 * torch.pi) ** 0.5
-    if name == "sigmoid":
-        act, slope, bend = s, s, s
-    elif name == "silu":
-        act, slope, bend = z.abs() * s, s + z.abs() * s * (1 - s), torch.full_like(z, 0.5)
-    elif name == "gelu":
-        half = 0.5 * (1 + torch.erf(z / 2**0.5).abs())
-        act, slope, bend = z.abs() * half, half + z.abs() * density, torch.full_like(z, 0.8)
-    elif name == "relu":
-        assert is_away_from_kink(z, m), "relu's slope is not known where rounding decides on the side of its kink"
-        slope = (z > 0).double()
-        return z.clamp(min=0) + m * slope, slope
-    elif name == "tanh":
-        act, slope, bend = torch.tanh(z).abs(), torch.ones_like(z), torch.full_like(z, 0.8)
-    else:
-        return m, torch.ones_like(z)
-    return act + slope * m, slope + bend * m
-
-
 def magnitudes(args, kwargs, output_grads, eps):
     """Sums of absolute terms: of the convolution, what its rounding makes of the activation, and the product."""
     (x, v), (w, b), name = _parts(args, kwargs), args[2:], NAMES[kwargs["act"]]
@@ -150,7 +110,7 @@ def magnitudes(args, kwargs, output_grads, eps):
     positive = [None if t is None else t.abs().requires_grad_() for t in (x, w, b)]
     with torch.enable_grad():
         m = _convolve(*positive)
-    act, slope = _activation(name, z, m.detach())
+    act, slope = activation_magnitudes(name, z, m.detach())
     gate = torch.cat((v.abs(), torch.ones_like(act[..., G:])), -1)
     outputs = {"out": act * gate}
     if output_grads is None:

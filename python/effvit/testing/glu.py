@@ -4,10 +4,9 @@ import torch
 
 from effvit.ops.glu import NAMES
 from effvit.testing._bad_inputs import declared_bad_inputs
+from effvit.testing._depthwise import GELU, SIGMOID, SILU, TANH, activation_magnitudes
 from effvit.testing._samples import in_order, misaligned, sliced
 from effvit.testing._spec import FLOAT_DTYPES, OpSpec, Sample
-
-SIGMOID, GELU, SILU, RELU, TANH = range(5)
 
 
 def _sample(name, shape, *, act=SIGMOID, packed=False, size=1.0, layout=None, tags="", dtypes=FLOAT_DTYPES):
@@ -60,19 +59,7 @@ def magnitudes(args, kwargs, output_grads, eps):
     a, b = args
     packed = b is None
     a, b = a.chunk(2, -1) if packed else (a, b)
-    act, name = torch.ones_like(b), NAMES[kwargs["act"]]
-    s = torch.sigmoid(b)
-    if name == "sigmoid":
-        act, slope = s, s
-    elif name == "silu":
-        act, slope = b.abs() * s, s + b.abs() * s * (1 - s)
-    elif name == "gelu":
-        half, density = 0.5 * (1 + torch.erf(b / 2**0.5).abs()), torch.exp(-b * b / 2) / (2 * torch.pi) ** 0.5
-        act, slope = b.abs() * half, half + b.abs() * density
-    elif name == "relu":
-        act, slope = b.clamp(min=0), (b > 0).double()
-    else:
-        act, slope = torch.tanh(b).abs(), torch.ones_like(b)
+    act, slope = activation_magnitudes(NAMES[kwargs["act"]], b, torch.zeros_like(b))
     outputs = {"out": a.abs() * act}
     if output_grads is None:
         return outputs, {}
