@@ -445,12 +445,10 @@ struct Forward : Pass<T> {
                           to,
                           p.out_stride_y,
                           this->z_data};
-    near.run(item.out_y, item.out_x, u.vectors, p.act == kNone && !p.postgate,
-             [&](int64_t y, int64_t x, int columns, int channel, int channels) {
-               const RowOf<T> result = out.row(this->out, y, x, u.first_channel + channel);
-               finish({this->z_data + channel, kLanes, int64_t{u.vectors} * kLanes},
-                      out.row(this->postgate, y, x, u.first_channel + channel), result, columns, channels, past_caches);
-             });
+    near.run(item.out_y, item.out_x, u.vectors, p.act == kNone && !p.postgate, [&](int64_t y, int64_t x, int columns) {
+      finish({this->z_data, kLanes, int64_t{u.vectors} * kLanes}, out.row(this->postgate, y, x, u.first_channel),
+             out.row(this->out, y, x, u.first_channel), columns, u.channels, past_caches);
+    });
   }
 };
 
@@ -569,7 +567,7 @@ struct Backward : Pass<T> {
                           in.row(this->dx, 0, 0, u.first_channel),
                           p.dx_stride_y,
                           z_data};
-    near.run(item.in_y, item.in_x, u.vectors, true, [](int64_t, int64_t, int, int, int) {});
+    near.run(item.in_y, item.in_x, u.vectors, true, [](int64_t, int64_t, int) {});
   }
 
   static void add_columns(float* sums, const Patch& dz, Range rows, Range r, int vectors) {

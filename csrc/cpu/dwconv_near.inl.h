@@ -25,7 +25,8 @@ struct NearTile {
   int64_t out_row;  // to the next row, where two are computed
   int vectors;
   bool past_caches;
-  bool ahead;  // fetches the next tile
+  bool next_tile, next_row,
+      next_out;  // what is fetched for later: all of the next tile, or what is new in the next row
 };
 template <class T>
 using NearStencil = void (*)(const NearTile<T>&);
@@ -117,19 +118,35 @@ EFFVIT_INLINE void leave(const vf (&acc)[kColumns], const NearTile<T>& a, int64_
   }
 }
 
+// Into the nearest cache. Rows are what is taken from memory the first time, in an order that no CPU foresees.
+template <class T, int kTaps, int kColumns>
+EFFVIT_INLINE void fetch(const NearTile<T>& a, int64_t offset, int rows) {
+  const T* const x = a.x + offset;
+  const T* const out = a.out + offset;
+  if (a.next_tile) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kColumns; ++n) {
+      __builtin_prefetch(x + (kColumns + kTaps - 1 + n) * a.x_step, 0, 3);
+      __builtin_prefetch(out + (kColumns + n) * a.out_step, 1, 3);
+    }
+  }
+  for (int i = 0; a.next_row && i < rows; ++i) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kColumns; ++n)
+      __builtin_prefetch(x + (a.rows + rows - 1 + i) * a.x_row + (kTaps - 1 + n) * a.x_step, 0, 3);
+  }
+  if (a.next_out) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kColumns; ++n) __builtin_prefetch(out + a.out_row + n * a.out_step, 1, 3);
+  }
+}
+
 template <class T, int kTaps, int kColumns, bool kEdge, bool kPairs>
 void near_stencil(const NearTile<T>& a) {
   constexpr int kFirst = kTaps > kMostTaps ? (kTaps + 1) / 2 : kTaps;
   for (int v = 0; v < a.vectors; ++v) {
     const int64_t offset = int64_t{v} * kLanes;
-    if (a.ahead) {  // what the next tile reads and writes
-      const T* const x = a.x + (kColumns + kTaps - 1) * a.x_step + offset;
-#pragma GCC unroll 8
-      for (int n = 0; n < kColumns; ++n) {
-        __builtin_prefetch(x + n * a.x_step, 0, 3);
-        __builtin_prefetch(a.out + (kColumns + n) * a.out_step + offset, 1, 3);
-      }
-    }
+    fetch<T, kTaps, kColumns>(a, offset, 1);
     vf acc[kColumns];
     const vf from = a.start ? load(a.start + offset) : vf{};
 #pragma GCC unroll 8
@@ -158,6 +175,7 @@ void near_stencil_3x3(const NearTile<T>& a) {
     const vf from = load(a.start + offset);
 #pragma GCC unroll 8
     for (int n = 0; n < kColumns; ++n) acc[0][n] = acc[1][n] = from;
+    fetch<T, 3, kColumns>(a, offset, 2);
     const T* x = a.x + offset;
     const auto row = [&](auto index) __attribute__((always_inline)) {
       constexpr int i = decltype(index)::value;
@@ -212,58 +230,55 @@ struct Near {
   int64_t out_row;
   float* sums;  // [columns of a tile, vectors, kLanes], of unfinished results
 
-  // Rows and columns of results. finish(row, first column, columns, first channel, channels): unfinished ones are in
-  // `sums`. Without it, results are finished.
+  // Rows and columns of results. Where these are not `finished`, finish(row, first column, columns) takes them from
+  // `sums`.
   template <class Finish>
   void run(Range rows, Range columns_asked, int vectors, bool finished, const Finish& finish) const {
-    const int64_t tile_bytes = y.k * (columns + x.reach()) * kLanes * int64_t{sizeof(T)};
-    const int together = y.k == 1 ? vectors : static_cast<int>(std::max<int64_t>(2, kNearBytes / tile_bytes));
+    const int64_t tile_bytes = (columns + x.reach()) * vectors * kLanes * int64_t{sizeof(T)};
     const int64_t w_rows = pairs ? (y.k + 1) / 2 : y.k;
     const bool two_rows = kLanes == 16 && y.k == 3 && x.k == 3 && !pairs && finished && y.step == 1;
     for (int64_t row = rows.begin; row < rows.end;) {
       const Range i = y.taps(row, row);
       const bool two = two_rows && row + 1 < rows.end && i.size() == 3 && y.taps(row + 1, row + 1).size() == 3;
-      for (int v = 0; v < vectors; v += together) {
-        const int64_t channel = int64_t{v} * kLanes;
-        NearTile<T> a;
-        a.x_row = y.step * in_row, a.x_step = in.stride;
-        a.row = i.begin, a.rows = i.size();
-        a.w_row = x.k * kLanes, a.w_vector = w_rows * a.w_row;
-        a.sums_step = int64_t{vectors} * kLanes;
-        a.out_step = out.stride, a.out_row = out_row;
-        a.vectors = std::min(together, vectors - v);
-        a.past_caches = past_caches, a.ahead = y.k == 1 && together * tile_bytes > kNearBytes;
-        const T* const from = in.data + (i.empty() ? 0 : row + i.begin * y.step - y.pad) * in_row + channel;
-        for (int64_t q = columns_asked.begin; q < columns_asked.end; q += columns) {
-          a.columns = static_cast<int>(std::min<int64_t>(columns, columns_asked.end - q));
-          a.out = out.data + row * out_row + q * out.stride + channel;
-          const Range j = x.taps(q, q + a.columns - 1);
-          const int64_t parts = std::max<int64_t>(1, ceil_div(j.size(), kNearTaps));
-          if (i.empty() || j.empty()) a.rows = 0;
-          for (int64_t k = 0; k < parts; ++k) {
-            const Range t = j.empty() ? Range{0, 1} : part(j.size(), k, parts);
-            const int64_t j0 = j.begin + t.begin, at = q + j0 - x.pad;  // the column of the first tap
-            const int64_t reads = a.columns + t.size() - 1;
-            a.x = from + at * in.stride;
-            a.first = static_cast<int>(std::min(reads, std::max<int64_t>(0, -at)));
-            a.last = static_cast<int>(std::max<int64_t>(0, std::min(reads, x.in - at)));
-            a.w = weights + v * a.w_vector + j0 * kLanes;
-            a.start = k == 0 ? bias + channel : nullptr;
-            a.sums = sums + channel, a.finished = finished && k + 1 == parts;
-            const bool edge = a.columns < columns || a.first > 0 || a.last < reads;
-            if constexpr (kLanes == 16) {
-              if (two && t.size() == 3) {
-                near_stencil_3x3_of<T>(columns, edge)(a);
-                continue;
-              }
+      NearTile<T> a;
+      a.x_row = y.step * in_row, a.x_step = in.stride;
+      a.row = i.begin, a.rows = i.size();
+      a.w_row = x.k * kLanes, a.w_vector = w_rows * a.w_row;
+      a.sums_step = int64_t{vectors} * kLanes;
+      a.out_step = out.stride, a.out_row = out_row;
+      a.vectors = vectors;
+      a.past_caches = past_caches, a.next_tile = y.k == 1 && tile_bytes > kNearBytes;
+      a.next_row = !a.next_tile, a.next_out = y.k > 3 && !past_caches;
+      const T* const from = in.data + (i.empty() ? 0 : row + i.begin * y.step - y.pad) * in_row;
+      for (int64_t q = columns_asked.begin; q < columns_asked.end; q += columns) {
+        a.columns = static_cast<int>(std::min<int64_t>(columns, columns_asked.end - q));
+        a.out = out.data + row * out_row + q * out.stride;
+        const Range j = x.taps(q, q + a.columns - 1);
+        const int64_t parts = std::max<int64_t>(1, ceil_div(j.size(), kNearTaps));
+        if (i.empty() || j.empty()) a.rows = 0;
+        for (int64_t k = 0; k < parts; ++k) {
+          const Range t = j.empty() ? Range{0, 1} : part(j.size(), k, parts);
+          const int64_t j0 = j.begin + t.begin, at = q + j0 - x.pad;  // the column of the first tap
+          const int64_t reads = a.columns + t.size() - 1;
+          a.x = from + at * in.stride;
+          a.first = static_cast<int>(std::min(reads, std::max<int64_t>(0, -at)));
+          a.last = static_cast<int>(std::max<int64_t>(0, std::min(reads, x.in - at)));
+          a.w = weights + j0 * kLanes;
+          a.start = k == 0 ? bias : nullptr;
+          a.sums = sums, a.finished = finished && k + 1 == parts;
+          const bool edge = a.columns < columns || a.first > 0 || a.last < reads;
+          if constexpr (kLanes == 16) {
+            if (two && t.size() == 3) {
+              near_stencil_3x3_of<T>(columns, edge)(a);
+              continue;
             }
-            const NearStencil<T> stencil = near_stencil_of<T>(static_cast<int>(t.size()), columns, edge, pairs);
-            stencil(a);
-            if (two) a.x += in_row, a.out += out_row, stencil(a);
           }
-          if (!finished) finish(row, q, a.columns, v * kLanes, a.vectors * kLanes);
-          a.rows = i.size();
+          const NearStencil<T> stencil = near_stencil_of<T>(static_cast<int>(t.size()), columns, edge, pairs);
+          stencil(a);
+          if (two) a.x += in_row, a.out += out_row, stencil(a);
         }
+        if (!finished) finish(row, q, a.columns);
+        a.rows = i.size();
       }
       row += two ? 2 : 1;
     }
@@ -384,51 +399,14 @@ struct NearGradient {
   RowOf<const T> in;  // row 0
   int64_t in_row;
 
-  // Adds the filter's to sums [vectors, kh, kw, kLanes].
+  // Adds the filter's to sums [vectors, kh, kw, kLanes]. Row by row, as memory is read fastest.
   void add_weights(Range rows, Range columns_asked, int vectors, float* sums) const {
-    const int64_t parts = ceil_div(x.k, kMostTaps);
-    NearSums<T> a;
-    a.dz_step = dz.stride, a.dz_line = dz_row;
-    a.x_step = in.stride, a.x_row = y.step * in_row, a.x_line = in_row, a.sums_row = x.k * kLanes;
-    for (int v = 0; v < vectors; ++v, sums += y.k * x.k * kLanes) {
-      for (int64_t row = rows.begin; row < rows.end;) {
-        const Range i = y.taps(row, row);
-        bool two = false;
-        if constexpr (kBf16Products<T>) {
-          const Range next = y.taps(row + 1, row + 1);
-          two = row + 1 < rows.end && next.begin == i.begin && next.end == i.end;
-        }
-        for (int64_t k = 0; k < parts && !i.empty(); ++k) {
-          const Range j = part(x.k, k, parts);
-          const int taps = static_cast<int>(j.size());
-          for (int64_t first_row = i.begin; first_row < i.end;) {
-            const int at_once = taps <= kFewTaps && i.end - first_row >= kRowsOfFewTaps ? kRowsOfFewTaps : 1;
-            const T* const from = in.data + (row + first_row * y.step - y.pad) * in_row + v * kLanes;
-            const T* const grad = dz.data + row * dz_row + v * kLanes;
-            a.sums = sums + (first_row * x.k + j.begin) * kLanes;
-            for (int64_t q = columns_asked.begin; q < columns_asked.end;) {
-              const int64_t left = columns_asked.end - q, at = q + j.begin - x.pad;
-              a.columns = static_cast<int>(std::min<int64_t>(columns, left));
-              const int64_t reads = a.columns + taps - 1;
-              a.dz = grad + q * dz.stride, a.x = from + at * in.stride;
-              a.first = static_cast<int>(std::min(reads, std::max<int64_t>(0, -at)));
-              a.last = static_cast<int>(std::max<int64_t>(0, std::min(reads, x.in - at)));
-              const bool edge = a.columns < columns || a.first > 0 || a.last < reads;
-              a.tiles = edge ? 1 : std::min(left / columns, (x.in - at - reads) / columns + 1);
-              q += a.tiles * columns;
-              if constexpr (kBf16Products<T>) {
-                if (two) {
-                  near_correlate_of<T, true>(taps, at_once, columns, edge)(a);
-                  continue;
-                }
-              }
-              near_correlate_of<T, false>(taps, at_once, columns, edge)(a);
-            }
-            first_row += at_once;
-          }
-        }
-        row += two ? 2 : 1;
-      }
+    for (int64_t row = rows.begin; row < rows.end;) {
+      const Range i = y.taps(row, row), next = y.taps(row + 1, row + 1);
+      const bool two = kBf16Products<T> && row + 1 < rows.end && next.begin == i.begin && next.end == i.end;
+      for (int v = 0; v < vectors && !i.empty(); ++v)
+        add_row(row, i, two, columns_asked, v * kLanes, sums + v * y.k * x.k * kLanes);
+      row += two ? 2 : 1;
     }
   }
 
@@ -440,6 +418,43 @@ struct NearGradient {
         vf total{};
         for (int64_t n = columns_asked.begin; n < columns_asked.end; ++n, from += dz.stride) total += load(from);
         store(sums + v * kLanes, load(sums + v * kLanes) + total);
+      }
+    }
+  }
+
+ private:
+  // For rows i of the filter, a vector of channels, and one row of results or two.
+  void add_row(int64_t row, Range i, bool two, Range columns_asked, int channel, float* sums) const {
+    const int64_t parts = ceil_div(x.k, kMostTaps);
+    NearSums<T> a;
+    a.dz_step = dz.stride, a.dz_line = dz_row;
+    a.x_step = in.stride, a.x_row = y.step * in_row, a.x_line = in_row, a.sums_row = x.k * kLanes;
+    const T* const grad = dz.data + row * dz_row + channel;
+    for (int64_t k = 0; k < parts; ++k) {
+      const Range j = part(x.k, k, parts);
+      const int taps = static_cast<int>(j.size());
+      for (int64_t first_row = i.begin; first_row < i.end;) {
+        const int at_once = taps <= kFewTaps && i.end - first_row >= kRowsOfFewTaps ? kRowsOfFewTaps : 1;
+        const T* const from = in.data + (row + first_row * y.step - y.pad) * in_row + channel;
+        a.sums = sums + (first_row * x.k + j.begin) * kLanes;
+        for (int64_t q = columns_asked.begin; q < columns_asked.end; q += a.tiles * columns) {
+          const int64_t left = columns_asked.end - q, at = q + j.begin - x.pad;
+          a.columns = static_cast<int>(std::min<int64_t>(columns, left));
+          const int64_t reads = a.columns + taps - 1;
+          a.dz = grad + q * dz.stride, a.x = from + at * in.stride;
+          a.first = static_cast<int>(std::min(reads, std::max<int64_t>(0, -at)));
+          a.last = static_cast<int>(std::max<int64_t>(0, std::min(reads, x.in - at)));
+          const bool edge = a.columns < columns || a.first > 0 || a.last < reads;
+          a.tiles = edge ? 1 : std::min(left / columns, (x.in - at - reads) / columns + 1);
+          if constexpr (kBf16Products<T>) {
+            if (two) {
+              near_correlate_of<T, true>(taps, at_once, columns, edge)(a);
+              continue;
+            }
+          }
+          near_correlate_of<T, false>(taps, at_once, columns, edge)(a);
+        }
+        first_row += at_once;
       }
     }
   }
