@@ -127,7 +127,7 @@ EFFVIT_INLINE void fetch(const NearTile<T>& a, int64_t offset, int rows) {
 #pragma GCC unroll 8
     for (int n = 0; n < kColumns; ++n) {
       __builtin_prefetch(x + (kColumns + kTaps - 1 + n) * a.x_step, 0, 3);
-      __builtin_prefetch(out + (kColumns + n) * a.out_step, 1, 3);
+      if (!a.past_caches) __builtin_prefetch(out + (kColumns + n) * a.out_step, 1, 3);
     }
   }
   for (int i = 0; a.next_row && i < rows; ++i) {
@@ -234,7 +234,6 @@ struct Near {
   // `sums`.
   template <class Finish>
   void run(Range rows, Range columns_asked, int vectors, bool finished, const Finish& finish) const {
-    const int64_t tile_bytes = (columns + x.reach()) * vectors * kLanes * int64_t{sizeof(T)};
     const int64_t w_rows = pairs ? (y.k + 1) / 2 : y.k;
     const bool two_rows = kLanes == 16 && y.k == 3 && x.k == 3 && !pairs && finished && y.step == 1;
     for (int64_t row = rows.begin; row < rows.end;) {
@@ -247,8 +246,8 @@ struct Near {
       a.sums_step = int64_t{vectors} * kLanes;
       a.out_step = out.stride, a.out_row = out_row;
       a.vectors = vectors;
-      a.past_caches = past_caches, a.next_tile = y.k == 1 && tile_bytes > kNearBytes;
-      a.next_row = !a.next_tile, a.next_out = y.k > 3 && !past_caches;
+      a.past_caches = past_caches;
+      a.next_tile = rows.size() == 1, a.next_row = row + 1 < rows.end, a.next_out = y.k > 3 && !past_caches;
       const T* const from = in.data + (i.empty() ? 0 : row + i.begin * y.step - y.pad) * in_row;
       for (int64_t q = columns_asked.begin; q < columns_asked.end; q += columns) {
         a.columns = static_cast<int>(std::min<int64_t>(columns, columns_asked.end - q));
