@@ -15,6 +15,7 @@ from results import (
     DTYPES,
     FAMILIES,
     FOLDER,
+    broadest,
     describe,
     distinct,
     family,
@@ -31,7 +32,7 @@ LABEL = "best peer's time / effvit's time"
 
 
 def draw(op, results, path, run=None):
-    rows = latest(op, results, run)
+    rows = latest(op, results, run, None if run else broadest(op, results))
     directions = list(dict.fromkeys(direction for _, direction in groups(rows)))
     dtypes = list(dict.fromkeys(dtype for dtype, _ in groups(rows)))
     shapes = distinct(rows, "shape")
@@ -66,7 +67,7 @@ def draw(op, results, path, run=None):
 
 def draw_family(name, results, path):
     """A bar to the geometric mean of each op, and a dot for each shape."""
-    tables = {op: latest(op, results) for op in family(name, results)}
+    tables = {op: latest(op, results, isa=broadest(op, results)) for op in family(name, results)}
     every = [row for rows in tables.values() for row in rows]
     directions = list(dict.fromkeys(direction for _, direction in groups(every)))
     dtypes = [dtype for dtype in DTYPES if dtype in distinct(every, "dtype")]

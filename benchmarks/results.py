@@ -88,6 +88,12 @@ def instruction_sets(op, results="cpu"):
     return distinct(sorted(rows, key=lambda row: row["run"], reverse=True), "isa")
 
 
+def broadest(op, results="cpu"):
+    """The instruction set that `op` was measured with in most dtypes and directions, of several the latest."""
+    columns = lambda isa: len({(r["dtype"], r["direction"]) for r in latest(op, results, isa=isa)})
+    return max(instruction_sets(op, results), key=columns)
+
+
 def family(name, results="cpu"):
     """The names shown together under `name`, as far as they were measured."""
     return [op for op in FAMILIES.get(name, (name,)) if op in measured_ops(results)]

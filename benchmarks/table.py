@@ -16,6 +16,7 @@ import re
 import sys
 
 from results import (
+    broadest,
     describe,
     distinct,
     family,
@@ -98,8 +99,8 @@ def row_of(cells):
 
 
 def markdown(op, results="cpu", run=None, isa=None):
-    """The table of one op: a row per shape."""
-    rows = latest(op, results, run, isa)
+    """The table of one op: a row per shape. Of several instruction sets the broadest, unless one is named."""
+    rows = latest(op, results, run, isa if isa or run else broadest(op, results))
     columns = groups(rows)
     lines = [row_of(["shape", *map(" ".join, columns)]), "|---" * (len(columns) + 1) + "|"]
     for shape in distinct(rows, "shape"):
