@@ -168,7 +168,7 @@ def test_whole_vectors_of_channels(k, dtype, isa):
                 "after": [k[0], same["after"][1]],
                 "dilation": [2, 1],
             },
-            "activation": same | {"act": "relu"},
+            "activation": same | {"act": "relu"},  # and a gate
             "windows": same | {"window": [3, width]},
         }
         other = list(calls)[n % 4]
@@ -177,10 +177,13 @@ def test_whole_vectors_of_channels(k, dtype, isa):
             if width % 3 == 0:  # pixels whole pages apart
                 x = torch.stack([x] * 64, -2).flatten(-2)[..., :32]
             leaves = [t.requires_grad_() for t in (x, w, b)]
+            if name == "activation":
+                leaves += [_integers(2, 6, width, 32, seed=4).to(dtype).requires_grad_()]
             exact = [t.detach().double().requires_grad_() for t in leaves]
-            expected = definition(*exact, **options)
+            args, truths = ([*t[:3], None, *t[3:]] for t in (leaves, exact))  # no pregate, a postgate or none
+            expected = definition(*truths, **options)
             act = NAMES.index(options.get("act", "none"))
-            out = torch.ops.effvit.dwconv(*leaves, **options | {"act": act})
+            out = torch.ops.effvit.dwconv(*args, **options | {"act": act})
             assert torch.equal(out, expected.to(dtype)), (width, name)
             g = _integers(*out.shape, seed=3).to(dtype)
             found = torch.autograd.grad(out, leaves, g)
