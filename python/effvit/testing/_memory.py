@@ -30,15 +30,16 @@ def can_measure():
         _reset_peak()
         _status("VmHWM")
         _status("VmRSS")
-        ctypes.CDLL(None).mallinfo2  # noqa: B018
+        ctypes.CDLL(None).mallinfo2, ctypes.CDLL(None).malloc_trim
     except (OSError, RuntimeError, AttributeError) as e:
-        return f"needs /proc/self/clear_refs and glibc's mallinfo2: {e}"
+        return f"needs /proc/self/clear_refs and glibc's mallinfo2 and malloc_trim: {e}"
     return None
 
 
 def _peak_of(call):
     """(bytes by which resident memory rose at its highest, bytes of the tensors returned)."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or free blocks that are resident still hold the results
     before = _status("VmRSS")
     _reset_peak()
     result = call()
