@@ -22,11 +22,11 @@ struct NearTile {
   int64_t sums_step;
   T* out;
   int64_t out_step;
-  int64_t out_row;  // to the next row, where two are computed
+  int64_t out_row;  // to the next row
   int vectors;
   bool past_caches;
-  bool next_tile, next_row,
-      next_out;  // what is fetched for later: all of the next tile, or what is new in the next row
+  // What is fetched for later: all of the next tile, or what is new in the next row, of x and of results.
+  bool next_tile, next_row, next_out;
 };
 template <class T>
 using NearStencil = void (*)(const NearTile<T>&);
